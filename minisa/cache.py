@@ -1,0 +1,95 @@
+"""StaticCache: keys for leaders only, values for every layer, allocated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minisa.config import ModelConfig
+from minisa.errors import MinisaError
+from minisa.sharing import SharingPlan
+
+
+@dataclass(frozen=True, slots=True)
+class StaticCache:
+    """Keys [n_leaders, B, n_kv_heads, S, head_dim] and values [n_layers, B, n_kv_heads, S, head_dim].
+
+    A worked example: 4 layers, spans "1:2-3", 2 rows of 100 tokens.
+
+        layer        0    1    2    3
+        key_slots    0    1    –    –      keys    [2, 2, Hkv, 100, D]: layers 2 and 3 own no key memory at all
+        values       0    1    2    3      values  [4, 2, Hkv, 100, D]
+
+    Slot s of a row holds the token at position s. `view` narrows the cache to some rows and to the first slots;
+    a view shares the memory, and attention reads exactly the slots of the view it is given: that is how the
+    cost of a step grows with the context in use and not with max_seq_len. Slots not yet written hold zeros, or
+    what an earlier, longer text left there; no position ever attends to a later slot, so neither is seen.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_slots: tuple[int | None, ...]  # for each layer, its index in `keys`; None for a follower
+
+    @classmethod
+    def allocate(
+        cls,
+        config: ModelConfig,
+        plan: SharingPlan,
+        *,
+        batch: int = 1,
+        max_seq_len: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> StaticCache:
+        shape = (batch, config.n_kv_heads, max_seq_len, config.head_dim)
+        slot_of = {layer: slot for slot, layer in enumerate(plan.leaders)}
+        # Zeros, since a weight of 0 times a NaN left in fresh memory would be NaN.
+        return cls(
+            keys=torch.zeros(len(plan.leaders), *shape, device=device, dtype=dtype),
+            values=torch.zeros(plan.n_layers, *shape, device=device, dtype=dtype),
+            key_slots=tuple(slot_of.get(layer) for layer in range(plan.n_layers)),
+        )
+
+    @property
+    def batch(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def length(self) -> int:
+        """Slots a row of this cache (or of this view)."""
+        return self.values.shape[3]
+
+    def view(self, length: int | None = None, rows: slice = slice(None)) -> StaticCache:
+        """The first `length` slots of some rows; the memory is shared.
+
+        Raises MinisaError where the cache is shorter than that: it never wraps.
+        """
+        length = self.length if length is None else length
+        if length > self.length:
+            raise MinisaError(
+                f"{length} tokens do not fit a cache of {self.length}: raise max_seq_len or shorten the text"
+            )
+        return StaticCache(self.keys[:, rows, :, :length], self.values[:, rows, :, :length], self.key_slots)
+
+    def update_keys(self, layer: int, positions: Tensor, k: Tensor) -> Tensor:
+        """Write a leader's k [B, n_kv_heads, T, D] at positions [B, T]; returns its keys [B, n_kv_heads, S, D]."""
+        slot = self.key_slots[layer]
+        assert slot is not None, f"layer {layer} follows and has no keys"
+        return _write(self.keys[slot], positions, k)
+
+    def update_values(self, layer: int, positions: Tensor, v: Tensor) -> Tensor:
+        """Write a layer's v [B, n_kv_heads, T, D] at positions [B, T]; returns its values [B, n_kv_heads, S, D]."""
+        return _write(self.values[layer], positions, v)
+
+    def bytes(self) -> int:
+        """Bytes of the storage behind the tensors; `costs.kv_bytes` is the formula it must equal."""
+        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+
+
+def _write(stored: Tensor, positions: Tensor, new: Tensor) -> Tensor:
+    """Raises torch's own error for a position outside the stored slots (a device assert on CUDA)."""
+    if len(positions) == 1:
+        return stored.index_copy_(2, positions[0], new)
+    return stored.scatter_(2, positions[:, None, :, None].expand_as(new), new)

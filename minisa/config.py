@@ -1,0 +1,290 @@
+"""ModelConfig: the shape of a Llama-architecture model, read from the checkpoint's own description.
+
+Nothing is guessed from a file name, and an option that is not understood is refused by name: a wrong RoPE
+base or an ignored bias does not crash, it talks gibberish.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from minisa.errors import MinisaError
+
+Raw = Mapping[str, Any]
+
+MAX_LAYERS = 4096  # sanity bounds for headers that lie; the largest Llama has 126 layers
+MAX_WIDTH = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for long contexts.
+
+    kind "linear": every frequency divided by `factor`.
+    kind "llama3": Llama 3.1's rule; wavelengths beyond original_max_seq_len / low_freq_factor are divided by
+        `factor`, those below original_max_seq_len / high_freq_factor are kept, between them interpolated.
+    kind "factors": one divisor for each frequency, as GGUF files carry them (rope_freqs.weight).
+    """
+
+    kind: Literal["linear", "llama3", "factors"]
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+    factors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of a dense Llama or Mistral model.
+
+    Raises MinisaError on construction when the numbers cannot belong to such a model.
+    """
+
+    dim: int  # width of the residual stream
+    n_layers: int
+    n_heads: int  # query heads
+    n_kv_heads: int  # key and value heads; each serves n_heads / n_kv_heads query heads
+    head_dim: int
+    hidden_dim: int  # width inside the feed-forward block
+    vocab_size: int
+    max_seq_len: int = 4096  # tokens of context the model was trained for
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False  # the output head is the embedding matrix
+    sliding_window: int | None = None  # tokens a query can look back over, itself included
+
+    def __post_init__(self) -> None:
+        for key in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_seq_len"):
+            _bounded(key, getattr(self, key), MAX_WIDTH)
+        _bounded("n_layers", self.n_layers, MAX_LAYERS)
+        if self.n_heads % self.n_kv_heads:
+            raise MinisaError(
+                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}: "
+                "each key head must serve the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise MinisaError(f"head_dim {self.head_dim} is odd: RoPE turns pairs of dimensions")
+        for key in ("norm_eps", "rope_theta"):
+            number = getattr(self, key)
+            if not (math.isfinite(number) and number > 0):
+                raise MinisaError(f"{key} is {number!r}: expected a positive number")
+        if self.sliding_window is not None:
+            _bounded("sliding_window", self.sliding_window, MAX_WIDTH)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads for each key and value head (1 is plain multi-head attention)."""
+        return self.n_heads // self.n_kv_heads
+
+    @classmethod
+    def from_hf(cls, raw: Raw) -> ModelConfig:
+        """From a Hugging Face config.json of LlamaForCausalLM or MistralForCausalLM."""
+        architectures = raw.get("architectures") or [f"model_type {raw.get('model_type', 'missing')}"]
+        if not set(architectures) & {"LlamaForCausalLM", "MistralForCausalLM"}:
+            raise MinisaError(
+                f"config.json: architecture {', '.join(map(str, architectures))} is not supported: "
+                "expected LlamaForCausalLM or MistralForCausalLM"
+            )
+        for key in ("attention_bias", "mlp_bias"):
+            if raw.get(key):
+                raise MinisaError(f"config.json: {key} is true; minisa's layers have no biases")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise MinisaError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported: expected 'silu'")
+        if raw.get("quantization_config"):
+            raise MinisaError(
+                "config.json: quantization_config is set: expected fp32, fp16 or bf16 weights, or a GGUF file"
+            )
+        if raw.get("pretraining_tp", 1) not in (None, 1):
+            raise MinisaError("config.json: pretraining_tp > 1 is not supported: set it to 1, the weights are the same")
+        n_heads = _integer(raw, "num_attention_heads")
+        dim = _integer(raw, "hidden_size")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 writes the former
+        if not isinstance(rope, Mapping):
+            raise MinisaError(f"config.json: rope_scaling is {rope!r}: expected an object")
+        max_seq_len = _integer(raw, "max_position_embeddings", 4096)
+        return cls(
+            dim=dim,
+            n_layers=_integer(raw, "num_hidden_layers"),
+            n_heads=n_heads,
+            n_kv_heads=_integer(raw, "num_key_value_heads", n_heads),
+            head_dim=_integer(raw, "head_dim", dim // n_heads),
+            hidden_dim=_integer(raw, "intermediate_size"),
+            vocab_size=_integer(raw, "vocab_size"),
+            max_seq_len=max_seq_len,
+            norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+            rope_theta=_number(rope, "rope_theta", _number(raw, "rope_theta", 10_000.0)),
+            rope_scaling=_rope_scaling(rope, max_seq_len),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            sliding_window=_optional_integer(raw, "sliding_window"),
+        )
+
+    @classmethod
+    def from_params(cls, raw: Raw, vocab_size: int) -> ModelConfig:
+        """From the params.json of Meta's or Mistral's own downloads.
+
+        vocab_size: rows of the embedding matrix; Meta's Llama 2 files say -1 and leave it to the tokenizer.
+        Meta's files do not say the context length either: 131,072 where `use_scaled_rope` is set (Llama 3.1
+        and 3.2), else what the RoPE base was made for.
+        """
+        if raw.get("moe") or raw.get("num_experts"):
+            raise MinisaError(
+                "params.json: mixture-of-experts models are not supported: expected a dense Llama or Mistral"
+            )
+        dim, n_heads = _integer(raw, "dim"), _integer(raw, "n_heads")
+        window = _optional_integer(raw, "sliding_window")
+        if "hidden_dim" in raw:  # Mistral; without a window its default base is a million
+            hidden_dim = _integer(raw, "hidden_dim")
+            rope_theta = _number(raw, "rope_theta", 10_000.0 if window else 1_000_000.0)
+        else:  # Meta: two thirds of four times the width, rounded up
+            hidden_dim = int(int(8 * dim / 3) * _number(raw, "ffn_dim_multiplier", 1.0))
+            multiple = _integer(raw, "multiple_of", 256)
+            hidden_dim = multiple * -(-hidden_dim // multiple)
+            rope_theta = _number(raw, "rope_theta", 10_000.0)
+        scaled = bool(raw.get("use_scaled_rope"))
+        if scaled:
+            context = 131_072
+        elif rope_theta >= 1_000_000:
+            context = 32_768 if "hidden_dim" in raw else 16_384  # Mistral v0.2+, Code Llama
+        elif rope_theta >= 500_000:
+            context = 8192  # Llama 3
+        else:
+            context = 32_768 if window else 4096  # Mistral v0.1, Llama 2
+        return cls(
+            dim=dim,
+            n_layers=_integer(raw, "n_layers"),
+            n_heads=n_heads,
+            n_kv_heads=_integer(raw, "n_kv_heads", n_heads),
+            head_dim=_integer(raw, "head_dim", dim // n_heads),
+            hidden_dim=hidden_dim,
+            vocab_size=vocab_size,
+            max_seq_len=_integer(raw, "max_seq_len", context),
+            norm_eps=_number(raw, "norm_eps", 1e-5),
+            rope_theta=rope_theta,
+            rope_scaling=RopeScaling("llama3", _number(raw, "rope_scaling_factor", 8.0)) if scaled else None,
+            sliding_window=window,
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Raw, *, tied: bool, rope_factors: tuple[float, ...] | None = None) -> ModelConfig:
+        """From the metadata of a GGUF file of architecture "llama".
+
+        tied: the file has no output.weight. rope_factors: its rope_freqs.weight (Llama 3.1 and later).
+        """
+        architecture = metadata.get("general.architecture")
+        if architecture != "llama":
+            raise MinisaError(f"GGUF: general.architecture {architecture!r} is not supported: expected 'llama'")
+        # The "llama." prefix goes, so that the keys read alike everywhere.
+        raw = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
+        if raw.get("expert_count"):
+            raise MinisaError("GGUF: llama.expert_count is set; mixture-of-experts models are not supported")
+        n_heads, dim = _integer(raw, "attention.head_count"), _integer(raw, "embedding_length")
+        head_dim = _integer(raw, "attention.key_length", dim // n_heads)
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if _integer(raw, key, head_dim) != head_dim:
+                raise MinisaError(f"GGUF: llama.{key} is {raw[key]}, head_dim is {head_dim}: they must be the same")
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        max_seq_len = _integer(raw, "context_length", 4096)
+        if rope_factors:
+            scaling: RopeScaling | None = RopeScaling("factors", factors=rope_factors)
+        else:
+            scaling = _rope_scaling(
+                {"type": raw.get("rope.scaling.type", "none"), "factor": raw.get("rope.scaling.factor", 1.0)},
+                max_seq_len,
+            )
+        return cls(
+            dim=dim,
+            n_layers=_integer(raw, "block_count"),
+            n_heads=n_heads,
+            n_kv_heads=_integer(raw, "attention.head_count_kv", n_heads),
+            head_dim=head_dim,
+            hidden_dim=_integer(raw, "feed_forward_length"),
+            vocab_size=_integer(raw, "vocab_size", len(tokens) if tokens else None),
+            max_seq_len=max_seq_len,
+            norm_eps=_number(raw, "attention.layer_norm_rms_epsilon", 1e-5),
+            rope_theta=_number(raw, "rope.freq_base", 10_000.0),
+            rope_scaling=scaling,
+            tie_embeddings=tied,
+            sliding_window=_optional_integer(raw, "attention.sliding_window"),
+        )
+
+    def with_max_seq_len(self, max_seq_len: int) -> ModelConfig:
+        return replace(self, max_seq_len=max_seq_len)
+
+
+def _rope_scaling(raw: Raw, max_seq_len: int) -> RopeScaling | None:
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if kind in (None, "default", "none"):
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", factor=_number(raw, "factor"))
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3",
+            factor=_number(raw, "factor"),
+            low_freq_factor=_number(raw, "low_freq_factor"),
+            high_freq_factor=_number(raw, "high_freq_factor"),
+            original_max_seq_len=_integer(raw, "original_max_position_embeddings", max_seq_len),
+        )
+    raise MinisaError(f"rope_scaling type {kind!r} is not supported: expected 'linear' or 'llama3'")
+
+
+def _bounded(key: str, value: int, limit: int) -> None:
+    if not 0 < value <= limit:
+        raise MinisaError(f"{key} is {value}: expected 1 to {limit}")
+
+
+def _integer(raw: Raw, key: str, default: int | None = None) -> int:
+    value = raw.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise MinisaError(f"the model's description lacks {key!r}: is the file whole?")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise MinisaError(f"{key} is {value!r}: expected a whole number, 1 or more")
+    return value
+
+
+def _optional_integer(raw: Raw, key: str) -> int | None:
+    return None if raw.get(key) is None else _integer(raw, key)
+
+
+def _number(raw: Raw, key: str, default: float | None = None) -> float:
+    value = raw.get(key)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MinisaError(f"{key} is {value!r}: expected a number")
+    return float(value)
+
+
+def _llama(
+    dim: int, n_layers: int, n_heads: int, n_kv_heads: int, hidden_dim: int, vocab: int, **rest: Any
+) -> ModelConfig:
+    head_dim = rest.pop("head_dim", dim // n_heads)
+    return ModelConfig(dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab, **rest)
+
+
+def _llama31(factor: float) -> dict[str, Any]:
+    return {"max_seq_len": 131_072, "rope_theta": 500_000.0, "rope_scaling": RopeScaling("llama3", factor)}
+
+
+# Shapes by name, for benchmarks with random weights and for arithmetic; a checkpoint always brings its own.
+PRESETS: dict[str, ModelConfig] = {
+    "smollm2-135m": _llama(576, 30, 9, 3, 1536, 49_152, max_seq_len=8192, rope_theta=1e5, tie_embeddings=True),
+    "smollm2-360m": _llama(960, 32, 15, 5, 2560, 49_152, max_seq_len=8192, rope_theta=1e5, tie_embeddings=True),
+    "smollm2-1.7b": _llama(2048, 24, 32, 32, 8192, 49_152, max_seq_len=8192, rope_theta=130_000.0, tie_embeddings=True),
+    "tinyllama-1.1b": _llama(2048, 22, 32, 4, 5632, 32_000, max_seq_len=2048),
+    "llama2-7b": _llama(4096, 32, 32, 32, 11_008, 32_000, max_seq_len=4096),
+    "llama3-8b": _llama(4096, 32, 32, 8, 14_336, 128_256, max_seq_len=8192, rope_theta=500_000.0),
+    "llama3.1-8b": _llama(4096, 32, 32, 8, 14_336, 128_256, **_llama31(8.0)),
+    "llama3.2-1b": _llama(2048, 16, 32, 8, 8192, 128_256, tie_embeddings=True, **_llama31(32.0)),
+    "llama3.2-3b": _llama(3072, 28, 24, 8, 8192, 128_256, tie_embeddings=True, **_llama31(32.0)),
+    "mistral-7b-v0.1": _llama(4096, 32, 32, 8, 14_336, 32_000, max_seq_len=32_768, sliding_window=4096),
+    "mistral-7b-v0.2": _llama(4096, 32, 32, 8, 14_336, 32_000, max_seq_len=32_768, rope_theta=1e6),
+    "mistral-7b-v0.3": _llama(4096, 32, 32, 8, 14_336, 32_768, max_seq_len=32_768, rope_theta=1e6),
+}

@@ -1,0 +1,78 @@
+"""What a step costs, by formula: bytes read, bytes kept, floating-point operations.
+
+The benchmark prints these beside what it measures; the tests hold the cache's formula to the byte.
+n followers of L layers save n/(2L) of the KV cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minisa.config import ModelConfig
+from minisa.sharing import SharingPlan
+
+
+def parameter_count(config: ModelConfig, plan: SharingPlan) -> int:
+    """Weights of the model: a follower has no wq and no wk; a tied head is counted once."""
+    embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
+    norms = (2 * config.n_layers + 1) * config.dim
+    return embeddings + norms + _layer_matrices(config, plan)
+
+
+def weights_per_token(config: ModelConfig, plan: SharingPlan) -> int:
+    """Weights of the matrices read to decode one token: every layer's and the head's."""
+    return _layer_matrices(config, plan) + config.vocab_size * config.dim
+
+
+def kv_bytes(config: ModelConfig, plan: SharingPlan, length: int, itemsize: int, batch: int = 1) -> int:
+    """Bytes of a cache of `length` slots: keys of leaders, values of every layer."""
+    tensors = len(plan.leaders) + plan.n_layers
+    return tensors * batch * config.n_kv_heads * length * config.head_dim * itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Bytes read, and operations done, to decode one token in each of `batch` rows."""
+
+    weights: int
+    keys: int
+    values: int
+    shared_rows: int  # attention weights that followers read in place of keys
+    flops: int
+
+    @property
+    def bytes(self) -> int:
+        return self.weights + self.keys + self.values + self.shared_rows
+
+
+def step_cost(
+    config: ModelConfig,
+    plan: SharingPlan,
+    context: int,
+    *,
+    weight_bytes: float,
+    kv_itemsize: int,
+    batch: int = 1,
+) -> StepCost:
+    """The cost of one decode step with `context` tokens in the cache.
+
+    weight_bytes: bytes a weight as stored (2 for bf16). Attention weights are passed on in the cache's dtype.
+    """
+    slots = batch * context
+    per_kv = config.n_kv_heads * config.head_dim * slots
+    leaders, followers = len(plan.leaders), len(plan.followers)
+    attention_flops = 2 * config.n_heads * config.head_dim * slots * (leaders + plan.n_layers)  # q·K, then P·V
+    return StepCost(
+        weights=round(weights_per_token(config, plan) * weight_bytes),
+        keys=leaders * per_kv * kv_itemsize,
+        values=plan.n_layers * per_kv * kv_itemsize,
+        shared_rows=followers * config.n_heads * slots * kv_itemsize,
+        flops=2 * batch * weights_per_token(config, plan) + attention_flops,
+    )
+
+
+def _layer_matrices(config: ModelConfig, plan: SharingPlan) -> int:
+    q_and_k = config.dim * (config.n_heads + config.n_kv_heads) * config.head_dim
+    v_and_o = config.dim * (config.n_kv_heads + config.n_heads) * config.head_dim
+    feed_forward = 3 * config.dim * config.hidden_dim
+    return len(plan.leaders) * q_and_k + plan.n_layers * (v_and_o + feed_forward)

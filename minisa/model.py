@@ -1,0 +1,175 @@
+"""The Transformer: Llama's layers, some of which follow.
+
+    leader   x → norm → q,k,v → RoPE → P = softmax(q·Kᵀ/√d + mask) → P·V   → wo → + → ffn
+                                        │ shared, per query head
+    follower x → norm →     v →         └────────────────────────→ P·V_own → wo → + → ffn
+
+A pure function of (tokens, positions, cache). Parameters carry Meta's names; q and k rows are in the half-split
+RoPE order. A follower has no wq and no wk.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minisa.attention import BACKENDS, AttentionBackend, Shared, visible_slots
+from minisa.cache import StaticCache
+from minisa.config import ModelConfig
+from minisa.rope import apply_rope, rope_angles, rope_frequencies
+from minisa.sharing import SharingPlan
+
+
+class Transformer(nn.Module):
+    """tokens [B, T] at positions [B, T] → logits [B, T, vocab_size] in the weights' dtype.
+
+    Build it under `torch.device("meta")` and fill it with `checkpoint.load_weights`.
+    Raises MinisaError where the plan does not fit the config.
+    """
+
+    rope_frequencies: Tensor
+
+    def __init__(self, config: ModelConfig, plan: SharingPlan, backend: str = "torch") -> None:
+        super().__init__()
+        self.config = config
+        self.plan = plan.check(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(
+            Layer(config, follows=plan.sources[i] != i, head_map=plan.head_maps[i], backend=BACKENDS[backend])
+            for i in range(config.n_layers)
+        )
+        self.norm = RMSNorm(config)
+        self.output = None if config.tie_embeddings else _linear(config.dim, config.vocab_size)
+        self.register_buffer("rope_frequencies", rope_frequencies(config), persistent=False)
+        self.last_use = {leader: followers[-1] for leader, followers in plan.spans.items()}
+
+    def forward(self, tokens: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
+        return self.head(self.hidden(tokens, positions, cache))
+
+    def hidden(self, tokens: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
+        """The final hidden states [B, T, dim], after the last norm; keys and values go to the cache.
+
+        positions ascend along T and lie inside the cache, whose earlier slots they attend to.
+        """
+        angles = rope_angles(self.rope_frequencies, positions)
+        mask = visible_slots(positions, cache.length, self.config.sliding_window)
+        shared: dict[int, Shared] = {}  # what the leaders of spans still open have left
+        x = self.tok_embeddings(tokens)  # [B, T, dim]
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)  # for the type checker
+            leader = self.plan.sources[i]
+            if leader == i:
+                x, left = layer.lead(x, i, positions, angles, mask, cache)
+                if i in self.last_use:
+                    shared[i] = left
+            else:
+                x = layer.follow(x, i, positions, shared[leader], cache)
+                if self.last_use[leader] == i:
+                    del shared[leader]
+        return self.norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab_size] for hidden states [..., dim]."""
+        return F.linear(hidden, self.tok_embeddings.weight if self.output is None else self.output.weight)
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each on a normalized copy of x and added to it."""
+
+    def __init__(
+        self, config: ModelConfig, follows: bool, head_map: tuple[int, ...] | None, backend: AttentionBackend
+    ) -> None:
+        super().__init__()
+        self.backend = backend
+        self.attention_norm = RMSNorm(config)
+        self.attention = Attention(config, follows, head_map)
+        self.ffn_norm = RMSNorm(config)
+        self.feed_forward = FeedForward(config)
+
+    def lead(
+        self,
+        x: Tensor,  # [B, T, dim]
+        i: int,
+        positions: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: StaticCache,
+    ) -> tuple[Tensor, Shared]:
+        normed = self.attention_norm(x)
+        q, k, v = self.attention.queries(normed), self.attention.keys(normed), self.attention.values(normed)
+        keys = cache.update_keys(i, positions, apply_rope(k, angles))
+        values = cache.update_values(i, positions, v)
+        mixed, shared = self.backend.lead(apply_rope(q, angles), keys, values, mask)
+        return self._finish(x, mixed), shared
+
+    def follow(self, x: Tensor, i: int, positions: Tensor, shared: Shared, cache: StaticCache) -> Tensor:
+        v = self.attention.values(self.attention_norm(x))
+        values = cache.update_values(i, positions, v)
+        return self._finish(x, self.backend.follow(shared, values, self.attention.head_map))
+
+    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x = x + self.attention.wo(mixed.transpose(1, 2).flatten(2))  # [B, H, T, D] → [B, T, H·D] → [B, T, dim]
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Attention(nn.Module):
+    """The projections around the attention weights; a follower has wv and wo only."""
+
+    head_map: Tensor | None
+
+    def __init__(self, config: ModelConfig, follows: bool, head_map: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        if not follows:
+            self.wq = _linear(config.dim, config.n_heads * config.head_dim)
+            self.wk = _linear(config.dim, config.n_kv_heads * config.head_dim)
+        self.wv = _linear(config.dim, config.n_kv_heads * config.head_dim)
+        self.wo = _linear(config.n_heads * config.head_dim, config.dim)
+        identity = head_map is None or head_map == tuple(range(config.n_heads))
+        # On the CPU even under torch.device("meta"): it is data of the plan and no weight will fill it.
+        indices = None if identity else torch.tensor(head_map, device="cpu")
+        self.register_buffer("head_map", indices, persistent=False)
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self._heads(self.wq(x))
+
+    def keys(self, x: Tensor) -> Tensor:
+        return self._heads(self.wk(x))
+
+    def values(self, x: Tensor) -> Tensor:
+        return self._heads(self.wv(x))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, T, H·D] → [B, H, T, D]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) · w3 x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = _linear(config.dim, config.hidden_dim)
+        self.w2 = _linear(config.hidden_dim, config.dim)
+        self.w3 = _linear(config.dim, config.hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, the division in fp32."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(config.dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+def _linear(n_in: int, n_out: int) -> nn.Linear:
+    return nn.Linear(n_in, n_out, bias=False)

@@ -1,0 +1,236 @@
+"""SharingPlan: which layers lead, which follow, and whose attention weights a follower's heads use.
+
+Shared Attention (Liao & Vargas, arXiv 2407.12866): inside a span of layers one leader computes the softmax
+attention weights and its followers apply them to values of their own.
+
+    spans            3:6,19:21                 two spans, leaders named
+    layers           0 1 2 3 4 5 6 7 ...
+                           L     f             layer 6 has no query, no key, no softmax: it uses layer 3's weights
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minisa.config import MAX_LAYERS, ModelConfig
+from minisa.errors import MinisaError
+
+PLAN_VERSION = 1
+_GROUP = re.compile(r"(?:(?P<leader>\d+)\s*:\s*)?(?P<first>\d+)(?:\s*-\s*(?P<last>\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class SharingPlan:
+    """For each layer, the layer whose attention weights it uses.
+
+    sources: one entry a layer; a leader names itself.
+    head_maps: one entry a layer; for a follower, the leader's query head whose weights each of its query heads
+        uses, or None for the identity. Always None for a leader.
+    Raises MinisaError when a layer cannot do what it is asked.
+    """
+
+    sources: tuple[int, ...]
+    head_maps: tuple[tuple[int, ...] | None, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.head_maps) != self.n_layers:
+            raise MinisaError(f"plan: {len(self.head_maps)} head maps for {self.n_layers} layers: expected one each")
+        for layer, source in enumerate(self.sources):
+            if source == layer:
+                if self.head_maps[layer] is not None:
+                    raise MinisaError(f"plan: layer {layer} is a leader: only a follower has a head map")
+            elif layer == 0:
+                raise MinisaError("plan: layer 0 cannot follow: there is no layer before it")
+            elif not 0 <= source < layer:
+                raise MinisaError(
+                    f"plan: layer {layer} cannot follow layer {source}: a leader comes before its followers"
+                )
+            elif self.sources[source] != source:
+                raise MinisaError(
+                    f"plan: layer {layer} cannot follow layer {source}, "
+                    f"which itself follows layer {self.sources[source]}: name a leader"
+                )
+
+    @classmethod
+    def none(cls, n_layers: int) -> SharingPlan:
+        """Plain attention: every layer leads itself."""
+        return cls(tuple(range(n_layers)), (None,) * n_layers)
+
+    @classmethod
+    def following(
+        cls, n_layers: int, leaders: Mapping[int, int], head_maps: Mapping[int, Iterable[int]] | None = None
+    ) -> SharingPlan:
+        """From {follower: leader} and, where it is not the identity, {follower: head map}."""
+        if not 0 < n_layers <= MAX_LAYERS:
+            raise MinisaError(f"plan: n_layers is {n_layers}: expected 1 to {MAX_LAYERS}")
+        for layer, leader in leaders.items():
+            if not 0 <= layer < n_layers:
+                raise MinisaError(f"plan: layer {layer} is outside the model, whose layers are 0 to {n_layers - 1}")
+            if leader == layer:
+                raise MinisaError(
+                    f"plan: layer {layer} names itself as its leader: leave it out, or name an earlier one"
+                )
+        maps = {layer: tuple(heads) for layer, heads in (head_maps or {}).items()}
+        return cls(
+            tuple(leaders.get(layer, layer) for layer in range(n_layers)),
+            tuple(maps.get(layer) for layer in range(n_layers)),
+        )
+
+    @classmethod
+    def parse(cls, spans: str, n_layers: int) -> SharingPlan:
+        """From span notation, e.g. "27-30", "23-26,27-30", "22:23-26,27:28-30" or "none".
+
+        A span without a leader follows the nearest earlier layer that is not itself a follower.
+        """
+        if spans.strip().lower() == "none":
+            return cls.none(n_layers)
+        named: dict[int, int | None] = {}  # follower -> its leader, if the notation says
+        for group in spans.split(","):
+            match = _GROUP.fullmatch(group.strip())
+            if match is None:
+                raise MinisaError(f"plan: {group.strip()!r} is not a span: expected e.g. 27-30, 3:6 or 22:23-26")
+            first = int(match["first"])
+            last = int(match["last"] or first)
+            if last < first:
+                raise MinisaError(f"plan: span {group.strip()!r} runs backwards: write {last}-{first}")
+            if last >= n_layers:
+                raise MinisaError(f"plan: layer {last} is outside the model, whose layers are 0 to {n_layers - 1}")
+            for layer in range(first, last + 1):
+                if layer in named:
+                    raise MinisaError(f"plan: layer {layer} stands in two spans: it can follow one leader only")
+                named[layer] = int(match["leader"]) if match["leader"] else None
+        leaders: dict[int, int] = {}
+        for layer, leader in named.items():
+            if leader is None:
+                leader = next((earlier for earlier in range(layer - 1, -1, -1) if earlier not in named), None)
+                if leader is None:
+                    raise MinisaError("plan: layer 0 cannot follow: there is no layer before it")
+            leaders[layer] = leader
+        return cls.following(n_layers, leaders)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.sources)
+
+    @property
+    def leaders(self) -> tuple[int, ...]:
+        """Layers that compute attention weights, whether or not anyone follows: these own a key cache."""
+        return tuple(layer for layer, source in enumerate(self.sources) if source == layer)
+
+    @property
+    def followers(self) -> tuple[int, ...]:
+        return tuple(layer for layer, source in enumerate(self.sources) if source != layer)
+
+    @property
+    def spans(self) -> dict[int, tuple[int, ...]]:
+        """{leader: its followers}, for the leaders that have some."""
+        return {
+            leader: followed
+            for leader in self.leaders
+            if (followed := tuple(layer for layer in self.followers if self.sources[layer] == leader))
+        }
+
+    def __str__(self) -> str:
+        """Span notation with every leader named; parse() of it gives this plan again, head maps aside."""
+        groups = []
+        for leader, followers in self.spans.items():
+            start = previous = followers[0]
+            for layer in (*followers[1:], -1):
+                if layer != previous + 1:
+                    groups.append(f"{leader}:{start}" + (f"-{previous}" if previous > start else ""))
+                    start = layer
+                previous = layer
+        return ",".join(groups) or "none"
+
+    def picture(self) -> str:
+        """A strip, ten layers a line, and a line for each span.
+
+        "·" leads itself only, "L" leads a span, "f" follows.
+        """
+        glyphs = ["f" if source != layer else "·" for layer, source in enumerate(self.sources)]
+        for leader in self.spans:
+            glyphs[leader] = "L"
+        lines = [f"{start:>5}  {' '.join(glyphs[start : start + 10])}" for start in range(0, self.n_layers, 10)]
+        for leader, followers in self.spans.items():
+            mapped = [layer for layer in followers if self.head_maps[layer] is not None]
+            note = f" (head maps: {', '.join(map(str, mapped))})" if mapped else ""
+            lines.append(f"layer {leader} leads {', '.join(map(str, followers))}{note}")
+        return "\n".join(lines)
+
+    def check(self, config: ModelConfig) -> SharingPlan:
+        """This plan, if it fits the model; else MinisaError says where it does not."""
+        if self.n_layers != config.n_layers:
+            raise MinisaError(f"plan: made for {self.n_layers} layers, the model has {config.n_layers}")
+        for layer, heads in enumerate(self.head_maps):
+            if heads is None:
+                continue
+            if len(heads) != config.n_heads:
+                raise MinisaError(
+                    f"plan: layer {layer}'s head map has {len(heads)} entries: "
+                    f"expected one for each of the model's {config.n_heads} query heads"
+                )
+            wrong = [head for head in heads if not 0 <= head < config.n_heads]
+            if wrong:
+                raise MinisaError(
+                    f"plan: layer {layer}'s head map names head {wrong[0]}, the heads are 0 to {config.n_heads - 1}"
+                )
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON (the format is what `load` reads)."""
+        followers = {}
+        for layer in self.followers:
+            entry: dict[str, Any] = {"leader": self.sources[layer]}
+            if self.head_maps[layer] is not None:
+                entry["heads"] = self.head_maps[layer]
+            followers[str(layer)] = entry
+        record = {"version": PLAN_VERSION, "n_layers": self.n_layers, "followers": followers}
+        Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> SharingPlan:
+        """Read a plan written by `save`:
+
+        {"version": 1, "n_layers": 30, "followers": {"6": {"leader": 3, "heads": [0, 1, ...]}, ...}}
+
+        Raises MinisaError for a file that is missing, of another version, or not of this form.
+        """
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise MinisaError(f"{path}: cannot read the plan: {error.strerror}") from error
+        except ValueError as error:
+            raise MinisaError(f"{path}: not a plan: expected JSON ({error})") from error
+        if not isinstance(record, dict) or record.get("version") != PLAN_VERSION:
+            version = record.get("version") if isinstance(record, dict) else None
+            raise MinisaError(f"{path}: plan version {version!r} is not supported: expected {PLAN_VERSION}")
+        unknown = sorted(set(record) - {"version", "n_layers", "followers"})
+        if unknown:
+            raise MinisaError(f"{path}: unknown key {unknown[0]!r}: expected version, n_layers, followers")
+        n_layers, followers = record.get("n_layers"), record.get("followers")
+        if not isinstance(n_layers, int) or not isinstance(followers, dict):
+            raise MinisaError(f"{path}: expected a whole number n_layers and an object followers")
+        leaders, head_maps = {}, {}
+        for layer, entry in followers.items():
+            heads = entry.get("heads") if isinstance(entry, dict) else None
+            if (
+                not layer.isdecimal()
+                or not isinstance(entry, dict)
+                or not _is_index(entry.get("leader"))
+                or set(entry) - {"leader", "heads"}
+                or not (heads is None or (isinstance(heads, list) and all(map(_is_index, heads))))
+            ):
+                raise MinisaError(f'{path}: follower {layer!r}: expected {{"leader": layer, "heads": [head, ...]}}')
+            leaders[int(layer)] = entry["leader"]
+            if heads is not None:
+                head_maps[int(layer)] = heads
+        return cls.following(n_layers, leaders, head_maps)
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

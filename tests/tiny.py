@@ -1,0 +1,441 @@
+"""Tiny random checkpoints in every format minisa reads, from writers of our own.
+
+`random_weights` are named and ordered as the model keeps them: Meta's names, q and k rows half-split. Each writer
+turns them into what its format has. The formulas here are written apart from the ones in the package, on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minisa.config import ModelConfig, RopeScaling
+
+Weights = Mapping[str, Tensor]
+
+HF_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+}
+GGUF_NAMES = {
+    "tok_embeddings": "token_embd",
+    "norm": "output_norm",
+    "output": "output",
+    "attention_norm": "attn_norm",
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "ffn_norm": "ffn_norm",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+}
+
+
+def tiny_config(**overrides: Any) -> ModelConfig:
+    """Four layers, 64 wide, four query heads on two key heads, 256 tokens."""
+    shape: dict[str, Any] = {
+        "dim": 64, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "hidden_dim": 128,
+        "vocab_size": 256, "max_seq_len": 128,
+    }  # fmt: skip
+    return ModelConfig(**(shape | overrides))
+
+
+def parameter_shapes(config: ModelConfig, followers: Collection[int] = ()) -> dict[str, tuple[int, ...]]:
+    """The model's parameters and their shapes; follower layers have no wq and no wk."""
+    dim, q, kv = config.dim, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    layer = {
+        "attention_norm": (dim,),
+        "attention.wq": (q, dim),
+        "attention.wk": (kv, dim),
+        "attention.wv": (kv, dim),
+        "attention.wo": (dim, q),
+        "ffn_norm": (dim,),
+        "feed_forward.w1": (config.hidden_dim, dim),
+        "feed_forward.w2": (dim, config.hidden_dim),
+        "feed_forward.w3": (config.hidden_dim, dim),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, dim)}
+    for i in range(config.n_layers):
+        for module, shape in layer.items():
+            if not (i in followers and module in ("attention.wq", "attention.wk")):
+                shapes[f"layers.{i}.{module}.weight"] = shape
+    shapes["norm.weight"] = (dim,)
+    if not config.tie_embeddings:
+        shapes["output.weight"] = (config.vocab_size, dim)
+    return shapes
+
+
+def empty_model(config: ModelConfig, followers: Collection[int] = ()) -> nn.Module:
+    """A module on the meta device with the model's parameters and nothing else."""
+    root = nn.Module()
+    for name, shape in parameter_shapes(config, followers).items():
+        *modules, leaf = name.split(".")
+        owner = root
+        for module in modules:
+            if module not in dict(owner.named_children()):
+                owner.add_module(module, nn.Module())
+            owner = owner.get_submodule(module)
+        owner.register_parameter(leaf, nn.Parameter(torch.empty(shape, device="meta")))
+    return root
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    """fp32; scaled so that attention is neither flat nor on one token, and logits spread by a few units."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in parameter_shapes(config).items():
+        noise = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            weights[name] = 1 + 0.2 * noise
+        elif name == "tok_embeddings.weight":
+            weights[name] = 0.5 * noise
+        else:
+            gain = 1.5 if name.endswith(("wq.weight", "wk.weight")) else 1.0
+            weights[name] = gain * shape[1] ** -0.5 * noise
+    return weights
+
+
+def write_hf(
+    directory: Path,
+    config: ModelConfig,
+    weights: Weights,
+    shards: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """config.json with model.safetensors, or with its shards and their index."""
+    directory.mkdir(parents=True, exist_ok=True)
+    mistral = config.sliding_window is not None
+    description = {
+        "architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
+        "model_type": "mistral" if mistral else "llama",
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.hidden_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _hf_rope_scaling(config.rope_scaling),
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if mistral:
+        description["sliding_window"] = config.sliding_window
+    (directory / "config.json").write_text(json.dumps(description, indent=2))
+    named = {_rename(name, HF_NAMES, "model.layers"): tensor.to(dtype) for name, tensor in weights.items()}
+    if shards == 1:
+        write_safetensors(directory / "model.safetensors", named)
+        return directory
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(named.items())[i::shards])
+        write_safetensors(directory / file, part)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in named.values())}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def write_meta(
+    directory: Path,
+    config: ModelConfig,
+    weights: Weights,
+    shards: int = 1,
+    dtype: torch.dtype = torch.float32,
+    split_embeddings: str = "rows",
+) -> Path:
+    """params.json with consolidated.NN.pth, one for each model-parallel rank.
+
+    split_embeddings: "rows" as Llama 3 has them, "columns" as Llama 2. Meta's files never tie the output head.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    params = _params(config) | {
+        "multiple_of": config.hidden_dim,  # two thirds of 4·dim, scaled below it, round up to hidden_dim
+        "ffn_dim_multiplier": config.hidden_dim / (16 * config.dim / 3),
+        "vocab_size": config.vocab_size if split_embeddings == "rows" else -1,
+    }
+    if config.rope_scaling:
+        assert config.rope_scaling.kind == "llama3", "Meta's params.json has no other scaling"
+        params |= {"use_scaled_rope": True, "rope_scaling_factor": config.rope_scaling.factor}
+    (directory / "params.json").write_text(json.dumps(params))
+    named = _interleaved(config, weights, dtype)
+    for rank in range(shards):
+        part = {}
+        for name, tensor in named.items():
+            columns = name.endswith(("wo.weight", "w2.weight"))
+            columns |= name.startswith("tok_embeddings") and split_embeddings == "columns"
+            part[name] = tensor if tensor.ndim == 1 else tensor.chunk(shards, int(columns))[rank].clone()
+        part["rope.freqs"] = torch.ones(config.head_dim // 2)
+        torch.save(part, directory / f"consolidated.{rank:02}.pth")
+    return directory
+
+
+def write_mistral(directory: Path, config: ModelConfig, weights: Weights, dtype: torch.dtype = torch.float32) -> Path:
+    """params.json with consolidated.safetensors."""
+    directory.mkdir(parents=True, exist_ok=True)
+    params = _params(config) | {
+        "head_dim": config.head_dim,
+        "hidden_dim": config.hidden_dim,
+        "vocab_size": config.vocab_size,
+    }
+    assert config.rope_scaling is None, "Mistral's params.json has no scaling"
+    if config.sliding_window is not None:
+        params["sliding_window"] = config.sliding_window
+    (directory / "params.json").write_text(json.dumps(params))
+    write_safetensors(directory / "consolidated.safetensors", _interleaved(config, weights, dtype))
+    return directory
+
+
+def write_gguf(
+    path: Path,
+    config: ModelConfig,
+    weights: Weights,
+    type: str = "F32",
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """A GGUF file of architecture llama: matrices as `type`, norms as F32, `metadata` on top of the model's own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own: dict[str, Any] = {
+        "general.architecture": "llama",
+        "general.alignment": 32,
+        "llama.vocab_size": config.vocab_size,
+        "llama.context_length": config.max_seq_len,
+        "llama.embedding_length": config.dim,
+        "llama.block_count": config.n_layers,
+        "llama.feed_forward_length": config.hidden_dim,
+        "llama.attention.head_count": config.n_heads,
+        "llama.attention.head_count_kv": config.n_kv_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": config.norm_eps,
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": config.rope_theta,
+    }
+    if config.sliding_window is not None:
+        own["llama.attention.sliding_window"] = config.sliding_window
+    tensors: dict[str, tuple[str, Tensor]] = {}
+    if config.rope_scaling and config.rope_scaling.kind == "linear":
+        own |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": config.rope_scaling.factor}
+    elif config.rope_scaling:
+        tensors["rope_freqs.weight"] = ("F32", torch.tensor(rope_factors(config)))
+    for name, tensor in _interleaved(config, weights, torch.float32).items():
+        if name == "output.weight" and config.tie_embeddings:
+            continue
+        tensors[_rename(name, GGUF_NAMES, "blk")] = ("F32" if tensor.ndim == 1 else type, tensor)
+    path.write_bytes(
+        encode_gguf(
+            own | dict(metadata or {}),
+            {
+                name: (GGML_CODES[type], tuple(tensor.shape), quantize(tensor, type))
+                for name, (type, tensor) in tensors.items()
+            },
+        )
+    )
+    return path
+
+
+def _params(config: ModelConfig) -> dict[str, Any]:
+    params = {
+        "dim": config.dim,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.n_kv_heads,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "max_seq_len": config.max_seq_len,
+    }
+    if config.head_dim * config.n_heads != config.dim:
+        params["head_dim"] = config.head_dim
+    return params
+
+
+def _hf_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    assert scaling.kind == "llama3", "config.json has no other scaling that minisa knows"
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_seq_len,
+    }
+
+
+def rope_factors(config: ModelConfig) -> list[float]:
+    """What a GGUF file's rope_freqs.weight holds: by how much each frequency is divided."""
+    scaling = config.rope_scaling
+    assert scaling is not None
+    if scaling.kind == "factors":
+        return list(scaling.factors)
+    factors = []
+    for i in range(config.head_dim // 2):
+        turns = scaling.original_max_seq_len * config.rope_theta ** (-2 * i / config.head_dim) / (2 * math.pi)
+        smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        smooth = min(max(smooth, 0.0), 1.0)
+        factors.append(1 / ((1 - smooth) / scaling.factor + smooth))
+    return factors
+
+
+def _interleaved(config: ModelConfig, weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights with q and k rows as Meta keeps them, and an output head even where it is tied."""
+    half = config.head_dim // 2
+    order = [row for j in range(half) for row in (j, j + half)]  # within a head
+    named = {}
+    for name, tensor in weights.items():
+        if name.endswith(("wq.weight", "wk.weight")):
+            heads = tensor.split(config.head_dim)
+            tensor = torch.cat([head[order] for head in heads])
+        named[name] = tensor.to(dtype)
+    named.setdefault("output.weight", named["tok_embeddings.weight"].clone())
+    return named
+
+
+def _rename(name: str, table: Mapping[str, str], layers: str) -> str:
+    stem = name.removesuffix(".weight")
+    if stem.startswith("layers."):
+        _, number, module = stem.split(".", 2)
+        return f"{layers}.{number}.{table[module]}.weight"
+    return f"{table[stem]}.weight"
+
+
+# safetensors ------------------------------------------------------------------------------------------------
+
+SAFETENSORS_DTYPES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
+    torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    path.write_bytes(encode_safetensors(header, b"".join(raw_bytes(tensor) for tensor in tensors.values())))
+
+
+def encode_safetensors(header: Any, data: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+# GGUF -------------------------------------------------------------------------------------------------------
+
+GGML_CODES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}
+
+
+def encode_gguf(
+    metadata: Mapping[str, Any], tensors: Mapping[str, tuple[int, tuple[int, ...], bytes]], version: int = 3
+) -> bytes:
+    """The bytes of a GGUF file. tensors: ggml type code, shape in torch's order, data."""
+    alignment = metadata.get("general.alignment", 32)
+    head = [b"GGUF", struct.pack("<IQQ", version, len(tensors), len(metadata))]
+    head += [gguf_string(key) + gguf_value(value) for key, value in metadata.items()]
+    data: list[bytes] = []
+    offset = 0
+    for name, (code, shape, content) in tensors.items():
+        head.append(gguf_string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape)))
+        head.append(struct.pack("<IQ", code, offset))
+        padded = content + bytes(-len(content) % alignment)
+        data.append(padded)
+        offset += len(padded)
+    header = b"".join(head)
+    return header + bytes(-len(header) % alignment) + b"".join(data)
+
+
+def gguf_string(text: str) -> bytes:
+    encoded = text.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def gguf_value(value: Any) -> bytes:
+    """Type code and value: bool, uint32, float32, string, or an array of such (whole numbers as int32)."""
+    if isinstance(value, bool):
+        return struct.pack("<IB", 7, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + gguf_string(value)
+    kind = type(value[0]) if value else str
+    code = {bool: 7, int: 5, float: 6, str: 8, list: 9}[kind]
+    if kind is str:
+        content = b"".join(gguf_string(item) for item in value)
+    elif kind is list:
+        content = b"".join(gguf_value(item)[4:] for item in value)
+    else:
+        content = struct.pack(f"<{len(value)}{ {bool: 'B', int: 'i', float: 'f'}[kind] }", *value)
+    return struct.pack("<IIQ", 9, code, len(value)) + content
+
+
+def quantize(tensor: Tensor, type: str) -> bytes:
+    """A tensor in a ggml type, rounded to nearest."""
+    if dtype := {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(type):
+        return raw_bytes(tensor.to(dtype))
+    blocks = tensor.float().numpy().reshape(-1, 32)
+    if type == "Q8_0":
+        scale = (np.abs(blocks).max(1, keepdims=True) / 127).astype(np.float16)
+        codes = np.rint(_ratio(blocks, scale)).astype(np.int8).view(np.uint8)
+        return np.concatenate([scale.view(np.uint8), codes], axis=1).tobytes()
+    if type == "Q4_0":
+        extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], axis=1)
+        scale = (extreme / -8).astype(np.float16)
+        codes = np.rint(_ratio(blocks, scale)) + 8
+        return np.concatenate([scale.view(np.uint8), _pack(codes)], axis=1).tobytes()
+    assert type == "Q4_1", type
+    low, high = blocks.min(1, keepdims=True), blocks.max(1, keepdims=True)
+    scale, least = ((high - low) / 15).astype(np.float16), low.astype(np.float16)
+    codes = np.rint(_ratio(blocks - least, scale))
+    return np.concatenate([scale.view(np.uint8), least.view(np.uint8), _pack(codes)], axis=1).tobytes()
+
+
+def _ratio(blocks: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    wide = scale.astype(np.float32)
+    return np.divide(blocks, wide, out=np.zeros_like(blocks), where=wide != 0)
+
+
+def _pack(codes: np.ndarray) -> np.ndarray:
+    """[n, 32] numbers → [n, 16] bytes: number i in the low half of byte i, number i + 16 in the high half."""
+    nibbles = codes.clip(0, 15).astype(np.uint8)
+    return nibbles[:, :16] | nibbles[:, 16:] << 4
