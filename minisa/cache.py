@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,10 +47,9 @@ class StaticCache:
     ) -> StaticCache:
         shape = (batch, config.n_kv_heads, max_seq_len, config.head_dim)
         slot_of = {layer: slot for slot, layer in enumerate(plan.leaders)}
-        # Zeros, since a weight of 0 times a NaN left in fresh memory would be NaN.
         return cls(
-            keys=torch.zeros(len(plan.leaders), *shape, device=device, dtype=dtype),
-            values=torch.zeros(plan.n_layers, *shape, device=device, dtype=dtype),
+            keys=_zeros((len(plan.leaders), *shape), device, dtype),
+            values=_zeros((plan.n_layers, *shape), device, dtype),
             key_slots=tuple(slot_of.get(layer) for layer in range(plan.n_layers)),
         )
 
@@ -86,6 +87,16 @@ class StaticCache:
     def bytes(self) -> int:
         """Bytes of the storage behind the tensors; `costs.kv_bytes` is the formula it must equal."""
         return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """Zeros, since a weight of 0 times a NaN left in fresh memory would be NaN.
+
+    On the CPU by way of numpy, whose zeros take no memory until they are written to: torch's own are resident at once.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _write(stored: Tensor, positions: Tensor, new: Tensor) -> Tensor:

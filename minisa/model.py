@@ -34,13 +34,13 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.plan = plan.check(config)
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_embeddings = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(
             Layer(config, follows=plan.sources[i] != i, head_map=plan.head_maps[i], backend=BACKENDS[backend])
             for i in range(config.n_layers)
         )
         self.norm = RMSNorm(config)
-        self.output = None if config.tie_embeddings else _linear(config.dim, config.vocab_size)
+        self.output = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.register_buffer("rope_frequencies", rope_frequencies(config), persistent=False)
         self.last_use = {leader: followers[-1] for leader, followers in plan.spans.items()}
 
@@ -122,10 +122,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         if not follows:
-            self.wq = _linear(config.dim, config.n_heads * config.head_dim)
-            self.wk = _linear(config.dim, config.n_kv_heads * config.head_dim)
-        self.wv = _linear(config.dim, config.n_kv_heads * config.head_dim)
-        self.wo = _linear(config.n_heads * config.head_dim, config.dim)
+            self.wq = Linear(config.dim, config.n_heads * config.head_dim)
+            self.wk = Linear(config.dim, config.n_kv_heads * config.head_dim)
+        self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim)
+        self.wo = Linear(config.n_heads * config.head_dim, config.dim)
         identity = head_map is None or head_map == tuple(range(config.n_heads))
         # On the CPU even under torch.device("meta"): it is data of the plan and no weight will fill it.
         indices = None if identity else torch.tensor(head_map, device="cpu")
@@ -149,9 +149,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w1 = _linear(config.dim, config.hidden_dim)
-        self.w2 = _linear(config.hidden_dim, config.dim)
-        self.w3 = _linear(config.dim, config.hidden_dim)
+        self.w1 = Linear(config.dim, config.hidden_dim)
+        self.w2 = Linear(config.hidden_dim, config.dim)
+        self.w3 = Linear(config.dim, config.hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -171,5 +171,23 @@ class RMSNorm(nn.Module):
         return normed.type_as(x) * self.weight
 
 
-def _linear(n_in: int, n_out: int) -> nn.Linear:
-    return nn.Linear(n_in, n_out, bias=False)
+class Embedding(nn.Module):
+    """One row of weight for each token."""
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class Linear(nn.Module):
+    """x @ weight.T. The weight starts empty: torch's own Linear would spend a second on values to be overwritten."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)

@@ -36,6 +36,8 @@ def smollm2_path() -> Path:
         try:
             path = pull(entry)
         except MinisaError as error:
+            if "offline" not in str(error):
+                raise
             skip_offline(f"the default model could not be fetched: {error}")
     assert path is not None
     return path

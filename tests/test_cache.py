@@ -21,8 +21,10 @@ def config_of(n_heads: int, n_kv_heads: int) -> ModelConfig:
 
 @pytest.mark.parametrize(
     ("spans", "dtype", "n_kv_heads", "batch"),
-    itertools.product(
-        ["none", "5", "1:2-3,4:5", "1-5"], [torch.float32, torch.bfloat16, torch.float16], [1, 2, 4], [1, 3]
+    list(
+        itertools.product(
+            ["none", "5", "1:2-3,4:5", "1-5"], [torch.float32, torch.bfloat16, torch.float16], [1, 2, 4], [1, 3]
+        )
     ),
 )
 def test_bytes_equal_the_formula(spans: str, dtype: torch.dtype, n_kv_heads: int, batch: int) -> None:

@@ -1,0 +1,218 @@
+"""Talk to a model: `python chat.py`, or `python chat.py --prompt TEXT` for one answer on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import readline
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from minisa import MinisaError
+from minisa.console import banner, mebibytes, model_options, open_model, run
+from minisa.conversation import Conversation
+from minisa.costs import kv_bytes
+
+HELP = """\
+/reset         forget the conversation
+/system TEXT   set the system prompt and start over; without TEXT, remove it
+/sa PLAN       load the model anew with this plan: spans, "default", "none" or a .json file; alone, show the plan
+/stats         how the last answer went
+/help          this list
+Ctrl-C stops an answer and keeps the session, Ctrl-D leaves."""
+
+
+@click.command()
+@model_options
+@click.option("--prompt", help="Answer this once, on stdout, and exit.")
+@click.option("--system", help="System prompt.")
+@click.option("--max-new-tokens", type=int, default=1024, show_default=True, help="Longest answer.")
+@click.option("--temperature", type=float, default=0.2, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="Keep the k most likely tokens; 0 is off.")
+@click.option("--top-p", type=float, default=0.9, show_default=True, help="Keep the likeliest tokens up to this sum.")
+@click.option("--min-p", type=float, default=0.0, show_default=True, help="Keep tokens this likely beside the best.")
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1 discourages repeats.")
+@click.option("--seed", type=int, help="Same seed, same text.")
+@click.option("--stop", multiple=True, help="End the answer at this text; may be given several times.")
+@click.option("--max-seq-len", type=int, help="Context in tokens; the model's own by default.")
+@click.option("--compile/--no-compile", "compiled", default=False, help="Decode through torch.compile.")
+@click.option("--raw", is_flag=True, help="No chat format: continue the text as it stands.")
+def main(
+    model: str,
+    sa: str | None,
+    device: str,
+    dtype: str,
+    prompt: str | None,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    stop: tuple[str, ...],
+    max_seq_len: int | None,
+    compiled: bool,
+    raw: bool,
+) -> None:
+    """Chat with a Llama or Mistral model, with or without Shared Attention.
+
+    Without --prompt and with a terminal on stdin the session is interactive; text piped into stdin is one prompt.
+    """
+    if prompt is None and not sys.stdin.isatty():
+        prompt = read_stdin()
+    if prompt is not None:
+        check_text("--prompt", prompt)
+    if raw and system:
+        raise MinisaError("--raw continues the text as it stands: leave out --system")
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop,
+    }
+    loading = {"device": device, "dtype": dtype, "max_seq_len": max_seq_len, "compile": compiled}
+    llm = open_model(model, sa=sa, **loading)
+    click.echo(banner(llm, model), err=True)
+    conversation = Conversation(llm, system, raw, **options)
+    if prompt is not None:
+        answer(conversation, prompt)
+    else:
+        converse(conversation, model, loading)
+
+
+def answer(conversation: Conversation, text: str) -> None:
+    """Print one answer on stdout as it comes, and the footer on stderr."""
+    reason = None
+    try:
+        with contextlib.closing(conversation.send(text)) as chunks:
+            for chunk in chunks:
+                click.echo(chunk.text, nl=False)
+                reason = chunk.finish_reason
+    finally:
+        click.echo()
+    if conversation.forgotten:
+        click.echo(f"(the context is full: the {conversation.forgotten} oldest messages were dropped)", err=True)
+    if reason == "context":
+        click.echo("(the answer filled the context: /reset, or start with a larger --max-seq-len)", err=True)
+    click.secho(footer(conversation), dim=True, err=True)
+
+
+def footer(conversation: Conversation) -> str:
+    """tokens/s, time to first token, context used, KV bytes in use."""
+    llm, stats = conversation.llm, conversation.last
+    assert stats is not None
+    used = stats.prompt_tokens + stats.new_tokens
+    held = kv_bytes(llm.config, llm.plan, used, llm.dtype.itemsize)
+    return (
+        f"[{stats.tokens_per_second:.1f} tokens/s · first token {stats.time_to_first_token:.2f} s · "
+        f"context {used}/{llm.cache.length} · KV {mebibytes(held)}]"
+    )
+
+
+def converse(conversation: Conversation, model: str, loading: dict[str, Any]) -> None:
+    """The interactive session."""
+    click.echo("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.", err=True)
+    with history(Path(click.get_app_dir("minisa")) / "history"):
+        while True:
+            try:
+                line = ask()
+            except EOFError:
+                click.echo(err=True)
+                return
+            except KeyboardInterrupt:
+                click.echo(err=True)
+                continue
+            try:
+                if line.startswith("/"):
+                    command(conversation, line, model, loading)
+                elif line.strip():
+                    check_text("the message", line)
+                    answer(conversation, line)
+            except MinisaError as error:
+                click.echo(f"({error})", err=True)
+            except KeyboardInterrupt:
+                click.echo("(stopped)", err=True)
+
+
+def command(conversation: Conversation, line: str, model: str, loading: dict[str, Any]) -> None:
+    """One of the slash commands of HELP."""
+    name, _, rest = line.strip().partition(" ")
+    rest = rest.strip()
+    if name == "/reset":
+        conversation.reset(conversation.system)
+    elif name == "/system":
+        conversation.reset(rest or None)
+    elif name == "/sa" and rest:
+        conversation.llm = open_model(model, sa=rest, **loading)
+        click.echo(banner(conversation.llm, model), err=True)
+    elif name == "/sa":
+        click.echo(f"plan {conversation.llm.plan}\n{conversation.llm.plan.picture()}", err=True)
+    elif name == "/stats":
+        click.echo(stats_report(conversation), err=True)
+    elif name == "/help":
+        click.echo(HELP, err=True)
+    else:
+        raise MinisaError(f"{name} is not a command; /help lists them")
+
+
+def stats_report(conversation: Conversation) -> str:
+    stats = conversation.last
+    if stats is None:
+        return "no answer yet"
+    return (
+        f"prompt   {stats.prompt_tokens} tokens, {stats.reused_tokens} of them in the cache already, "
+        f"the rest at {stats.prompt_tokens_per_second:,.0f} tokens/s\n"
+        f"answer   {stats.new_tokens} tokens at {stats.tokens_per_second:.1f} tokens/s, "
+        f"the first after {stats.time_to_first_token:.2f} s\n"
+        f"memory   peak {mebibytes(stats.peak_memory)}, KV cache {mebibytes(conversation.llm.cache.bytes())} allocated"
+    )
+
+
+def ask() -> str:
+    if sys.stdout.isatty():
+        return input("> ")
+    click.echo("> ", nl=False, err=True)  # stdout carries answers only
+    return input()
+
+
+@contextlib.contextmanager
+def history(path: Path) -> Iterator[None]:
+    """Line history kept from session to session, where the home folder allows it."""
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.set_history_length(1000)
+            readline.write_history_file(path)
+
+
+def read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise MinisaError(f"stdin is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
+
+
+def check_text(name: str, text: str) -> None:
+    if not text.strip():
+        raise MinisaError(f"{name} is empty: give some text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise MinisaError(f"{name} is not UTF-8 at character {error.start}") from error
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,4 @@
+from minisa.cli import main
+from minisa.console import run
+
+run(main)

@@ -1,0 +1,246 @@
+"""Byte-level BPE: Llama 3, tekken, and the GPT-2 kind of vocabulary in tokenizer.json and GGUF files.
+
+Text is split by a regular expression and each piece is merged by tiktoken. The splitting is `regex`'s and not
+tiktoken's own, which panics on a run of a million spaces; both take the patterns to mean the same.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import regex  # type: ignore[import-untyped]
+import tiktoken
+
+from minisa.errors import MinisaError
+from minisa.merges import rank_merges, token_to_bytes
+
+MAX_TOKENS = 1 << 24  # sanity bound for token ids in files that lie
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_SPLIT = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Digits are cut out first, one by one, so for the rest of GPT-2's rule a digit is the end of the text.
+SMOLLM_SPLIT = r"\p{N}|'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+# tokenizer.ggml.pre → how text is split, and whether a piece that is a token is left whole and BOS comes first
+_GGUF_SPLITS = {
+    "llama-bpe": (LLAMA3_SPLIT, True),
+    "llama3": (LLAMA3_SPLIT, True),
+    "llama-v3": (LLAMA3_SPLIT, True),
+    "tekken": (TEKKEN_SPLIT, True),
+    "smollm": (SMOLLM_SPLIT, False),
+    "gpt-2": (GPT2_SPLIT, False),
+}
+
+_LLAMA3_SPECIAL = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    "<|image|>",
+    *(f"<|reserved_special_token_{n}|>" for n in range(2, 246)),
+)  # 256 names, as of Llama 3.1
+
+_TEKKEN_SPECIAL = (
+    *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
+    *("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"),
+    *("[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
+)  # what files that list no special tokens mean
+
+
+class ByteLevelBPE:
+    """A byte-level vocabulary.
+
+    pieces: the bytes of each id, empty for special tokens. special: name → id.
+    add_bos: whether the maker's own tokenizer puts BOS before plain text.
+    """
+
+    dummy_prefix = False
+
+    def __init__(
+        self,
+        split: str,
+        ranks: Mapping[bytes, int],
+        vocab: Mapping[bytes, int],
+        special: Mapping[str, int],
+        *,
+        visible: Collection[str] = (),
+        add_bos: bool,
+    ) -> None:
+        """split: matches the pieces of text that are encoded each by itself.
+        ranks: token → 0, 1, 2, …, the order in which tiktoken merges; all 256 bytes are among them.
+        vocab: token → id. It may lack single bytes (SmolLM2's has 235): text loses them, as it does at the makers'.
+        visible: names of special tokens whose text decoding shows.
+        """
+        if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+            raise MinisaError(f"the vocabulary lacks the byte {lacking[0]:#04x}: is the file whole?")
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise MinisaError("the vocabulary's ranks have gaps or repeat: is the file whole?")
+        ids = check_ids([*vocab.values(), *special.values()])
+        self.special = dict(special)
+        self.add_bos = add_bos
+        self.pieces = [b""] * (1 + max(ids))
+        for token, token_id in vocab.items():
+            self.pieces[token_id] = token
+        for name in visible:
+            self.pieces[special[name]] = name.encode()
+        self._ids = [0] * len(ranks)
+        for token, rank in ranks.items():
+            self._ids[rank] = vocab.get(token, 0) if len(token) == 1 else vocab[token]
+        self._lacking = bytes(token[0] for token in ranks if len(token) == 1 and token not in vocab)
+        self._split = regex.compile(split)
+        if self._split.groups:
+            raise MinisaError(f"the split pattern {split!r} has groups: expected a pattern without")
+        self._bpe = tiktoken.Encoding("minisa", pat_str=split, mergeable_ranks=dict(ranks), special_tokens={})
+
+    def encode(self, text: str, *, mid_text: bool) -> list[int]:
+        ids, lacking = self._ids, self._lacking
+        merge = self._bpe._encode_single_piece  # of tiktoken's methods the one that takes bytes
+        pieces = (piece.encode().translate(None, lacking) for piece in self._split.findall(text))
+        return [ids[rank] for piece in pieces for rank in merge(piece)]
+
+
+def check_ids(ids: Collection[object]) -> list[int]:
+    """ids, known to be token ids. Raises MinisaError where one is none, or stands twice."""
+    whole = [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_TOKENS]
+    if len(whole) < len(ids):
+        raise MinisaError(f"a token's id is {next(i for i in ids if i not in whole)!r}: expected 0 to {MAX_TOKENS - 1}")
+    if len(set(whole)) < len(whole):
+        raise MinisaError("two tokens have the same id: is the file whole?")
+    if not whole:
+        raise MinisaError("the vocabulary is empty: is the file whole?")
+    return whole
+
+
+def from_tiktoken(text: bytes) -> ByteLevelBPE:
+    """Llama 3's tokenizer.model: lines of a token in base64 and its rank; the special tokens follow the last."""
+    ranks = {}
+    for line in text.splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token, validate=True)] = int(rank)
+    special = {name: len(ranks) + n for n, name in enumerate(_LLAMA3_SPECIAL)}
+    return ByteLevelBPE(LLAMA3_SPLIT, ranks, ranks, special, add_bos=True)
+
+
+def from_tekken(raw: Mapping[str, Any]) -> ByteLevelBPE:
+    """Mistral's tekken.json: the special tokens come first, fillers among them; the vocabulary is cut to size."""
+    config = raw["config"]
+    count = config["default_num_special_tokens"]
+    entries = raw["vocab"][: config["default_vocab_size"] - count]
+    ranks = {base64.b64decode(entry["token_bytes"], validate=True): entry["rank"] for entry in entries}
+    named = raw.get("special_tokens")
+    special = dict(zip(_TEKKEN_SPECIAL, itertools.count(), strict=False)) if named is None else {}
+    special |= {entry["token_str"]: entry["rank"] for entry in named or ()}
+    unnamed = set(range(count)) - set(special.values())
+    special |= {f"<SPECIAL_{n}>": n for n in sorted(unnamed)}
+    vocab = {token: rank + count for token, rank in ranks.items()}
+    return ByteLevelBPE(config["pattern"], ranks, vocab, special, add_bos=True)
+
+
+def from_tokenizer_json(raw: Mapping[str, Any]) -> ByteLevelBPE:
+    """Hugging Face's tokenizer.json, if its model is byte-level BPE and its pre_tokenizer one of those known here."""
+    model = raw["model"]
+    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
+        raise MinisaError("it is no byte-level BPE but sentencepiece's kind: put the model's tokenizer.model beside it")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(key):
+            raise MinisaError(f"its {key} is {model[key]!r}: minisa's BPE has none")
+    if raw.get("normalizer") is not None:
+        raise MinisaError(f"its normalizer is {raw['normalizer'].get('type')!r}: minisa's BPE takes text as it is")
+    split = _split_of(raw.get("pre_tokenizer"))
+    added = raw.get("added_tokens") or []
+    special = {token["content"]: token["id"] for token in added}
+    visible = [token["content"] for token in added if not token["special"]]
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    return _from_merges(
+        split,
+        {token: token_id for token, token_id in model["vocab"].items() if token not in special},
+        pairs,
+        special,
+        visible=visible,
+        whole_pieces=model.get("ignore_merges", False),
+        add_bos=_adds_bos(raw.get("post_processor") or {}),
+    )
+
+
+def from_gguf(metadata: Mapping[str, Any]) -> ByteLevelBPE:
+    """A GGUF file's tokenizer.ggml.* keys where tokenizer.ggml.model is "gpt2".
+
+    Tokens of any type but normal are special; those a user defined show when decoded.
+    """
+    pre = metadata.get("tokenizer.ggml.pre", "missing")
+    if pre not in _GGUF_SPLITS:
+        raise MinisaError(f"tokenizer.ggml.pre is {pre!r}: expected one of {', '.join(_GGUF_SPLITS)}")
+    split, whole_pieces = _GGUF_SPLITS[pre]
+    tokens = metadata["tokenizer.ggml.tokens"]
+    types = metadata["tokenizer.ggml.token_type"]
+    entries = list(zip(tokens, range(len(tokens)), types, strict=True))
+    return _from_merges(
+        split,
+        {token: token_id for token, token_id, kind in entries if kind == 1},
+        (merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]),
+        {token: token_id for token, token_id, kind in entries if kind != 1},
+        visible=[token for token, _, kind in entries if kind == 4],
+        whole_pieces=whole_pieces,
+        add_bos=whole_pieces,
+    )
+
+
+def _from_merges(
+    split: str,
+    vocab: Mapping[str, int],
+    merges: Iterable[list[str]],
+    special: Mapping[str, int],
+    *,
+    visible: Collection[str],
+    whole_pieces: bool,
+    add_bos: bool,
+) -> ByteLevelBPE:
+    """From a vocabulary and merges in GPT-2's spelling."""
+    tokens = {token: token_to_bytes(token) for token in vocab}
+    ranks = rank_merges(((tokens[left], tokens[right]) for left, right in merges), whole_pieces=whole_pieces)
+    ids = {tokens[token]: token_id for token, token_id in vocab.items()}
+    return ByteLevelBPE(split, ranks, ids, special, visible=visible, add_bos=add_bos)
+
+
+def _split_of(pre_tokenizer: Any) -> str:
+    """The pattern that splits text as a tokenizer.json's pre_tokenizer does."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if isinstance(pre_tokenizer, dict) else []
+    match [{"use_regex": True} | step if step.get("type") == "ByteLevel" else step for step in steps]:
+        case [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ] if pattern in (LLAMA3_SPLIT, TEKKEN_SPLIT):
+            return pattern
+        case [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        ]:
+            return SMOLLM_SPLIT
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return GPT2_SPLIT
+    found = " + ".join(str(step.get("type")) for step in steps) or repr(pre_tokenizer)
+    raise MinisaError(f"its pre_tokenizer ({found}) is not one minisa knows: expected Llama 3's, tekken's or SmolLM2's")
+
+
+def _adds_bos(post_processor: Mapping[str, Any]) -> bool:
+    steps = post_processor.get("processors", [post_processor])
+    templates = [step["single"] for step in steps if step.get("type") == "TemplateProcessing"]
+    return any("SpecialToken" in template[0] for template in templates)

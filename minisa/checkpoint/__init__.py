@@ -1,0 +1,14 @@
+"""Checkpoints: every file format a Llama or Mistral model comes in, as one stream of named tensors.
+
+    path ── open_checkpoint ──> Checkpoint: config + {parameter name: StoredTensor}     (headers only)
+    Checkpoint ── load_weights ──> the model's parameters, on their device, in their dtype
+
+Opening reads no weight; loading reads each file front to back, a few rows at a time.
+"""
+
+from minisa.checkpoint.files import StoredTensor
+from minisa.checkpoint.gguf import GGUFFile, read_gguf
+from minisa.checkpoint.layouts import Checkpoint, open_checkpoint
+from minisa.checkpoint.load import load_weights
+
+__all__ = ["Checkpoint", "GGUFFile", "StoredTensor", "load_weights", "open_checkpoint", "read_gguf"]

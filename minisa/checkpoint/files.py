@@ -1,0 +1,125 @@
+"""What the formats share: a file read in ranges, a tensor that lies in it, and JSON nobody vouches for.
+
+Ranges are read, not memory-mapped: a mapped page counts as resident memory until the kernel feels like
+dropping it, and a file that shrinks under a mapping kills the process in place of raising an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from minisa.errors import MinisaError
+
+MAX_JSON = 100_000_000  # bytes; the bound safetensors' own reader puts on a header
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class StoredTensor(Protocol):
+    """A tensor in a file, of which nothing has been read but its header."""
+
+    @property
+    def name(self) -> str:
+        """As the file has it, for messages."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In torch's order: a linear layer is [out, in]."""
+
+    def read_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start to stop of the first dimension, on the CPU, in a floating dtype of the file's choosing.
+
+        Raises MinisaError when the file has become shorter than its header says.
+        """
+
+
+class DataFile:
+    """A file held open and read in ranges, by several threads if need be."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed with the object, below)
+        self._reading = threading.Lock()
+        self.size = os.fstat(self._file.fileno()).st_size
+        weakref.finalize(self, self._file.close)
+
+    def read(self, offset: int, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes], the bytes from `offset` on."""
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        unread = data.numpy().data
+        with self._reading:
+            self._file.seek(offset)
+            while unread.nbytes:
+                count = self._file.readinto(unread)
+                if not count:
+                    raise MinisaError(f"{self.path}: ends {unread.nbytes} bytes early: fetch the file again")
+                unread = unread[count:]
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class FileTensor:
+    """A tensor whose elements lie plain and contiguous in a file, from byte `offset` on."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: DataFile
+    offset: int
+
+    def read_rows(self, start: int, stop: int) -> torch.Tensor:
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        data = self.file.read(self.offset + start * row_bytes, (stop - start) * row_bytes)
+        return data.view(self.dtype).view(stop - start, *self.shape[1:])
+
+    def require_weight_dtype(self) -> None:
+        """Raises MinisaError unless the elements are fp32, fp16 or bf16."""
+        if self.dtype not in WEIGHT_DTYPES:
+            raise MinisaError(
+                f"{self.file.path}: {self.name} is stored as {str(self.dtype).removeprefix('torch.')}: expected "
+                "fp32, fp16 or bf16 (or a GGUF file)"
+            )
+
+
+def is_size(value: object) -> bool:
+    """Whether `value` can be a byte offset or a dimension (bool is an int to Python, not to a file format)."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """The object that `text` holds; `where` names it in messages.
+
+    Raises MinisaError for anything else, for a key that stands twice and for nesting beyond reason.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        unique = dict(pairs)
+        if len(unique) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        return unique
+
+    try:
+        value = json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise MinisaError(f"{where} is not valid JSON ({error}): fetch the file again") from None
+    if not isinstance(value, dict):
+        raise MinisaError(f"{where} is a JSON {type(value).__name__}: expected an object")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises MinisaError, or OSError when the file cannot be read."""
+    with path.open("rb") as file:
+        text = file.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise MinisaError(f"{path}: longer than {MAX_JSON} bytes: this is not a model's description")
+    return parse_json(text, str(path))

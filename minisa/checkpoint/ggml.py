@@ -1,0 +1,133 @@
+"""ggml's tensor types: their sizes, and how their blocks become floats.
+
+A quantized row is a sequence of blocks, each a few numbers shared by (most often) 32 weights and a few bits for each.
+The types of llama.cpp's simple quantizations are read here; the K- and I-quants through the optional `gguf` package.
+Layouts: ggml/src/ggml-common.h in https://github.com/ggml-org/llama.cpp
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minisa.checkpoint.files import DataFile
+from minisa.errors import MinisaError
+
+
+@dataclass(frozen=True, slots=True)
+class GGMLType:
+    """code: its number in files. Every `block` weights of a row take `nbytes` bytes."""
+
+    code: int
+    name: str
+    block: int
+    nbytes: int
+
+
+TYPES = {
+    code: GGMLType(code, name, block, nbytes)
+    for code, name, block, nbytes in (
+        (0, "F32", 1, 4), (1, "F16", 1, 2), (30, "BF16", 1, 2), (28, "F64", 1, 8),
+        (24, "I8", 1, 1), (25, "I16", 1, 2), (26, "I32", 1, 4), (27, "I64", 1, 8),
+        (2, "Q4_0", 32, 18), (3, "Q4_1", 32, 20), (6, "Q5_0", 32, 22), (7, "Q5_1", 32, 24),
+        (8, "Q8_0", 32, 34), (9, "Q8_1", 32, 40),
+        (10, "Q2_K", 256, 84), (11, "Q3_K", 256, 110), (12, "Q4_K", 256, 144), (13, "Q5_K", 256, 176),
+        (14, "Q6_K", 256, 210), (15, "Q8_K", 256, 292),
+        (16, "IQ2_XXS", 256, 66), (17, "IQ2_XS", 256, 74), (18, "IQ3_XXS", 256, 98), (19, "IQ1_S", 256, 50),
+        (20, "IQ4_NL", 32, 18), (21, "IQ3_S", 256, 110), (22, "IQ2_S", 256, 82), (23, "IQ4_XS", 256, 136),
+        (29, "IQ1_M", 256, 56), (34, "TQ1_0", 256, 54), (35, "TQ2_0", 256, 66), (39, "MXFP4", 32, 17),
+    )
+}  # fmt: skip
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+Decoder = Callable[[Tensor], Tensor]  # uint8 [n, nbytes] → fp32 [n, block]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """A tensor of ggml blocks in a file, from byte `offset` on."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLType
+    decode: Decoder
+    file: DataFile
+    offset: int
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        row_bytes = self.shape[1] // self.type.block * self.type.nbytes
+        data = self.file.read(self.offset + start * row_bytes, (stop - start) * row_bytes)
+        return self.decode(data.view(-1, self.type.nbytes)).view(stop - start, self.shape[1])
+
+
+def decoder(type: GGMLType) -> Decoder:
+    """What turns blocks of `type` into floats.
+
+    Raises MinisaError for a type that needs the `gguf` package where that is absent, or that nobody reads.
+    """
+    if own := _DECODERS.get(type.name):
+        return own
+    try:
+        from gguf import GGMLQuantizationType, quants
+    except ImportError:
+        raise MinisaError(f'weights of type {type.name} need the gguf package: pip install "minisa[gguf]"') from None
+
+    def decode(blocks: Tensor) -> Tensor:
+        return torch.from_numpy(quants.dequantize(blocks.numpy(), GGMLQuantizationType(type.code)))
+
+    try:
+        decode(torch.zeros(1, type.nbytes, dtype=torch.uint8))
+    except (NotImplementedError, ValueError):
+        raise MinisaError(f"weights of type {type.name} are not supported, nor by the gguf package") from None
+    return decode
+
+
+# d and m are a block's scale and minimum, fp16 in the file. Product and sum are rounded apart, as in ggml's C.
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    d = blocks[:, :2].view(torch.float16).float()
+    return blocks[:, 2:].view(torch.int8).float().mul_(d)
+
+
+def _q4_0(blocks: Tensor) -> Tensor:
+    d = blocks[:, :2].view(torch.float16).float()
+    return _nibbles(blocks[:, 2:]).float().sub_(8).mul_(d)
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    d, m = blocks[:, :4].view(torch.float16).float().split(1, dim=1)
+    return _nibbles(blocks[:, 4:]).float().mul_(d).add_(m)
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    d = blocks[:, :2].view(torch.float16).float()
+    return _fifth_bits(blocks[:, 2:6]).add_(_nibbles(blocks[:, 6:])).float().sub_(16).mul_(d)
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    d, m = blocks[:, :4].view(torch.float16).float().split(1, dim=1)
+    return _fifth_bits(blocks[:, 4:8]).add_(_nibbles(blocks[:, 8:])).float().mul_(d).add_(m)
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """uint8 [n, 16] → [n, 32]: the low halves of all bytes, then the high ones."""
+    return torch.stack((packed & 15, packed >> 4), dim=1).view(-1, 32)
+
+
+def _fifth_bits(packed: Tensor) -> Tensor:
+    """uint8 [n, 4] → [n, 32]: bit i, moved above the four of weight i's nibble."""
+    bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)  # [n, 4, 8]
+    return (bits & 1).mul_(16).view(-1, 32)
+
+
+_DECODERS: dict[str, Decoder] = {
+    "Q8_0": _q8_0,
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+}

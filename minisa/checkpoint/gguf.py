@@ -1,0 +1,206 @@
+"""GGUF files: llama.cpp's container of metadata (tokenizer included) and tensors.
+
+Little-endian: magic, version, counts, key-value pairs, tensor descriptions, padding, tensor data.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from minisa.checkpoint.ggml import TYPES, GGMLType
+from minisa.errors import MinisaError
+
+MAX_HEADER = 64 << 20  # bytes; the largest vocabularies take 16 MB, and all below is bounded by this
+MAX_DEPTH = 4  # arrays inside arrays
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+_NUMBERS = {  # the codes of value types
+    code: np.dtype(name).newbyteorder("<")
+    for code, name in {
+        0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", _BOOL: "u1", 10: "u8", 11: "i8", 12: "f8",
+    }.items()
+}  # fmt: skip
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor's description: shape in torch's order, offset in bytes from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLType
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) // self.type.block * self.type.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFFile:
+    """The header of a GGUF file.
+
+    metadata: numbers, booleans, strings and lists of them. Bytes that are no UTF-8 (some vocabularies have such
+        tokens) come as lone surrogates: `.encode("utf-8", "surrogateescape")` gives them back.
+    tensors: in the order they lie in the file.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: tuple[TensorInfo, ...]
+
+
+def read_gguf(path: Path) -> GGUFFile:
+    """The header of a GGUF file of version 2 or 3.
+
+    Raises MinisaError where header and file disagree, OSError when the file cannot be read.
+    """
+    with path.open("rb") as file:
+        if (start := file.read(4)) != b"GGUF":
+            raise MinisaError(
+                f"{path}: not a GGUF file (it begins with {start!r}): expected a .gguf file or a checkpoint's folder"
+            )
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Header(path, data).parse()
+
+
+class _Header:
+    """A cursor over the mapped file. Every read is checked against the file's end, and MAX_HEADER."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path = path
+        self.data = data
+        self.position = 4  # behind the magic
+        self.limit = min(len(data), MAX_HEADER)
+
+    def fail(self, what: str) -> NoReturn:
+        raise MinisaError(f"{self.path}: {what}")
+
+    def parse(self) -> GGUFFile:
+        version = self.number(_U32)
+        if version not in (2, 3):
+            if version and version % 65_536 == 0:
+                self.fail("a big-endian GGUF file: expected a little-endian one")
+            self.fail(f"GGUF version {version} is not supported: expected 2 or 3")
+        n_tensors, n_pairs = self.number(_U64), self.number(_U64)
+        metadata = self.pairs(n_pairs)
+        infos = self.infos(n_tensors)
+        alignment = metadata.get("general.alignment", 32)
+        if not (isinstance(alignment, int) and 0 < alignment <= 1 << 20 and alignment.bit_count() == 1):
+            self.fail(f"general.alignment is {alignment!r}: expected a power of two")
+        start = -(-self.position // alignment) * alignment
+        tensors = [TensorInfo(info.name, info.shape, info.type, start + info.offset) for info in infos]
+        self.check_layout(tensors, alignment)
+        return GGUFFile(self.path, metadata, tuple(tensors))
+
+    def pairs(self, count: int) -> dict[str, Any]:
+        metadata: dict[str, Any] = {}
+        self.need(count * 13, f"{count} metadata pairs")
+        for _ in range(count):
+            key = self.string()
+            if key in metadata:
+                self.fail(f"the metadata key {key!r} stands twice")
+            metadata[key] = self.value(key, self.number(_U32), 0)
+        return metadata
+
+    def infos(self, count: int) -> list[TensorInfo]:
+        """Tensor descriptions, their offsets still counted from the start of the data."""
+        infos: dict[str, TensorInfo] = {}
+        self.need(count * 32, f"{count} tensors")
+        for _ in range(count):
+            name = self.string()
+            if name in infos:
+                self.fail(f"the tensor {name!r} stands twice")
+            n_dims = self.number(_U32)
+            if not 1 <= n_dims <= 4:
+                self.fail(f"the tensor {name!r} has {n_dims} dimensions: expected 1 to 4")
+            shape = tuple(self.number(_U64) for _ in range(n_dims))[::-1]
+            code = self.number(_U32)
+            if code not in TYPES:
+                self.fail(f"the tensor {name!r} has type {code}, which minisa does not know")
+            if 0 in shape or shape[-1] % TYPES[code].block:
+                self.fail(f"the tensor {name!r} of shape {list(shape)} cannot be made of {TYPES[code].name} blocks")
+            infos[name] = TensorInfo(name, shape, TYPES[code], self.number(_U64))
+        return list(infos.values())
+
+    def check_layout(self, tensors: list[TensorInfo], alignment: int) -> None:
+        """Sort the tensors by offset; refuse those that are misplaced, overlap or leave the file."""
+        tensors.sort(key=lambda info: info.offset)
+        end = self.position
+        for info in tensors:
+            if info.offset % alignment or info.offset < end:
+                self.fail(f"the tensor {info.name!r} is misaligned or overlaps another: fetch the file again")
+            end = info.offset + info.nbytes
+            if end > len(self.data):
+                self.fail(f"the tensor {info.name!r} ends {end - len(self.data)} bytes after the file: truncated?")
+
+    def value(self, key: str, code: int, depth: int) -> Any:
+        if code == _STRING:
+            return self.string()
+        if code == _ARRAY:
+            code, count = self.number(_U32), self.number(_U64)
+            if code == _STRING:
+                return self.strings(count)
+            if code == _ARRAY:
+                if depth == MAX_DEPTH:
+                    self.fail(f"{key!r} nests arrays more than {MAX_DEPTH} deep")
+                self.need(count * 12, f"{key!r} with {count} arrays")
+                return [self.value(key, code, depth + 1) for _ in range(count)]
+            return self.numbers(key, code, count)
+        return self.numbers(key, code, 1)[0]
+
+    def numbers(self, key: str, code: int, count: int) -> list[Any]:
+        dtype = _NUMBERS.get(code)
+        if dtype is None:
+            self.fail(f"{key!r} has value type {code}, which GGUF does not define")
+        self.need(count * dtype.itemsize, f"{key!r} with {count} values")
+        end = self.position + count * dtype.itemsize
+        values = np.frombuffer(self.data[self.position : end], dtype)  # of a copy: an array would pin the mapping
+        self.position = end
+        if code != _BOOL:
+            return values.tolist()
+        if (values > 1).any():
+            self.fail(f"{key!r} has a boolean that is neither 0 nor 1")
+        return values.astype(bool).tolist()
+
+    def number(self, format: struct.Struct) -> int:
+        self.need(format.size, "the next number")
+        (value,) = format.unpack_from(self.data, self.position)
+        self.position += format.size
+        return value
+
+    def string(self) -> str:
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        """`count` strings, each behind its length; the loop that reads whole vocabularies."""
+        self.need(count * 8, f"{count} strings")
+        data, position, limit, unpack = self.data, self.position, self.limit, _U64.unpack_from
+        strings = []
+        for _ in range(count):
+            begin = position + 8
+            if begin > limit:
+                self.overrun(f"{count} strings")
+            position = begin + unpack(data, begin - 8)[0]
+            if position > limit:
+                self.overrun(f"a string of {position - begin} bytes")
+            strings.append(data[begin:position].decode("utf-8", "surrogateescape"))
+        self.position = position
+        return strings
+
+    def need(self, nbytes: int, what: str) -> None:
+        if self.position + nbytes > self.limit:
+            self.overrun(what)
+
+    def overrun(self, what: str) -> NoReturn:
+        if self.limit < len(self.data):
+            self.fail(f"the header has no end in {MAX_HEADER >> 20} MiB (at {what}): the file is corrupt")
+        self.fail(f"the file ends inside its header (at {what}): fetch it again")

@@ -1,0 +1,174 @@
+"""open_checkpoint: which format lies at a path, the model's config and where each tensor is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minisa.checkpoint import ggml, names
+from minisa.checkpoint.files import DataFile, FileTensor, StoredTensor, read_json
+from minisa.checkpoint.gguf import TensorInfo, read_gguf
+from minisa.checkpoint.pth import merge, read_pth
+from minisa.checkpoint.safetensors import read_safetensors, read_safetensors_index
+from minisa.config import ModelConfig
+from minisa.errors import MinisaError
+
+LOOKED_FOR = (
+    "config.json with model.safetensors (or its index), params.json with consolidated.*.pth or "
+    "consolidated.safetensors, or one .gguf file"
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files, of which only the headers have been read.
+
+    tensors: by the model's parameter names, in the order they lie in the files.
+    unknown: the names of tensors that no Llama has; load_weights refuses them.
+    interleaved: the RoPE pairs of a q or k head are rows (0, 1), (2, 3), …, not (0, d/2), (1, d/2+1), …
+    format: for messages. nbytes: what the weights take on disk.
+    """
+
+    path: Path
+    config: ModelConfig
+    tensors: Mapping[str, StoredTensor]
+    unknown: tuple[str, ...]
+    interleaved: bool
+    format: str
+    nbytes: int
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at a path: a directory in Hugging Face's, Meta's or Mistral's layout, or a GGUF file.
+
+    Raises MinisaError when there is none, or its headers are not those of a Llama.
+    """
+    try:
+        if path.is_dir():
+            return _open_directory(path)
+        if path.exists() and not path.is_file():
+            raise MinisaError(f"{path}: neither a file nor a directory: expected a checkpoint")
+        return _open_gguf(path)
+    except OSError as error:
+        raise MinisaError(
+            f"{error.filename or path}: {error.strerror}: expected a readable .gguf file or checkpoint directory"
+        ) from None
+
+
+def _open_directory(path: Path) -> Checkpoint:
+    if (path / "config.json").is_file() and (stored := _safetensors(path, "model")) is not None:
+        return _open_hugging_face(path, stored)
+    if (path / "params.json").is_file():
+        if (stored := _safetensors(path, "consolidated")) is not None:
+            return _open_consolidated(path, [stored], "Mistral's consolidated.safetensors")
+        if shards := _consolidated_shards(path):
+            return _open_consolidated(path, [read_pth(shard) for shard in shards], "consolidated.pth")
+    gguf_files = sorted(path.glob("*.gguf"))
+    if len(gguf_files) == 1:
+        return _open_gguf(gguf_files[0])
+    if gguf_files:
+        raise MinisaError(f"{path}: holds {len(gguf_files)} .gguf files: name one, such as {gguf_files[0]}")
+    raise MinisaError(f"{path}: no model in this directory: looked for {LOOKED_FOR}")
+
+
+def _safetensors(path: Path, stem: str) -> dict[str, FileTensor] | None:
+    if (single := path / f"{stem}.safetensors").is_file():
+        return read_safetensors(single)
+    if (index := path / f"{stem}.safetensors.index.json").is_file():
+        return read_safetensors_index(index)
+    return None
+
+
+def _consolidated_shards(path: Path) -> list[Path]:
+    shards = sorted(path.glob("consolidated.[0-9][0-9].pth"))
+    for i, shard in enumerate(shards):
+        if shard.name != (expected := f"consolidated.{i:02}.pth"):
+            raise MinisaError(f"{path / expected}: missing, and {shard.name} is there: fetch every shard")
+    return shards
+
+
+def _open_hugging_face(path: Path, stored: dict[str, FileTensor]) -> Checkpoint:
+    description = read_json(path / "config.json")
+    with _describing(path / "config.json"):
+        config = ModelConfig.from_hf(description)
+    tensors, unknown = names.HUGGING_FACE.rename(stored)
+    if config.tie_embeddings:
+        tensors.pop("output.weight", None)  # some files repeat the embedding there
+    for tensor in tensors.values():
+        tensor.require_weight_dtype()
+    return Checkpoint(path, config, tensors, unknown, False, "Hugging Face safetensors", _nbytes(tensors.values()))
+
+
+def _open_consolidated(path: Path, shards: list[dict[str, FileTensor]], format: str) -> Checkpoint:
+    named = [names.META.rename(shard) for shard in shards]
+    plain = [tensor for tensors, _ in named for tensor in tensors.values()]
+    for tensor in plain:
+        tensor.require_weight_dtype()
+    params = read_json(path / "params.json")
+    tensors = merge([tensors for tensors, _ in named], params.get("dim"))
+    embedding = tensors.get("tok_embeddings.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise MinisaError(f"{path}: the weights lack a matrix tok_embeddings.weight: are they a Llama's?")
+    with _describing(path / "params.json"):
+        config = ModelConfig.from_params(params, vocab_size=embedding.shape[0])
+    return Checkpoint(path, config, tensors, named[0][1], True, format, _nbytes(plain))
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    header = read_gguf(path)
+    infos = {info.name: info for info in header.tensors}
+    n_splits = header.metadata.get("split.count", 0)
+    if n_splits not in (0, 1):  # a merged file keeps the key, at 0
+        raise MinisaError(f"{path}: one of {n_splits} parts of a split GGUF: merge them with llama-gguf-split")
+    file = DataFile(path)
+    with _describing(path):
+        factors = _rope_factors(infos.get("rope_freqs.weight"), file)
+        config = ModelConfig.from_gguf(header.metadata, tied="output.weight" not in infos, rope_factors=factors)
+        if factors and len(factors) != config.head_dim // 2:
+            raise MinisaError(
+                f"rope_freqs.weight has {len(factors)} values: expected {config.head_dim // 2}, half of head_dim"
+            )
+        known, unknown = names.GGUF.rename(infos)
+        tensors = {name: _stored(info, file) for name, info in known.items()}
+    return Checkpoint(path, config, tensors, unknown, True, "GGUF", _nbytes(tensors.values()))
+
+
+def _stored(info: TensorInfo, file: DataFile) -> FileTensor | ggml.QuantizedTensor:
+    if dtype := ggml.PLAIN.get(info.type.name):
+        return FileTensor(info.name, info.shape, dtype, file, info.offset)
+    try:
+        decode = ggml.decoder(info.type)
+    except MinisaError as error:
+        raise MinisaError(f"{info.name}: {error}") from None
+    return ggml.QuantizedTensor(info.name, info.shape, info.type, decode, file, info.offset)
+
+
+def _rope_factors(info: TensorInfo | None, file: DataFile) -> tuple[float, ...] | None:
+    if info is None:
+        return None
+    if info.type.name != "F32" or len(info.shape) != 1 or info.shape[0] > 1 << 16:
+        raise MinisaError(f"rope_freqs.weight is {info.type.name} {list(info.shape)}: expected a vector of F32")
+    factors = file.read(info.offset, info.nbytes).view(torch.float32)
+    if not (factors.isfinite() & (factors > 0)).all():
+        raise MinisaError("rope_freqs.weight has values that are not positive numbers")
+    return tuple(factors.tolist())
+
+
+@contextmanager
+def _describing(path: Path) -> Iterator[None]:
+    """Put the path of a model's description before whatever is found wrong with it."""
+    try:
+        yield
+    except MinisaError as error:
+        message = str(error).removeprefix(f"{path}: ").removeprefix(f"{path.name}: ")
+        raise MinisaError(f"{path}: {message}") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise MinisaError(f"{path}: not the description of a model ({error})") from None
+
+
+def _nbytes(tensors: Iterable[FileTensor | ggml.QuantizedTensor]) -> int:
+    return sum(file.size for file in {tensor.file for tensor in tensors})

@@ -1,0 +1,103 @@
+"""safetensors files, alone or in shards with an index.
+
+A file is an 8-byte little-endian length, a JSON header of that length, and the elements of all tensors, one after
+the other. The header is believed only once it accounts for every byte of the file.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisa.checkpoint.files import MAX_JSON, DataFile, FileTensor, is_size, parse_json, read_json
+from minisa.errors import MinisaError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def read_safetensors(path: Path) -> dict[str, FileTensor]:
+    """The tensors of one file by name, in the order they lie in it.
+
+    Raises MinisaError where header and file disagree, OSError when the file cannot be read.
+    """
+    file = DataFile(path)
+    if file.size < 8:
+        raise MinisaError(f"{path}: {file.size} bytes is too short for a safetensors file: fetch it again")
+    length = int.from_bytes(file.read(0, 8).numpy().tobytes(), "little")
+    if length > min(MAX_JSON, file.size - 8):
+        raise MinisaError(
+            f"{path}: claims a header of {length} bytes in a file of {file.size}: truncated, or not a safetensors file"
+        )
+    header = parse_json(file.read(8, length).numpy().tobytes(), f"{path}: the header")
+    header.pop("__metadata__", None)
+    tensors = [_tensor(name, entry, file, 8 + length) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, math.prod(tensor.shape)))
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.offset != end:
+            what = "overlaps the tensor before it" if tensor.offset < end else "leaves a gap before it"
+            raise MinisaError(f"{path}: {tensor.name!r} {what}: the file is corrupt, fetch it again")
+        end += math.prod(tensor.shape) * tensor.dtype.itemsize
+    if end != file.size:
+        raise MinisaError(
+            f"{path}: the header describes {end} bytes, the file has {file.size}: truncated or corrupt, fetch it again"
+        )
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _tensor(name: str, entry: Any, file: DataFile, data: int) -> FileTensor:
+    """One entry of the header; `data` is where the elements begin in the file."""
+    where = f"{file.path}: {name!r}"
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise MinisaError(f"{where}: expected an object with dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise MinisaError(f"{where}: dtype {dtype!r} is not supported: expected F32, F16 or BF16")
+    if not _are_sizes(shape) or len(shape) > 8:
+        raise MinisaError(f"{where}: shape {shape!r}: expected at most 8 whole numbers")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise MinisaError(f"{where}: data_offsets {offsets!r}: expected two whole numbers")
+    start, end = offsets
+    if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise MinisaError(f"{where}: {dtype} of shape {shape} does not take the bytes {start} to {end}")
+    return FileTensor(name, tuple(shape), DTYPES[dtype], file, data + start)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(is_size(item) for item in value)
+
+
+def read_safetensors_index(path: Path) -> dict[str, FileTensor]:
+    """The tensors that an index lists (model.safetensors.index.json), shard by shard.
+
+    Raises MinisaError for a shard that is missing, lies elsewhere or lacks what the index says it holds.
+    """
+    shard_of = read_json(path).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise MinisaError(f"{path}: weight_map is missing or broken: expected tensor names with their files")
+    tensors: dict[str, FileTensor] = {}
+    for shard in sorted(set(shard_of.values())):
+        if shard in ("", "..") or "\\" in shard or Path(shard).name != shard:
+            raise MinisaError(f"{path}: {shard!r} is not a plain file name: shards lie beside their index")
+        if not path.with_name(shard).is_file():
+            raise MinisaError(f"{path.with_name(shard)}: missing, and {path.name} lists it: fetch it as well")
+        stored = read_safetensors(path.with_name(shard))
+        listed = {name for name, home in shard_of.items() if home == shard}
+        if lacking := _first(listed - stored.keys()):
+            raise MinisaError(f"{path.with_name(shard)}: lacks {lacking!r}, which {path.name} says it holds")
+        tensors.update({name: tensor for name, tensor in stored.items() if name in listed})
+    return tensors
+
+
+def _first(names: Iterable[str]) -> str | None:
+    return min(names, default=None)

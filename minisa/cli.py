@@ -1,0 +1,57 @@
+"""python -m minisa: fetch models, look at plans."""
+
+from __future__ import annotations
+
+import click
+
+from minisa.checkpoint import open_checkpoint
+from minisa.console import fetch
+from minisa.costs import kv_bytes, parameter_count
+from minisa.engine import choose_plan
+from minisa.registry import DEFAULT_MODEL, find, local_path, registry, resolve
+from minisa.sharing import SharingPlan
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Fetch models and look at sharing plans. To talk to a model: chat.py; to measure one: bench.py."""
+
+
+@main.command()
+@click.argument("name")
+def pull(name: str) -> None:
+    """Download the model NAME; `python -m minisa models` lists them."""
+    entry = find(name)
+    path = local_path(entry)
+    if path is not None:
+        click.echo(f"{entry.name} is there already: {path}", err=True)
+    else:
+        click.echo(f"{entry.name} is ready: {fetch(entry)}", err=True)
+
+
+@main.command()
+def models() -> None:
+    """List the models of weights/models.toml, and which of them are here."""
+    for entry in registry().values():
+        here = "here" if local_path(entry) is not None else "gated" if entry.gated else ""
+        click.echo(f"{entry.name:<28}{entry.size / 1e9:>8.2f} GB  {here:<6} {entry.licence}")
+
+
+@main.command()
+@click.argument("spans", default="default")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path.")
+@click.option("--save", type=click.Path(dir_okay=False), help="Write the plan to this JSON file.")
+def plan(spans: str, model: str, save: str | None) -> None:
+    """Show what SPANS share in a model, and what that saves: 27-30, 3:6,19:21, none, default or a JSON file."""
+    path, entry = resolve(model)
+    config = open_checkpoint(path).config
+    chosen = choose_plan(spans, config, entry)
+    plain = SharingPlan.none(config.n_layers)
+    slot, plain_slot = (kv_bytes(config, p, 1, 2) for p in (chosen, plain))
+    weights, plain_weights = (parameter_count(config, p) for p in (chosen, plain))
+    click.echo(f"plan {chosen}: {len(chosen.followers)} of {config.n_layers} layers follow")
+    click.echo(chosen.picture())
+    click.echo(f"KV cache   {slot:,} of {plain_slot:,} bytes a token in bf16 ({slot / plain_slot - 1:+.1%})")
+    click.echo(f"weights    {weights:,} of {plain_weights:,} ({weights / plain_weights - 1:+.1%})")
+    if save is not None:
+        chosen.save(save)

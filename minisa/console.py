@@ -1,0 +1,142 @@
+"""What the command lines share: flags, one-line errors, progress bars, and the default model fetched on first use."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+import torch
+
+from minisa.device import DTYPES, dtype_name
+from minisa.download import pull
+from minisa.engine import LLM, load
+from minisa.errors import MinisaError
+from minisa.registry import DEFAULT_MODEL, ModelEntry, find, local_path, weights_dir
+
+MODEL_OPTIONS = [
+    click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path."),
+    click.option(
+        "--sa",
+        is_flag=False,
+        flag_value="default",
+        metavar="[SPANS|PLAN.json]",
+        help="Share attention weights: followers as 27-30 or 3:6,19:21, a plan's file, or alone for the model's own.",
+    ),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
+    click.option("--dtype", default="auto", show_default=True, help=f"auto, {', '.join(DTYPES)}."),
+]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def model_options(command: Command) -> Command:
+    """Decorator: --model --sa --device --dtype."""
+    for option in reversed(MODEL_OPTIONS):
+        command = option(command)
+    return command
+
+
+def run(command: click.Command) -> NoReturn:
+    """Run a command line; what the user can put right is one line on stderr and exit status 2."""
+    name = Path(sys.argv[0]).name
+    if name == "__main__.py":
+        name = "minisa"
+    try:
+        status = command.main(prog_name=name, standalone_mode=False)
+    except (MinisaError, click.ClickException) as error:
+        _fail(name, error.format_message() if isinstance(error, click.ClickException) else str(error))
+    except (KeyboardInterrupt, click.Abort):
+        click.echo(err=True)
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        _fail(name, "the device is out of memory: lower --max-seq-len, take a smaller --dtype or another --device")
+    except BrokenPipeError:
+        # The reader has left; the interpreter must not try to flush to it again on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _fail(name, f"no space left on the disk while writing {error.filename or 'a file'}")
+        raise
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(name: str, message: str) -> NoReturn:
+    click.echo(f"{name}: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+def open_model(model: str, **options: Any) -> LLM:
+    """`minisa.load` with a progress bar; the default model is fetched first if it is not there yet."""
+    if model == DEFAULT_MODEL and local_path(find(model)) is None:
+        fetch(find(model))
+    with _Bar(f"loading {model}") as bar:
+        return load(model, progress=bar.update, **options)
+
+
+def fetch(entry: ModelEntry) -> Path:
+    """Download a model's files, saying what, how large, under which licence and where to."""
+    click.echo(
+        f"{entry.name}: {entry.size / 1e6:,.0f} MB, licence {entry.licence}, from {entry.source} to {weights_dir()}",
+        err=True,
+    )
+    bars: dict[str, _Bar] = {}
+
+    def show(file: str, done: int, total: int | None) -> None:
+        if file not in bars:
+            bars[file] = _Bar(file)
+        bars[file].update(done, total)
+
+    try:
+        return pull(entry, progress=show)
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def banner(llm: LLM, model: str) -> str:
+    """One line: the model, its plan, where it runs."""
+    config, plan = llm.config, llm.plan
+    sharing = f"{len(plan.followers)} follow ({plan})" if plan.followers else "plain attention"
+    return (
+        f"{Path(model).name} · {config.n_layers} layers, {sharing} · {dtype_name(llm.dtype)} on {llm.device} · "
+        f"context {llm.cache.length} · KV cache {mebibytes(llm.cache.bytes())}"
+    )
+
+
+def mebibytes(n_bytes: float) -> str:
+    return f"{n_bytes / 2**20:,.1f} MiB"
+
+
+class _Bar:
+    """click's progress bar, begun when the first total is known; silent where stderr is not a terminal."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._bar: Any = None
+        self._done = 0
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, done: int, total: int | None) -> None:
+        if not sys.stderr.isatty() or not total:
+            return
+        if self._bar is None:
+            self._bar = click.progressbar(length=total, label=self._label, file=sys.stderr, show_pos=False)
+            self._bar.__enter__()
+        self._bar.update(done - self._done)
+        self._done = done
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None

@@ -1,0 +1,81 @@
+"""Which device and dtype to run on, and how much memory was used there."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from minisa.errors import MinisaError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """ "auto" is CUDA where there is one, else Apple's GPU, else the CPU. MinisaError if the one named is absent."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise MinisaError(f"--device {name!r} is not a device: expected auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise MinisaError(f"--device {name}: this machine or this build of torch has no CUDA; try --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise MinisaError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise MinisaError("--device mps: this machine has no Apple GPU that torch can use; try --device cpu")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise MinisaError(f"--dtype {name!r} is not supported: expected auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
+    return torch.float16
+
+
+def _cpu_multiplies_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if sys.platform == "linux":
+        with open("/proc/meminfo") as meminfo:
+            for line in meminfo:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    return 4 << 30  # unknown: assume little
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: by torch's allocator on a GPU, by this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

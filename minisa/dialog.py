@@ -1,0 +1,276 @@
+"""Chat prompts: messages to token ids, in the format each model was trained on.
+
+Special tokens go in by their ids and text as plain text, so no text can forge a role. In two old formats the
+markers are text themselves; there a message that spells one is refused, as Meta's own code does.
+
+A longer dialog's ids begin with those of the shorter one, so what the KV cache holds stays good. The one exception
+is the makers': Mistral's v2 and v3 put the system prompt into the last user message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minisa.errors import MinisaError
+from minisa.tokenizer import Tokenizer
+
+Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A special token, by name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text, encoded by itself. mid_text: it goes on from the text before it."""
+
+    text: str
+    mid_text: bool = False
+
+
+Part = Mark | Text
+Layout = Callable[[Sequence[Message]], Iterator[Part]]
+
+BOS = Mark("BOS")
+BOS_IF_ADDED = Mark("BOS, if the tokenizer puts it before plain text")
+EOS = Mark("</s>")
+
+
+@dataclass(frozen=True, slots=True)
+class Dialog:
+    """A chat format.
+
+    layout: messages to the parts of a prompt that ends where the assistant's answer begins.
+    end: the special token that ends the assistant's turn; None where that is the tokenizer's EOS.
+    alternating: after an optional system message come user, assistant, user, … and nothing else.
+    reserved: markers that are plain text in this format, so that no message may spell them.
+    free: any messages, in any order; otherwise the last one is the user's.
+    """
+
+    name: str
+    layout: Layout
+    end: str | None = None
+    alternating: bool = False
+    reserved: tuple[str, ...] = ()
+    free: bool = False
+
+    def render(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+        """The prompt's ids, the header that opens the assistant's turn included.
+
+        A system prompt that the model's own template falls back on (SmolLM2's does) stands in for a missing one.
+        Raises MinisaError for messages that the format has no place for, and for a vocabulary without its tokens.
+        """
+        self._check(messages)
+        if self.layout is _chatml and messages[0]["role"] != "system":
+            default = _default_system(tokenizer.chat_template or "")
+            messages = [*default, *messages]
+        ids: list[int] = []
+        for part in self.layout(messages):
+            if isinstance(part, Text):
+                ids += tokenizer.encode(part.text, mid_text=part.mid_text)
+            elif part is not BOS_IF_ADDED or tokenizer.add_bos:
+                ids.append(self._mark_id(part, tokenizer))
+        return ids
+
+    def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """The tokens that end the assistant's turn."""
+        own = () if self.end is None else (self._mark_id(Mark(self.end), tokenizer),)
+        return tokenizer.eos_ids.union(own)
+
+    def _mark_id(self, mark: Mark, tokenizer: Tokenizer) -> int:
+        token_id = tokenizer.bos_id if mark in (BOS, BOS_IF_ADDED) else tokenizer.special.get(mark.name)
+        if token_id is None:
+            raise MinisaError(f"the {self.name} chat format needs the token {mark.name}: the vocabulary has none")
+        return token_id
+
+    def _check(self, messages: Sequence[Message]) -> None:
+        if not messages:
+            raise MinisaError("messages: the list is empty: expected at least one message")
+        for number, message in enumerate(messages):
+            self._check_message(f"messages[{number}]", message)
+        roles = [message["role"] for message in messages]
+        if not self.free and roles[-1] != "user":
+            raise MinisaError(f"messages: the last one is the {roles[-1]}'s: expected the user's, to be answered")
+        turns = roles[1:] if roles[0] == "system" else roles
+        if self.alternating and turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+            raise MinisaError(
+                f"messages: the {self.name} chat format has system (or not), user, assistant, user, …: "
+                f"found {', '.join(roles[:9])}"
+            )
+
+    def _check_message(self, where: str, message: Any) -> None:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+        if role not in ROLES:
+            raise MinisaError(f"{where}: role {role!r} is unknown: expected {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise MinisaError(f"{where}: content is {content!r}: expected a string")
+        if role == "user" and not content:
+            raise MinisaError(f"{where}: the user's message is empty: give some text")
+        marker = next((marker for marker in self.reserved if marker in content), None)
+        if marker is not None and role != "assistant":
+            raise MinisaError(f"{where}: the text spells {marker}, a marker of the {self.name} format: reword it")
+
+
+def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
+    """The chat format of the model at a path, by its chat template; `raw` for a model that comes without.
+
+    Meta's and Mistral's own downloads have no place for a template: there the vocabulary's special tokens decide.
+    Raises MinisaError when the template is none of those known here.
+    """
+    template, special = tokenizer.chat_template, tokenizer.special
+    if template is None:
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        if Path(path).suffix == ".gguf" or any((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
+            return DIALOGS["raw"]
+        template = " ".join(mark for mark in ("<|start_header_id|>", "[INST]") if mark in special)
+        if not template:
+            return DIALOGS["raw"]
+    if "<|im_start|>" in template:
+        return DIALOGS["chatml"]
+    if "<|start_header_id|>" in template:
+        return DIALOGS["llama3"]
+    if "[INST]" in template and "[SYSTEM_PROMPT]" not in template:
+        return DIALOGS["llama2" if "<<SYS>>" in template else "mistral-v3" if "[INST]" in special else "mistral-v1"]
+    if "<|user|>" in template and "<|assistant|>" in template and "eos_token" in template:
+        return DIALOGS["zephyr"]
+    raise MinisaError(
+        f"{path}: its chat template is none of {', '.join(DIALOGS)}: pass --raw to prompt with plain text"
+    )
+
+
+def _default_system(template: str) -> list[Message]:
+    """The system message that a ChatML template has written out in itself, for dialogs without one."""
+    found = re.search(r"<\|im_start\|>system(?:\n|\\n)([^<>{}'\"]+)<\|im_end\|>", template)
+    return [{"role": "system", "content": found[1].replace("\\n", "\n")}] if found else []
+
+
+def _chatml(messages: Sequence[Message]) -> Iterator[Part]:
+    start, end = Mark("<|im_start|>"), Mark("<|im_end|>")
+    yield BOS_IF_ADDED
+    for message in messages:
+        yield start
+        if message["role"] == "assistant":  # apart from its header, as it was generated
+            yield Text("assistant\n")
+            yield Text(message["content"], mid_text=True)
+        else:
+            yield Text(f"{message['role']}\n{message['content']}")
+        yield end
+        yield Text("\n")
+    yield start
+    yield Text("assistant\n")
+
+
+def _llama3(messages: Sequence[Message]) -> Iterator[Part]:
+    """As in Meta's llama_models, chat_format.py: nothing is trimmed, and no date is put in."""
+
+    def header(role: str) -> Iterator[Part]:
+        yield Mark("<|start_header_id|>")
+        yield Text(role)
+        yield Mark("<|end_header_id|>")
+        yield Text("\n\n")
+
+    yield BOS
+    for message in messages:
+        yield from header(message["role"])
+        yield Text(message["content"])
+        yield Mark("<|eot_id|>")
+    yield from header("assistant")
+
+
+def _llama2(messages: Sequence[Message]) -> Iterator[Part]:
+    """As in Meta's llama, generation.py."""
+    system, turns = _system_apart(messages)
+    for number, message in enumerate(turns):
+        content = message["content"]
+        if message["role"] == "assistant":
+            yield Text(f" {content.strip()} ", mid_text=True)
+            yield EOS
+            continue
+        if number == 0 and system is not None:
+            content = f"<<SYS>>\n{system}\n<</SYS>>\n\n{content}"
+        yield BOS
+        yield Text(f"[INST] {content.strip()} [/INST]")
+
+
+def _mistral_v1(messages: Sequence[Message]) -> Iterator[Part]:
+    """As in mistral_common, InstructTokenizerV1: [INST] is text, every message is a text of its own."""
+    system, turns = _system_apart(messages)
+    yield BOS
+    for number, message in enumerate(turns):
+        content = message["content"]
+        if message["role"] == "assistant":
+            yield Text(content)
+            yield EOS
+            continue
+        if number == 0 and system:
+            content = f"{system}\n\n{content}"
+        yield Text(f"[INST] {content} [/INST]")
+
+
+def _mistral_v3(messages: Sequence[Message]) -> Iterator[Part]:
+    """As in mistral_common, InstructTokenizerV2 and V3, which differ in tools only; sentencepiece or tekken."""
+    system, turns = _system_apart(messages)
+    yield BOS
+    for number, message in enumerate(turns, 1):
+        content = message["content"]
+        if message["role"] == "assistant":
+            yield Text(content.rstrip(" "))
+            yield EOS
+        else:
+            yield Mark("[INST]")
+            yield Text(f"{system}\n\n{content}" if number == len(turns) and system else content)
+            yield Mark("[/INST]")
+
+
+def _zephyr(messages: Sequence[Message]) -> Iterator[Part]:
+    """Headers are text, but a turn ends with a special token, which text cannot spell."""
+    yield BOS_IF_ADDED
+    newline = ""
+    for message in messages:
+        header = f"{newline}<|{message['role']}|>\n"
+        newline = "\n"
+        if message["role"] == "assistant":
+            yield Text(header)
+            yield Text(message["content"], mid_text=True)
+        else:
+            yield Text(header + message["content"])
+        yield EOS
+    yield Text("\n<|assistant|>\n")
+
+
+def _raw(messages: Sequence[Message]) -> Iterator[Part]:
+    """No format: the messages' texts, one after the other."""
+    yield BOS_IF_ADDED
+    for number, message in enumerate(messages):
+        yield Text(message["content"], mid_text=number > 0)
+
+
+def _system_apart(messages: Sequence[Message]) -> tuple[str | None, Sequence[Message]]:
+    if messages[0]["role"] == "system":
+        return messages[0]["content"], messages[1:]
+    return None, messages
+
+
+DIALOGS: dict[str, Dialog] = {
+    dialog.name: dialog
+    for dialog in (
+        Dialog("chatml", _chatml, end="<|im_end|>"),
+        Dialog("llama2", _llama2, alternating=True, reserved=("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")),
+        Dialog("llama3", _llama3, end="<|eot_id|>"),
+        Dialog("mistral-v1", _mistral_v1, alternating=True, reserved=("[INST]", "[/INST]")),
+        Dialog("mistral-v2", _mistral_v3, alternating=True),
+        Dialog("mistral-v3", _mistral_v3, alternating=True),
+        Dialog("zephyr", _zephyr),
+        Dialog("raw", _raw, free=True),
+    )
+}

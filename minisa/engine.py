@@ -1,0 +1,244 @@
+"""load() and LLM: a model, its tokenizer, its cache and its plan in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisa.cache import StaticCache
+from minisa.checkpoint import load_weights, open_checkpoint
+from minisa.config import ModelConfig
+from minisa.costs import kv_bytes
+from minisa.decode import Runner, prefill_chunks
+from minisa.device import choose_device, choose_dtype, free_memory
+from minisa.dialog import DIALOGS, Dialog, Message, find_dialog
+from minisa.errors import MinisaError
+from minisa.generate import Chunk, Options, generate
+from minisa.model import Transformer
+from minisa.registry import ModelEntry, resolve
+from minisa.sampling import Sampling
+from minisa.sharing import SharingPlan
+from minisa.tokenizer import Tokenizer, load_tokenizer
+
+Prompt = str | Sequence[int]
+
+
+def load(
+    model: str | Path,
+    sa: str | Path | SharingPlan | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_seq_len: int | None = None,
+    max_batch: int = 1,
+    *,
+    compile: bool = False,
+    backend: str = "torch",
+    progress: Callable[[int, int], None] | None = None,
+) -> LLM:
+    """A model ready to run.
+
+    model: a name from weights/models.toml whose files are there, or the path of a checkpoint (a directory in Hugging
+        Face's, Meta's or Mistral's layout, or a .gguf file).
+    sa: None for plain attention, spans such as "27-30", "default" for the model's own plan, a SharingPlan, or the
+        path of a plan's JSON file.
+    device: auto, cpu, cuda, cuda:N, mps. dtype: auto, fp32, bf16, fp16.
+    max_seq_len: cache slots a row; None takes the context the model was trained for, or what fits in half of the
+        free memory if that is less.
+    max_batch: rows of the cache. compile: decode through torch.compile. backend: "torch" or "reference".
+    progress: called with (bytes done, bytes in all) while weights load.
+    Raises MinisaError for whatever the caller can put right.
+    """
+    path, entry = resolve(str(model))
+    target = choose_device(device)
+    number_format = choose_dtype(dtype, target)
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    plan = choose_plan(sa, config, entry)
+    if max_batch < 1:
+        raise MinisaError(f"max_batch is {max_batch}: expected 1 or more")
+    if max_seq_len is not None and not 1 <= max_seq_len <= config.max_seq_len:
+        raise MinisaError(f"max_seq_len is {max_seq_len}: expected 1 to {config.max_seq_len}, the model's own context")
+    tokenizer = load_tokenizer(path)
+    dialog = DIALOGS[entry.chat] if entry is not None and entry.chat else find_dialog(path, tokenizer)
+    with torch.device("meta"):
+        transformer = Transformer(config, plan, backend)
+    load_weights(transformer, checkpoint, device=target, dtype=number_format, progress=progress)
+    transformer.to(target)  # the buffers; the weights are there already
+    length = max_seq_len or _affordable_length(config, plan, max_batch, number_format, target)
+    cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=length, device=target, dtype=number_format)
+    return LLM(transformer, tokenizer, dialog, cache, compile=compile)
+
+
+def choose_plan(
+    sa: str | Path | SharingPlan | None, config: ModelConfig, entry: ModelEntry | None = None
+) -> SharingPlan:
+    """What `load` takes as `sa`, as a plan that fits the model. Raises MinisaError where it does not."""
+    if sa is None:
+        return SharingPlan.none(config.n_layers)
+    if isinstance(sa, SharingPlan):
+        return sa.check(config)
+    if sa == "default":
+        spans = entry.sa if entry is not None else None
+        if spans is None and config.n_layers == 32 and config.dim == 4096:
+            spans = "23-26"  # the authors' choice for 7B and 8B models
+        if spans is None:
+            raise MinisaError("--sa: this model has no default plan; name the followers, e.g. --sa 19:21,25:27")
+        return SharingPlan.parse(spans, config.n_layers).check(config)
+    if str(sa).endswith(".json") or isinstance(sa, Path):
+        return SharingPlan.load(sa).check(config)
+    return SharingPlan.parse(sa, config.n_layers).check(config)
+
+
+def _affordable_length(
+    config: ModelConfig, plan: SharingPlan, batch: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    per_slot = kv_bytes(config, plan, 1, dtype.itemsize, batch)
+    affordable = free_memory(device) // 2 // per_slot
+    if affordable >= config.max_seq_len:
+        return config.max_seq_len
+    return max(256, affordable // 256 * 256)
+
+
+class LLM:
+    """A loaded model. One generation at a time: starting the next one ends the one before."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        dialog: Dialog,
+        cache: StaticCache,
+        *,
+        compile: bool = False,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.dialog = dialog
+        self.cache = cache
+        self.runner = Runner(model, compile=compile)
+        self._cached: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
+        self._generation = 0
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def plan(self) -> SharingPlan:
+        return self.model.plan
+
+    @property
+    def device(self) -> torch.device:
+        return self.cache.values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.cache.values.dtype
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Logits [T, vocab_size] fp32 at every one of T tokens, on the model's device. llm.cache is not touched."""
+        self._check_ids(token_ids, "token_ids")
+        tokens = torch.tensor([list(token_ids)], device=self.device)
+        cache = StaticCache.allocate(
+            self.config, self.plan, max_seq_len=len(token_ids), device=self.device, dtype=self.dtype
+        )
+        chunks = prefill_chunks(self.model, tokens, 0, cache)
+        return torch.cat([self.model.head(hidden)[0].float() for hidden in chunks])
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Iterator[Chunk]:
+        """Continue one prompt or several at once, streaming.
+
+        prompts: text, token ids, or a list of either (at most max_batch). Text gets the BOS token where the model's
+            maker puts it; special tokens spelled in it are plain text.
+        options: max_new_tokens, stop (a string or several) and stop_ids (the model's own by default), as in
+            `Options`; temperature, top_k, top_p, min_p, repetition_penalty and seed, as in `Sampling`.
+        Raises MinisaError for an empty or too long prompt or an option out of range, before anything is computed.
+        """
+        return self._start([self._prompt_ids(prompt) for prompt in _as_list(prompts)], mid_text=True, **options)
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
+        """Answer the last of messages, [{"role": "user", "content": ...}, ...]; options as in `generate`.
+
+        What the dialog has in common with the cache, usually everything but the last message, is not computed again.
+        """
+        options.setdefault("stop_ids", self.dialog.stop_ids(self.tokenizer))
+        return self._start([self._prompt_ids(self.dialog.render(messages, self.tokenizer))], mid_text=False, **options)
+
+    def _start(
+        self,
+        rows: list[list[int]],
+        *,
+        mid_text: bool,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_ids: Iterable[int] | None = None,
+        **sampling: Any,
+    ) -> Iterator[Chunk]:
+        if not rows:
+            raise MinisaError("generate: no prompt; give text or token ids")
+        if len(rows) > self.cache.batch:
+            raise MinisaError(f"generate: {len(rows)} prompts for max_batch {self.cache.batch}: load with a larger one")
+        options = Options(
+            sampling=Sampling(**sampling),
+            max_new_tokens=max_new_tokens,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop_ids=self.tokenizer.eos_ids if stop_ids is None else frozenset(stop_ids),
+            mid_text=mid_text,
+        )
+        options.sampling.uniforms(
+            len(rows), 0
+        )  # a wrong number of seeds is an error of this call, not of the first next
+        return self._stream(rows, options)
+
+    def _stream(self, rows: list[list[int]], options: Options) -> Iterator[Chunk]:
+        self._generation += 1
+        mine = self._generation
+        single = len(rows) == 1
+        if not single:
+            self._cached.clear()
+        chunks = generate(
+            self.runner,
+            self.cache.view(rows=slice(len(rows))),
+            self.tokenizer,
+            rows,
+            options,
+            self._cached if single else None,
+        )
+        for chunk in chunks:
+            yield chunk
+            if self._generation != mine:
+                raise MinisaError("generate: another generation has begun on this model; its cache is taken")
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if prompt == "":
+            raise MinisaError("the prompt is empty: give some text")
+        ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._check_ids(ids, "the prompt")
+        if len(ids) > self.cache.length:
+            raise MinisaError(
+                f"the prompt is {len(ids)} tokens long, the context {self.cache.length}: shorten it or raise max_seq_len"
+            )
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        tokenizer = self.tokenizer
+        bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+        return bos + tokenizer.encode(text)
+
+    def _check_ids(self, ids: Sequence[int], what: str) -> None:
+        if not ids:
+            raise MinisaError(f"{what} is empty: give at least one token")
+        outside = next((token for token in ids if not 0 <= token < self.config.vocab_size), None)
+        if outside is not None:
+            raise MinisaError(f"{what} has token id {outside}: the vocabulary is 0 to {self.config.vocab_size - 1}")
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

@@ -1,0 +1,128 @@
+"""From logits to tokens, on the device, without waiting for it.
+
+A sampler is a composition of small functions of logits [B, vocab_size]. All the randomness of a generation is drawn
+up front, one uniform number for each position of each row, so that a step stays a pure function: the same seed gives
+the same text in eager, compiled and graph mode, and a row of a batch the same text as that row run alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minisa.errors import MinisaError
+
+LogitsFilter = Callable[[Tensor], Tensor]  # [B, vocab_size] fp32 → the same, refused tokens at -inf
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy: the filters then have no say.
+
+    top_k 0, top_p 1 and min_p 0 are off; so is repetition_penalty 1. seed: one number for every row, one a row, or
+    None for a fresh one each time.
+    Raises MinisaError, naming the option, for a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more")
+        _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 (off) to 1")
+        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "more than 0")
+        seeds = self.seed if isinstance(self.seed, Sequence) else [self.seed or 0]
+        for seed in seeds:
+            _check("seed", seed, -(1 << 63) <= seed < 1 << 63, "a 64-bit whole number")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def uniforms(self, batch: int, max_seq_len: int) -> Tensor:
+        """One number in [0, 1) for every position of every row: [batch, max_seq_len] fp32, on the CPU.
+
+        Raises MinisaError if a list of seeds is not one a row.
+        """
+        seeds = [self.seed] * batch if not isinstance(self.seed, Sequence) else list(self.seed)
+        if len(seeds) != batch:
+            raise MinisaError(f"seed: {len(seeds)} seeds for {batch} prompts: expected one number or one a prompt")
+        rows = []
+        for seed in seeds:
+            generator = torch.Generator()
+            if seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(seed)
+            rows.append(torch.rand(max_seq_len, generator=generator))
+        return torch.stack(rows)
+
+    def choose(self, logits: Tensor, uniforms: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Tokens [B] from logits [B, vocab_size]; uniforms [B]; seen [B, vocab_size] bool, the text so far."""
+        logits = logits.float()
+        if seen is not None:
+            logits = penalize(logits, seen, self.repetition_penalty)
+        if self.greedy:
+            return logits.argmax(dim=-1)
+        for refuse in self.filters():
+            logits = refuse(logits)
+        return draw(logits.softmax(dim=-1), uniforms)
+
+    def filters(self) -> list[LogitsFilter]:
+        """The temperature and the filters that are on, in the order they apply."""
+        composed: list[LogitsFilter] = [lambda logits: logits / self.temperature]
+        if self.top_k:
+            composed.append(lambda logits: keep_top_k(logits, self.top_k))
+        if self.top_p < 1:
+            composed.append(lambda logits: keep_top_p(logits, self.top_p))
+        if self.min_p > 0:
+            composed.append(lambda logits: keep_min_p(logits, self.min_p))
+        return composed
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make tokens already in the text less likely (Keskar et al., arXiv 1909.05858, section 4.1)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """The k most likely tokens (and those equal to the last of them)."""
+    threshold = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < threshold, float("-inf"))
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """The fewest most likely tokens whose probabilities reach p (Holtzman et al., arXiv 1904.09751)."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities  # what the more likely tokens already reach
+    return logits.masked_fill((before >= p).gather(-1, order.argsort(dim=-1)), float("-inf"))
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Tokens at least p times as likely as the most likely one (Nguyen et al., arXiv 2407.01082)."""
+    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(p), float("-inf"))
+
+
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The token at which the running sum of probabilities [B, vocab_size] passes uniforms [B]: [B]."""
+    sums = probabilities.cumsum(dim=-1)
+    total = sums[:, -1]
+    # Strictly under the total, so that rounding never picks a refused token behind the last allowed one.
+    target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(sums, target[:, None], right=True).squeeze(-1)
+
+
+def _check(option: str, value: float, holds: bool, expected: str) -> None:
+    if not (math.isfinite(value) and holds):
+        raise MinisaError(f"{option} is {value}: expected {expected}")

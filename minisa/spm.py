@@ -1,0 +1,109 @@
+"""Sentencepiece vocabularies: Llama 1 and 2, Mistral v1 to v3, and the same packed into GGUF files.
+
+The sentencepiece library does the work. A GGUF file holds tokens, scores and types but not the library's own file,
+so that is written here in memory; the messages and field numbers are those of sentencepiece_model.proto.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import sentencepiece
+
+from minisa.errors import MinisaError
+
+_SPACE = "▁"  # how a piece spells a space
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # piece types; GGUF's token types are the same
+_BPE = 2
+
+
+class SentencePiece:
+    """A sentencepiece vocabulary.
+
+    pieces: the bytes of each id, empty for special tokens. special: name → id, of control and unknown pieces.
+    dummy_prefix: whether a text is encoded as if a space stood before it, and one is taken off when decoding.
+    """
+
+    add_bos = True
+
+    def __init__(self, model: bytes) -> None:
+        """model: the content of a tokenizer.model. Raises RuntimeError when it is damaged."""
+        if not model:
+            raise MinisaError("the file is empty: fetch it again")
+        self._model = model
+        self._processor = _processor(model)
+        names = [self._processor.id_to_piece(i) for i in range(self._processor.vocab_size())]
+        hidden = [self._processor.is_control(i) or self._processor.is_unknown(i) for i in range(len(names))]
+        self.special = {name: i for i, name in enumerate(names) if hidden[i]}
+        self.pieces = [
+            b"" if hidden[i] else _piece_bytes(name, self._processor.is_byte(i)) for i, name in enumerate(names)
+        ]
+        self.dummy_prefix = self.encode("a", mid_text=False) != self.encode("a", mid_text=True)
+
+    @functools.cached_property
+    def _without_prefix(self) -> Any:
+        # Protobuf messages concatenate: this appends normalizer_spec { add_dummy_prefix: false }.
+        return _processor(self._model + _message(3, _number(3, 0)))
+
+    def encode(self, text: str, *, mid_text: bool) -> list[int]:
+        processor = self._without_prefix if mid_text else self._processor
+        return processor.encode(text)
+
+
+def from_gguf(metadata: Mapping[str, Any]) -> SentencePiece:
+    """A GGUF file's tokenizer.ggml.* keys where tokenizer.ggml.model is "llama".
+
+    What a user defined becomes a control piece: sentencepiece would find it in plain text.
+    """
+    pieces = zip(
+        metadata["tokenizer.ggml.tokens"],
+        metadata["tokenizer.ggml.scores"],
+        metadata["tokenizer.ggml.token_type"],
+        strict=True,
+    )
+    model = b"".join(
+        _message(1, _string(1, piece), _float(2, score), _number(3, _CONTROL if kind == _USER_DEFINED else int(kind)))
+        for piece, score, kind in pieces
+    )
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    trainer = _message(2, _number(3, _BPE), _number(35, 1))  # model_type, byte_fallback
+    normalizer = _message(3, _string(1, "identity"), _number(3, bool(prefix)), _number(4, 0), _number(5, 1))
+    return SentencePiece(model + trainer + normalizer)
+
+
+def _processor(model: bytes) -> Any:
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+def _piece_bytes(piece: str, is_byte: bool) -> bytes:
+    """A byte piece is spelled <0x0A>."""
+    return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(_SPACE, " ").encode()
+
+
+# Protobuf's wire format: a field is a tag (field number · 8 + wire type) and its value.
+
+
+def _varint(number: int) -> bytes:
+    low = [number >> shift & 0x7F for shift in range(0, max(number.bit_length(), 1), 7)]
+    return bytes([*(byte | 0x80 for byte in low[:-1]), low[-1]])
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _float(field: int, value: float) -> bytes:
+    return _varint(field << 3 | 5) + struct.pack("<f", value)
+
+
+def _string(field: int, text: str) -> bytes:
+    data = text.encode("utf-8", "surrogateescape")
+    return _varint(field << 3 | 2) + _varint(len(data)) + data
+
+
+def _message(field: int, *values: bytes) -> bytes:
+    data = b"".join(values)
+    return _varint(field << 3 | 2) + _varint(len(data)) + data

@@ -1,0 +1,256 @@
+"""One tokenizer over sentencepiece and tiktoken, whichever the model's maker chose.
+
+Text goes in as plain text: nothing in it is ever read as a special token, whatever it spells. Special tokens are
+put between texts by their ids, which is what dialog.py does.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from minisa import bytelevel, spm
+from minisa.checkpoint.files import read_json
+from minisa.checkpoint.gguf import read_gguf
+from minisa.errors import MinisaError
+
+BOS_NAMES = ("<|begin_of_text|>", "<s>")
+EOS_NAMES = ("</s>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>")
+
+_FILES = "tokenizer.model, tekken.json, tokenizer.json or a .gguf file"
+_MAX_FILE = 100_000_000  # bytes; the largest vocabularies take 20 MB
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+
+
+class Vocabulary(Protocol):
+    """What a Tokenizer is built over: bytelevel.ByteLevelBPE or spm.SentencePiece.
+
+    pieces: the bytes of each id, empty for special tokens. special: name → id.
+    dummy_prefix: whether a text is encoded as if a space stood before it.
+    add_bos: whether the maker's own tokenizer puts BOS before plain text.
+    """
+
+    pieces: list[bytes]
+    special: dict[str, int]
+    dummy_prefix: bool
+    add_bos: bool
+
+    def encode(self, text: str, *, mid_text: bool) -> list[int]: ...
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    special: the special tokens, name → id. They have no text: decoding leaves them out, but for those that a
+        fine-tuner added and did not mark as special.
+    bos_id: the token that begins a text, if the vocabulary has one.
+    add_bos: whether the maker's own tokenizer puts it before plain text (SmolLM2's does not).
+    eos_ids: every token that ends a turn or a text.
+    chat_template: the Jinja template that came with the tokenizer, if one did; dialog.py recognizes it.
+
+    Sentencepiece encodes a text as if a space stood before it and takes that space off when decoding. What goes on
+    from other text is `mid_text`: no space is put before it nor taken off. So, wherever n does not cut a character,
+    `decode(ids) == decode(ids[:n]) + decode(ids[n:], mid_text=True)`. Byte-level vocabularies know no such space.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        bos_id: int | None,
+        eos_ids: Iterable[int],
+        add_bos: bool,
+        chat_template: str | None = None,
+    ) -> None:
+        """eos_ids: those the files name; the well-known ones are found here.
+
+        Raises MinisaError for an id outside the vocabulary, and for a special token that plain text could spell.
+        """
+        self._vocabulary = vocabulary
+        self._pieces = vocabulary.pieces
+        self.special = vocabulary.special
+        self.bos_id = bos_id
+        self.add_bos = add_bos and bos_id is not None
+        self.eos_ids = frozenset(eos_ids) | {self.special[name] for name in EOS_NAMES if name in self.special}
+        self.chat_template = chat_template
+        for token_id in self.eos_ids if bos_id is None else self.eos_ids | {bos_id}:
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
+                raise MinisaError(f"a BOS or EOS id is {token_id!r}: expected 0 to {self.vocab_size - 1}")
+        for name, token_id in self.special.items():
+            if token_id in vocabulary.encode(name, mid_text=False):
+                raise MinisaError(f"plain text can spell the special token {name!r}: expected it to be a control piece")
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id. A model's embedding may have more rows, for padding."""
+        return len(self._pieces)
+
+    def encode(self, text: str, *, mid_text: bool = False) -> list[int]:
+        """The ids of plain text: no BOS, and no special token whatever the text spells.
+
+        Raises MinisaError when the text is not valid Unicode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise MinisaError(
+                f"character {error.start} of the text is half a surrogate pair: expected Unicode"
+            ) from None
+        return self._vocabulary.encode(text, mid_text=mid_text)
+
+    def decode(self, ids: Iterable[int], *, mid_text: bool = False) -> str:
+        """The text of ids. Bytes that are no UTF-8 become U+FFFD."""
+        stream = self.stream(mid_text=mid_text)
+        return "".join(map(stream.feed, ids)) + stream.flush()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for; none for a special token or one that only pads the embedding."""
+        return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else b""
+
+    def stream(self, *, mid_text: bool = False) -> TextStream:
+        """Decode ids one by one: the texts together are what `decode` makes of all the ids."""
+        return TextStream(self, strip_space=self._vocabulary.dummy_prefix and not mid_text)
+
+
+class TextStream:
+    """Token ids in, text out, never half a UTF-8 character.
+
+    strip_space: take off the space that sentencepiece puts before a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, strip_space: bool) -> None:
+        self._token_bytes = tokenizer.token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._strip_space = strip_space
+
+    def feed(self, token_id: int) -> str:
+        """The text that is certain with this token; empty while a character is incomplete."""
+        data = self._token_bytes(token_id)
+        if self._strip_space and data:
+            data = data.removeprefix(b" ")
+            self._strip_space = False
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        """What is left when no more tokens come: U+FFFD for an incomplete character."""
+        return self._utf8.decode(b"", final=True)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer at a path.
+
+    path: a directory in Hugging Face's, Meta's or Mistral's layout, or one of the files a tokenizer comes in:
+        tokenizer.model (sentencepiece's or Llama 3's), tekken.json, tokenizer.json, or a .gguf file. Beside it,
+        tokenizer_config.json, generation_config.json, config.json and added_tokens.json are read where they are.
+    Raises MinisaError when there is none, or it is damaged or of a kind that minisa does not know.
+    """
+    path = Path(path)
+    file = _find(path) if path.is_dir() else path
+    try:
+        if file.suffix == ".gguf":
+            return _from_gguf(read_gguf(file).metadata)
+        return _with_settings(_read_vocabulary(file), path if path.is_dir() else path.parent)
+    except MinisaError as error:
+        raise error if str(file.parent) in str(error) else MinisaError(f"{file}: {error}") from None
+    except OSError as error:
+        raise MinisaError(f"{file}: {error.strerror or error}: expected {_FILES}") from None
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        # Files that lie about their types can fail anywhere; they are all the same to the user.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise MinisaError(f"{file}: not a tokenizer, or a damaged one ({reason}): fetch the file again") from error
+
+
+def _find(directory: Path) -> Path:
+    """The tokenizer's file in a directory; the maker's own format before Hugging Face's copy of it."""
+    versions = sorted(directory.glob("tokenizer.model.v*"), reverse=True)  # Mistral's
+    names = ("tokenizer.model", *(file.name for file in versions), "tekken.json", "tokenizer.json")
+    for candidate in (*(directory / name for name in names), directory / "original" / "tokenizer.model"):
+        if candidate.is_file():
+            return candidate
+    if len(gguf := list(directory.glob("*.gguf"))) == 1:
+        return gguf[0]
+    raise MinisaError(f"{directory}: no tokenizer in this directory: expected {_FILES}")
+
+
+def _read_vocabulary(file: Path) -> Vocabulary:
+    if file.suffix == ".json":
+        raw = read_json(file)
+        return bytelevel.from_tokenizer_json(raw) if "model" in raw else bytelevel.from_tekken(raw)
+    if file.stat().st_size > _MAX_FILE:
+        raise MinisaError(f"{file.stat().st_size} bytes are no tokenizer: expected {_FILES}")
+    data = file.read_bytes()
+    return bytelevel.from_tiktoken(data) if _TIKTOKEN_LINE.match(data) else spm.SentencePiece(data)
+
+
+def _with_settings(vocabulary: Vocabulary, folder: Path) -> Tokenizer:
+    """With what Hugging Face's files say about a vocabulary; without them its maker's habits hold."""
+    settings = _optional(folder / "tokenizer_config.json")
+    _add_tokens(vocabulary, settings, _optional(folder / "added_tokens.json"))
+    special = vocabulary.special
+    bos = _named(settings.get("bos_token"), special) or [special[name] for name in BOS_NAMES if name in special]
+    eos = _named(settings.get("eos_token"), special)
+    for name in ("generation_config.json", "config.json"):
+        ids = _optional(folder / name).get("eos_token_id")
+        eos += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    add_bos = settings.get("add_bos_token")
+    return Tokenizer(
+        vocabulary,
+        bos_id=bos[0] if bos else None,
+        eos_ids=eos,
+        add_bos=vocabulary.add_bos if add_bos is None else add_bos,
+        chat_template=_chat_template(folder, settings),
+    )
+
+
+def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise MinisaError(
+            f"tokenizer.ggml.model is {kind!r}: expected 'gpt2' (byte-level BPE) or 'llama' (sentencepiece)"
+        )
+    vocabulary: Vocabulary = bytelevel.from_gguf(metadata) if kind == "gpt2" else spm.from_gguf(metadata)
+    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return Tokenizer(
+        vocabulary,
+        bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_ids=[token_id for token_id in ends if token_id is not None],
+        add_bos=metadata.get("tokenizer.ggml.add_bos_token", vocabulary.add_bos),
+        chat_template=metadata.get("tokenizer.chat_template"),
+    )
+
+
+def _optional(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _add_tokens(vocabulary: Vocabulary, settings: Mapping[str, Any], listed: Mapping[str, int]) -> None:
+    """Put the tokens that a fine-tuner added, which a tokenizer.model does not know, into its vocabulary."""
+    added = {name: (token_id, True) for name, token_id in listed.items()}
+    for token_id, token in settings.get("added_tokens_decoder", {}).items():
+        added[token["content"]] = int(token_id), bool(token.get("special", True))
+    for name, (token_id, is_special) in added.items():
+        if name not in vocabulary.special:
+            bytelevel.check_ids([token_id])
+            vocabulary.pieces += [b""] * (token_id + 1 - len(vocabulary.pieces))
+            vocabulary.pieces[token_id] = b"" if is_special else name.encode()
+            vocabulary.special[name] = token_id
+
+
+def _named(token: Any, special: Mapping[str, int]) -> list[int]:
+    """The id of a token as tokenizer_config.json names it, by a string or an object; none for null."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return [special[name]] if isinstance(name, str) and name in special else []
+
+
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, Sequence) and not isinstance(template, str):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise MinisaError(f"tokenizer_config.json: chat_template is {template!r}: expected a string")
+    return template

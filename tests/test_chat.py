@@ -1,0 +1,440 @@
+"""chat.py as people use it: every flag, bad input, pipes, and an interactive session on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import pickle
+import pty
+import re
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import chat
+from minisa import console
+from tests.tiny import random_weights, tiny_config, write_hf
+
+ROOT = Path(__file__).parents[1]
+FRANCE = "What is the capital of France?"
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_chat(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """run_chat(*flags, stdin=...): chat.py's main in this process, as the command line runs it."""
+
+    def run(*flags: object, stdin: bytes = b"") -> Ran:
+        monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, flags)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            console.run(chat.main)
+        sys.stdout.flush()
+        out, err = capfd.readouterr()
+        return Ran(exit_.value.code, out, err)  # type: ignore[arg-type]
+
+    return run
+
+
+@pytest.fixture
+def ask(smollm2_path: Path, run_chat: Callable[..., Ran]) -> Callable[..., Ran]:
+    """run_chat on the default model, greedy, in a short context."""
+
+    def run(*flags: object, **options: Any) -> Ran:
+        return run_chat("--max-seq-len", 512, "--temperature", 0, *flags, **options)
+
+    return run
+
+
+@pytest.mark.real_model
+class TestAnswers:
+    def test_prompt_flag_prints_the_answer_alone_on_stdout(self, ask: Callable[..., Ran]) -> None:
+        ran = ask("--prompt", FRANCE)
+        assert (ran.status, "Paris" in ran.out, ran.out.count("\n")) == (0, True, 1)
+        assert "30 layers, plain attention" in ran.err
+        assert re.search(r"\[[\d.]+ tokens/s · first token [\d.]+ s · context \d+/512 · KV [\d.]+ MiB\]", ran.err)
+
+    def test_piped_stdin_is_the_prompt(self, ask: Callable[..., Ran]) -> None:
+        assert ask(stdin=f"{FRANCE}\n".encode()).out == ask("--prompt", FRANCE).out
+
+    @pytest.mark.parametrize("sa", [["--sa"], ["--sa", "3:6,19:21,25:27,28:29"]], ids=["default", "spans"])
+    def test_sa(self, ask: Callable[..., Ran], sa: list[str]) -> None:
+        ran = ask("--prompt", FRANCE, *sa)
+        assert "Paris" in ran.out
+        assert "4 follow (3:6,19:21,25:27,28:29)" in ran.err
+
+    def test_sa_takes_a_plan_file(self, ask: Callable[..., Ran], tmp_path: Path) -> None:
+        plan = tmp_path / "plan.json"
+        plan.write_text(json.dumps({"version": 1, "n_layers": 30, "followers": {"21": {"leader": 19}}}))
+        assert "1 follow (19:21)" in ask("--prompt", FRANCE, "--sa", plan).err
+
+    def test_system(self, ask: Callable[..., Ran]) -> None:
+        flags = ("--prompt", "Who are you?", "--max-new-tokens", 30)
+        assert ask(*flags, "--system", "You are a pirate called Jack.").out != ask(*flags).out
+
+    def test_max_new_tokens(self, ask: Callable[..., Ran]) -> None:
+        assert len(ask("--prompt", FRANCE, "--max-new-tokens", 2).out) < len(ask("--prompt", FRANCE).out)
+
+    def test_stop(self, ask: Callable[..., Ran]) -> None:
+        whole = ask("--prompt", FRANCE).out
+        assert ask("--prompt", FRANCE, "--stop", "Paris", "--stop", "never").out == whole[: whole.index("Paris")] + "\n"
+
+    def test_sampling_flags_change_the_text_and_a_seed_fixes_it(self, ask: Callable[..., Ran]) -> None:
+        story = ("--prompt", "Tell me a story.", "--max-new-tokens", 24)
+        hot = (*story, "--temperature", 3, "--seed", 1)
+        texts = {
+            "greedy": ask(*story).out,
+            "hot": ask(*hot).out,
+            "seed": ask(*story, "--temperature", 3, "--seed", 2).out,
+            "penalty": ask(*story, "--repetition-penalty", 5).out,
+        }
+        assert len(set(texts.values())) == 4
+        assert ask(*hot).out == texts["hot"]
+        for flag, value in (("--top-k", 1), ("--top-p", 1e-6), ("--min-p", 1)):  # each leaves the likeliest token only
+            assert ask(*hot, flag, value).out == texts["greedy"]
+
+    def test_raw_continues_the_text(self, ask: Callable[..., Ran]) -> None:
+        ran = ask("--raw", "--prompt", "The capital of France is", "--max-new-tokens", 8)
+        assert "Paris" in ran.out
+        assert ran.out != ask("--prompt", "The capital of France is", "--max-new-tokens", 8).out
+
+    def test_dtype_device_and_context(self, ask: Callable[..., Ran]) -> None:
+        ran = ask("--prompt", FRANCE, "--dtype", "fp32", "--device", "cpu", "--max-seq-len", 100)
+        assert "fp32 on cpu · context 100 · KV cache 4.4 MiB" in ran.err
+
+    def test_model_takes_a_path(self, run_chat: Callable[..., Ran], smollm2_path: Path, tmp_path: Path) -> None:
+        shutil.copy(smollm2_path, tmp_path / "renamed.gguf")  # nothing is guessed from the name
+        ran = run_chat("--model", tmp_path / "renamed.gguf", "--prompt", FRANCE, "--max-seq-len", 128)
+        assert "Paris" in ran.out
+
+
+BAD_FLAGS: dict[str, tuple[list[str], str]] = {
+    "unknown model": (["--model", "smolm2-135"], "unknown model 'smolm2-135': did you mean smollm2-135m"),
+    "missing path": (["--model", "./no/such/place"], "no/such/place"),
+    "sa backwards": (["--sa", "9-7"], "runs backwards"),
+    "layer 0": (["--sa", "0-3"], "layer 0 cannot follow"),
+    "layer too high": (["--sa", "27-30"], "layer 30 is outside the model, whose layers are 0 to 29"),
+    "not spans": (["--sa", "abc"], "'abc' is not a span"),
+    "missing plan": (["--sa", "nowhere.json"], "nowhere.json: cannot read the plan"),
+    "temperature": (["--temperature", "-1"], "temperature is -1.0: expected 0 (greedy) or more"),
+    "top-k": (["--top-k", "-3"], "top_k is -3"),
+    "top-p": (["--top-p", "1.5"], "top_p is 1.5: expected more than 0, at most 1"),
+    "min-p": (["--min-p", "nan"], "min_p is nan"),
+    "penalty": (["--repetition-penalty", "0"], "repetition_penalty is 0.0"),
+    "max-new-tokens": (["--max-new-tokens", "0"], "max_new_tokens is 0: expected 1 or more"),
+    "max-seq-len": (["--max-seq-len", "9000"], "max_seq_len is 9000: expected 1 to 8192"),
+    "dtype": (["--dtype", "int3"], "--dtype 'int3' is not supported: expected auto, fp32, bf16, fp16"),
+    "device": (["--device", "quantum"], "--device 'quantum' is not a device"),
+    "no such flag": (["--colour", "red"], "No such option"),
+    "not a number": (["--top-k", "many"], "'many' is not a valid integer"),
+    "raw with system": (["--raw", "--system", "x"], "leave out --system"),
+    "surrogates": (["--prompt", "\udcff"], "--prompt is not UTF-8"),
+    "empty prompt": (["--prompt", " "], "--prompt is empty"),
+}
+
+
+def assert_one_line(ran: Ran, says: str) -> None:
+    assert ran.status == 2
+    assert ran.out == ""
+    complaint = ran.err.splitlines()[-1]
+    assert complaint.startswith("chat.py: ")
+    assert says in complaint
+    assert "Traceback" not in ran.err
+    before = [line for line in ran.err.splitlines()[:-1] if "KV cache" not in line]  # the banner may come first
+    assert before == []
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flags_get_one_line_and_status_2(case: str, run_chat: Callable[..., Ran], smollm2_path: Path) -> None:
+    flags, says = BAD_FLAGS[case]
+    assert_one_line(run_chat(*([] if "--prompt" in flags else ["--prompt", "hi"]), *flags), says)
+
+
+@pytest.mark.real_model
+def test_cuda_asked_for_and_absent(
+    run_chat: Callable[..., Ran], smollm2_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    ran = run_chat("--prompt", "hi", "--device", "cuda")
+    assert_one_line(ran, "--device cuda: this machine or this build of torch has no CUDA")
+
+
+@pytest.mark.real_model
+def test_prompt_longer_than_the_context(ask: Callable[..., Ran]) -> None:
+    assert_one_line(ask("--prompt", "word " * 600), "tokens long, the context 512")
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize(("stdin", "says"), [(b"caf\xe9", "stdin is not UTF-8: byte 3 is 0xe9"), (b"", "is empty")])
+def test_bad_stdin(ask: Callable[..., Ran], stdin: bytes, says: str) -> None:
+    assert_one_line(ask(stdin=stdin), says)
+
+
+@pytest.mark.real_model
+class TestDamagedWeights:
+    """A copy of the default model's file, hurt in one place."""
+
+    @pytest.fixture
+    def hurt(self, smollm2_path: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copy(smollm2_path, tmp_path / "hurt.gguf"))
+
+    def test_truncated(self, run_chat: Callable[..., Ran], hurt: Path) -> None:
+        os.truncate(hurt, 50_000_000)
+        assert_one_line(run_chat("--model", hurt, "--prompt", "hi"), "hurt.gguf")
+
+    def test_empty(self, run_chat: Callable[..., Ran], hurt: Path) -> None:
+        os.truncate(hurt, 0)
+        assert_one_line(run_chat("--model", hurt, "--prompt", "hi"), "hurt.gguf")
+
+    def test_absurd_counts(self, run_chat: Callable[..., Ran], hurt: Path) -> None:
+        with hurt.open("r+b") as file:
+            file.seek(8)
+            file.write(struct.pack("<QQ", 1 << 60, 1 << 60))
+        assert_one_line(run_chat("--model", hurt, "--prompt", "hi"), "hurt.gguf")
+
+    def test_another_architecture_is_named(self, run_chat: Callable[..., Ran], hurt: Path) -> None:
+        data = hurt.read_bytes()
+        at = data.index(b"general.architecture") + 20
+        assert data[at + 12 : at + 17] == b"llama"
+        hurt.write_bytes(data[: at + 12] + b"gemma" + data[at + 17 :])
+        assert_one_line(run_chat("--model", hurt, "--prompt", "hi"), "'gemma' is not supported: expected 'llama'")
+
+
+class TestBadCheckpoints:
+    """Tiny Hugging Face checkpoints with one lie each; no network, no real model."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        config = tiny_config()
+        write_hf(tmp_path, config, random_weights(config, 0))
+        return tmp_path
+
+    def change_config(self, folder: Path, **changes: object) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    def run(self, run_chat: Callable[..., Ran], folder: Path, says: str) -> None:
+        assert_one_line(run_chat("--model", folder, "--prompt", "hi"), says)
+
+    def test_architecture(self, run_chat: Callable[..., Ran], folder: Path) -> None:
+        self.change_config(folder, architectures=["Qwen2ForCausalLM"])
+        self.run(run_chat, folder, "Qwen2ForCausalLM is not supported")
+
+    def test_rope_scaling(self, run_chat: Callable[..., Ran], folder: Path) -> None:
+        self.change_config(folder, rope_parameters={"rope_type": "yarn", "factor": 2.0})
+        self.run(run_chat, folder, "rope_scaling type 'yarn' is not supported")
+
+    def test_config_is_not_json(self, run_chat: Callable[..., Ran], folder: Path) -> None:
+        (folder / "config.json").write_bytes(b"{")
+        self.run(run_chat, folder, "config.json")
+
+    def test_no_tokenizer(self, run_chat: Callable[..., Ran], folder: Path) -> None:
+        self.run(run_chat, folder, "no tokenizer in this directory")
+
+    def test_weights_missing(self, run_chat: Callable[..., Ran], folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        self.run(run_chat, folder, str(folder))
+
+    def test_offsets_that_leave_the_file(self, run_chat: Callable[..., Ran], folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        self.run(run_chat, folder, "model.safetensors")
+
+    def test_a_pickle_that_carries_code_is_refused_unrun(self, run_chat: Callable[..., Ran], tmp_path: Path) -> None:
+        flag = tmp_path / "executed"
+
+        class Bomb:
+            def __reduce__(self) -> tuple[Any, ...]:
+                return (os.mkdir, (str(flag),))
+
+        params = {"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 256, "multiple_of": 32, "norm_eps": 1e-5}
+        (tmp_path / "params.json").write_text(json.dumps(params))
+        with zipfile.ZipFile(tmp_path / "consolidated.00.pth", "w") as archive:
+            archive.writestr("consolidated/data.pkl", pickle.dumps(Bomb(), protocol=2))
+            archive.writestr("consolidated/version", "3\n")
+            archive.writestr("consolidated/byteorder", "little")
+        self.run(run_chat, tmp_path, "consolidated.00.pth")
+        assert not flag.exists()
+
+
+@pytest.mark.real_model
+def test_no_space_on_disk_while_fetching(
+    run_chat: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.part")
+
+    monkeypatch.setenv("MINISA_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(console, "pull", full)
+    ran = run_chat("--prompt", "hi")
+    assert ran.status == 2
+    assert "no space left on the disk" in ran.err.splitlines()[-1]
+    assert "98 MB, licence Apache-2.0" in ran.err.splitlines()[0]  # said before anything is fetched
+
+
+class Terminal:
+    """chat.py on a pseudo-terminal."""
+
+    def __init__(self, *flags: str) -> None:
+        environment = {**os.environ, "TERM": "dumb", "HOME": "/nonexistent"}
+        self._pid, self._fd = pty.fork()
+        if self._pid == 0:
+            os.chdir(ROOT)
+            os.execve(sys.executable, [sys.executable, "chat.py", "--temperature", "0", *flags], environment)
+        self.shown = ""
+
+    def expect(self, pattern: str, seconds: float = 60) -> str:
+        """Everything up to and including the pattern, which is then behind us."""
+        deadline = time.monotonic() + seconds
+        while (match := re.search(pattern, self.shown)) is None:
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.shown!r}"
+            if select.select([self._fd], [], [], 0.2)[0]:
+                with contextlib.suppress(OSError):
+                    self.shown += os.read(self._fd, 65536).decode("utf-8", "replace")
+        seen, self.shown = self.shown[: match.end()], self.shown[match.end() :]
+        return seen
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def interrupt(self) -> None:
+        os.kill(self._pid, signal.SIGINT)
+
+    def wait(self) -> int:
+        with contextlib.suppress(OSError):
+            while os.read(self._fd, 65536):
+                pass
+        _, status = os.waitpid(self._pid, 0)
+        self._pid = 0
+        return os.waitstatus_to_exitcode(status)
+
+    def close(self) -> None:
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            self.wait()
+        os.close(self._fd)
+
+
+@pytest.fixture
+def terminal(smollm2_path: Path) -> Iterator[Callable[..., Terminal]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(*flags: str) -> Terminal:
+            opened = Terminal(*flags)
+            stack.callback(opened.close)
+            return opened
+
+        yield start
+
+
+@pytest.mark.real_model
+def test_an_interactive_session(terminal: Callable[..., Terminal]) -> None:
+    """Several turns, every command, an answer interrupted and the session kept, bad input survived, Ctrl-D."""
+    session = terminal("--max-seq-len", "512")
+    session.expect(r"plain attention .* context 512")
+    session.expect("> ")
+    session.type(f"{FRANCE}\n")
+    assert "Paris" in session.expect(r"context \d+/512.*\]")
+    session.type("/stats\n")
+    assert "prompt   37 tokens, 0 of them in the cache already" in session.expect("allocated")
+    session.type("And what river flows through it?\n")
+    session.expect(r"context \d+/512.*\]")
+    session.type("/stats\n")
+    reused = re.search(r"prompt   (\d+) tokens, (\d+) of them", session.expect("allocated"))
+    assert reused is not None
+    assert int(reused[1]) - int(reused[2]) < 25  # only the new turn was computed
+    session.type("Tell me a very long story about a ship.\n")
+    session.expect("ship.*\\n")
+    time.sleep(0.5)
+    session.interrupt()
+    session.expect(r"\(stopped\)")
+    session.type("/help\n")
+    session.expect("Ctrl-D leaves")
+    session.type("/nonsense\n")
+    session.expect(r"\(/nonsense is not a command; /help lists them\)")
+    session.type("/sa 0-1\n")
+    session.expect(r"\(plan: layer 0 cannot follow.*\)")
+    session.type("/sa default\n")
+    session.expect(r"4 follow \(3:6,19:21,25:27,28:29\)")
+    session.type("/sa\n")
+    session.expect("layer 19 leads 21")
+    session.type("/system You are a pirate.\n")
+    session.type(f"{FRANCE}\n")
+    session.expect(r"context \d+/512.*\]")
+    session.type("x" * 3000 + "\n")
+    session.expect(r"\(the prompt is \d+ tokens long, the context 512")
+    session.type("/reset\n")
+    session.type(f"{FRANCE}\n")
+    session.expect(r"context \d+/512.*\]")
+    session.type("\x04")
+    assert session.wait() == 0
+
+
+@pytest.mark.real_model
+def test_the_oldest_turns_are_dropped_when_the_context_is_full(terminal: Callable[..., Terminal]) -> None:
+    session = terminal("--max-seq-len", "160", "--max-new-tokens", "20")
+    for _ in range(4):
+        session.expect("> ")
+        session.type("Please tell me about the rivers of France and where they flow, in a sentence.\n")
+        shown = session.expect(r"context \d+/160.*\]")
+    assert re.search(r"\(the context is full: the \d+ oldest messages were dropped\)", shown)
+
+
+@pytest.mark.real_model
+def test_interrupt_at_the_prompt_keeps_the_session(terminal: Callable[..., Terminal]) -> None:
+    session = terminal("--max-seq-len", "128")
+    session.expect("> ")
+    session.interrupt()
+    session.expect("> ")
+    session.type("\x04")
+    assert session.wait() == 0
+
+
+def start(smollm2_path: Path, *flags: str, **options: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "chat.py", "--max-seq-len", "2048", "--temperature", "0", *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, **options)
+
+
+@pytest.mark.real_model
+def test_a_reader_that_leaves_early(smollm2_path: Path) -> None:
+    """`chat.py --prompt … | head -c 1`: no traceback, and it ends."""
+    process = start(smollm2_path, "--prompt", "Count to 500.", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait(timeout=60) == 1
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors
+
+
+@pytest.mark.real_model
+def test_interrupting_a_single_answer_ends_with_130(smollm2_path: Path) -> None:
+    process = start(smollm2_path, "--prompt", "Count to 500.", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors

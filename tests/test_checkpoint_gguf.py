@@ -1,0 +1,203 @@
+"""GGUF: metadata of every type, ggml's quantizations bit for bit, and the `gguf` package as a second opinion."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minisa.checkpoint import ggml, load_weights, open_checkpoint, read_gguf
+from minisa.errors import MinisaError
+from tests.tiny import (
+    GGML_CODES,
+    empty_model,
+    encode_gguf,
+    gguf_string,
+    random_weights,
+    tiny_config,
+    write_gguf,
+)
+
+
+def random_blocks(type: ggml.GGMLType, count: int, seed: int = 0) -> np.ndarray:
+    """Random bits of a ggml type [count, nbytes]; fp16 numbers that share the block are finite and small."""
+    generator = np.random.default_rng(seed)
+    blocks = generator.integers(0, 256, (count, type.nbytes), dtype=np.uint8)
+    scales = generator.normal(size=(count, 2)).astype(np.float16).view(np.uint8)  # d and, in some types, m
+    blocks[:, : 4 if type.name.endswith("_1") else 2] = scales[:, : 4 if type.name.endswith("_1") else 2]
+    return blocks
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_own_decoders_are_ggmls_bit_for_bit(name: str) -> None:
+    gguf = pytest.importorskip("gguf", reason='needs pip install "minisa[gguf]"')
+    type = next(type for type in ggml.TYPES.values() if type.name == name)
+    blocks = random_blocks(type, 500)
+    expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
+    decoded = ggml.decoder(type)(torch.from_numpy(blocks))
+    assert decoded.dtype == torch.float32
+    assert np.array_equal(decoded.numpy(), expected)
+
+
+def test_blocks_by_hand() -> None:
+    """One block of each own type, worked out from the layout: weight i sits in byte i mod 16, low half first."""
+    two, one = struct.pack("<e", 2.0), struct.pack("<e", 1.0)
+    nibbles = bytes(range(16))  # low halves 0..15, high halves 0
+    bits = struct.pack("<I", 1 << 31)  # the fifth bit of the last weight
+    low = torch.arange(16.0)
+    cases = {
+        "Q4_0": (two + nibbles, torch.cat([low - 8, torch.full((16,), -8.0)]) * 2),
+        "Q4_1": (two + one + nibbles, torch.cat([low, torch.zeros(16)]) * 2 + 1),
+        "Q5_0": (two + bits + nibbles, torch.cat([low - 16, torch.full((15,), -16.0), torch.zeros(1)]) * 2),
+        "Q5_1": (two + one + bits + nibbles, torch.cat([low, torch.zeros(15), torch.tensor([16.0])]) * 2 + 1),
+        "Q8_0": (two + bytes([128, 255, *range(30)]), torch.tensor([-128.0, -1.0, *range(30)]) * 2),
+    }
+    for type in ggml.TYPES.values():
+        if type.name in cases:
+            block, expected = cases.pop(type.name)
+            decoded = ggml.decoder(type)(torch.frombuffer(bytearray(block), dtype=torch.uint8).view(1, -1))
+            assert torch.equal(decoded[0], expected), type.name
+    assert not cases
+
+
+def test_type_table_is_ggmls() -> None:
+    gguf = pytest.importorskip("gguf", reason='needs pip install "minisa[gguf]"')
+    for type in ggml.TYPES.values():
+        number = gguf.GGMLQuantizationType(type.code)
+        assert (number.name, *gguf.GGML_QUANT_SIZES[number]) == (type.name, type.block, type.nbytes)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # random scales overflow
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ4_XS", "TQ2_0"])
+def test_other_types_through_the_gguf_package(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf", reason='needs pip install "minisa[gguf]"')
+    config = tiny_config(dim=256, n_heads=4, n_kv_heads=2, head_dim=64, n_layers=1)
+    type = next(type for type in ggml.TYPES.values() if type.name == name)
+    path = write_gguf(tmp_path / "m.gguf", config, random_weights(config))
+    with_other_type(path, "blk.0.ffn_gate.weight", type, content := random_blocks(type, 128, seed=3))
+    model = empty_model(config)
+    load_weights(model, open_checkpoint(path), device="cpu", dtype=torch.float32)
+    expected = gguf.quants.dequantize(content, gguf.GGMLQuantizationType[name])
+    loaded = model.state_dict()["layers.0.feed_forward.w1.weight"]
+    np.testing.assert_array_equal(loaded.numpy(), expected)  # equal NaNs are equal
+
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MinisaError, match=rf'blk\.0\.ffn_gate\.weight: .* {name} need .*pip install "minisa\[gguf\]"'):
+        open_checkpoint(path)
+
+
+def with_other_type(path: Path, name: str, type: ggml.GGMLType, content: np.ndarray) -> None:
+    """Rewrite a file so that one of its tensors has other blocks."""
+    header, data = read_gguf(path), path.read_bytes()
+    tensors = {
+        info.name: (info.type.code, info.shape, data[info.offset : info.offset + info.nbytes])
+        for info in header.tensors
+    }
+    tensors[name] = (type.code, tensors[name][1], content.tobytes())
+    path.write_bytes(encode_gguf(header.metadata, tensors))
+
+
+def test_a_type_nobody_reads(tmp_path: Path) -> None:
+    config = tiny_config(n_layers=1)
+    path = write_gguf(tmp_path / "m.gguf", config, random_weights(config))
+    type = next(type for type in ggml.TYPES.values() if type.name == "I32")
+    with_other_type(path, "output_norm.weight", type, np.zeros(64, np.int32))
+    with pytest.raises(MinisaError, match=r"output_norm\.weight: weights of type I32 "):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(("type", "bits"), [("Q8_0", 8), ("Q4_0", 4), ("Q4_1", 4), ("F16", 11), ("BF16", 8)])
+def test_quantized_weights_come_back_rounded(type: str, bits: int, tmp_path: Path) -> None:
+    """Each weight is off by a step of its quantization and no more; q and k rows are in order as well."""
+    config = tiny_config(n_layers=1)
+    weights = random_weights(config)
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", config, weights, type=type))
+    model = empty_model(config)
+    load_weights(model, checkpoint, device="cpu", dtype=torch.float32)
+    for name, weight in model.state_dict().items():
+        if weight.ndim == 1:
+            assert torch.equal(weight, weights[name])
+            continue
+        block_max = weights[name].abs().unflatten(1, (-1, 32)).amax(-1, keepdim=True)
+        error = (weight - weights[name]).abs().unflatten(1, (-1, 32))
+        assert (error <= block_max * 2 ** (1 - bits) * 1.1).all(), name
+        assert error.max() > 0
+
+
+VALUES: dict[str, tuple[int, bytes, Any]] = {
+    "u8": (0, struct.pack("<B", 255), 255),
+    "i8": (1, struct.pack("<b", -128), -128),
+    "u16": (2, struct.pack("<H", 65535), 65535),
+    "i16": (3, struct.pack("<h", -32768), -32768),
+    "u32": (4, struct.pack("<I", 2**32 - 1), 2**32 - 1),
+    "i32": (5, struct.pack("<i", -(2**31)), -(2**31)),
+    "f32": (6, struct.pack("<f", 0.5), 0.5),
+    "bool": (7, b"\1", True),
+    "string": (8, gguf_string("Grüße 🦙"), "Grüße 🦙"),
+    "not utf-8": (8, gguf_string("\udcff\udc80"), "\udcff\udc80"),
+    "u64": (10, struct.pack("<Q", 2**64 - 1), 2**64 - 1),
+    "i64": (11, struct.pack("<q", -(2**63)), -(2**63)),
+    "f64": (12, struct.pack("<d", 0.1), 0.1),
+    "strings": (9, struct.pack("<IQ", 8, 2) + gguf_string("") + gguf_string("b"), ["", "b"]),
+    "bools": (9, struct.pack("<IQ", 7, 2) + b"\0\1", [False, True]),
+    "none": (9, struct.pack("<IQ", 5, 0), []),
+    "nested": (
+        9,
+        struct.pack("<IQ", 9, 2) + struct.pack("<IQ2i", 5, 2, 1, -1) + struct.pack("<IQ", 8, 1) + gguf_string("x"),
+        [[1, -1], ["x"]],
+    ),
+}
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_metadata_of_every_type(version: int, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    pairs = b"".join(gguf_string(key) + struct.pack("<I", code) + raw for key, (code, raw, _) in VALUES.items())
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", version, 0, len(VALUES)) + pairs)
+    metadata = read_gguf(path).metadata
+    assert metadata == {key: value for key, (_, _, value) in VALUES.items()}
+    assert metadata["bool"] is True  # not 1: `add_bos_token` is asked with `is`
+    assert metadata["not utf-8"].encode("utf-8", "surrogateescape") == b"\xff\x80"
+
+
+@pytest.mark.parametrize("alignment", [8, 32, 4096])
+def test_layout_is_what_the_gguf_package_reads(alignment: int, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason='needs pip install "minisa[gguf]"')
+    config = tiny_config(n_layers=1)
+    extra = {"general.alignment": alignment, "tokenizer.ggml.tokens": [f"t{i}" for i in range(256)]}
+    path = write_gguf(tmp_path / "m.gguf", config, random_weights(config), type="Q4_0", metadata=extra)
+    ours, theirs = read_gguf(path), gguf.GGUFReader(path)
+    assert {info.name: (info.type.name, info.offset, info.shape) for info in ours.tensors} == {
+        tensor.name: (tensor.tensor_type.name, tensor.data_offset, tuple(map(int, tensor.shape))[::-1])
+        for tensor in theirs.tensors
+    }
+    for key, value in ours.metadata.items():
+        assert theirs.fields[key].contents() == value
+
+
+def test_a_file_by_the_gguf_packages_writer(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason='needs pip install "minisa[gguf]"')
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_block_count(30)
+    writer.add_rope_freq_base(1e5)
+    writer.add_token_list(["<s>", "▁a", "é"])
+    writer.add_array("scores", [0.5, -1.0])
+    matrix = np.arange(24, dtype=np.float32).reshape(4, 6)
+    writer.add_tensor("m", matrix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    header = read_gguf(tmp_path / "m.gguf")
+    assert header.metadata["llama.block_count"] == 30
+    assert header.metadata["tokenizer.ggml.tokens"] == ["<s>", "▁a", "é"]
+    assert header.metadata["scores"] == [0.5, -1.0]
+    (info,) = header.tensors
+    assert (info.name, info.shape, info.type.code) == ("m", (4, 6), GGML_CODES["F32"])
+    raw = (tmp_path / "m.gguf").read_bytes()[info.offset : info.offset + info.nbytes]
+    assert raw == matrix.tobytes()

@@ -1,0 +1,260 @@
+"""The streaming generator on a tiny random model whose tokens are bytes."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from minisa.cache import StaticCache
+from minisa.dialog import DIALOGS
+from minisa.engine import LLM
+from minisa.errors import MinisaError
+from minisa.generate import Chunk, StopStrings
+from minisa.sharing import SharingPlan
+from tests.test_model import CONFIG, PLANS, build
+
+
+class ByteStream:
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> str:
+        return self._decoder.decode(bytes([token]))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class ByteTokenizer:
+    """One token a byte: the part of Tokenizer's interface that generation uses."""
+
+    bos_id = None
+    add_bos = False
+    eos_ids: frozenset[int] = frozenset()
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+    def stream(self, *, mid_text: bool) -> ByteStream:
+        return ByteStream()
+
+
+def llm_of(plan: SharingPlan = PLANS["head maps"], max_seq_len: int = 96, max_batch: int = 4, **options: Any) -> LLM:
+    cache = StaticCache.allocate(CONFIG, plan, batch=max_batch, max_seq_len=max_seq_len)
+    return LLM(build(CONFIG, plan), ByteTokenizer(), DIALOGS["raw"], cache, **options)  # type: ignore[arg-type]
+
+
+def tokens(chunks: Iterable[Chunk], row: int = 0) -> list[int]:
+    return [chunk.token for chunk in chunks if chunk.row == row]
+
+
+def text(chunks: Iterable[Chunk], row: int = 0) -> str:
+    return "".join(chunk.text for chunk in chunks if chunk.row == row)
+
+
+PROMPTS = ["a", "the second row", "row three is by far the longest of them", "4th"]
+
+
+def test_greedy_is_the_argmax_of_the_logits() -> None:
+    llm = llm_of()
+    ids = list(b"hello")
+    for token in tokens(llm.generate("hello", max_new_tokens=12)):
+        assert token == llm.logits(ids)[-1].argmax()
+        ids.append(token)
+
+
+@pytest.mark.parametrize("queues", [False, True], ids=["waits", "queues the next step first"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 1.0, "seed": 5},
+        {"temperature": 0.8, "seed": 5, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3},
+    ],
+    ids=["greedy", "sampled", "everything"],
+)
+def test_a_row_of_a_batch_equals_the_row_alone(options: dict[str, Any], queues: bool) -> None:
+    """Rows end at different times: the first to meet byte 7, 70 or 170 stops, others run to their limit."""
+    llm = llm_of()
+    llm.runner.queues = queues
+    options |= {"max_new_tokens": 50, "stop_ids": [7, 70, 170]}
+    together = list(llm.generate(PROMPTS, **options))
+    lengths = set()
+    for row, prompt in enumerate(PROMPTS):
+        alone = list(llm_of().generate(prompt, **options))
+        assert tokens(together, row) == tokens(alone)
+        assert text(together, row) == text(alone)
+        lengths.add(len(alone))
+    assert len(lengths) > 1
+
+
+def test_same_seed_same_text_and_another_seed_another() -> None:
+    llm = llm_of()
+    first, again, other = (tokens(llm.generate("x", max_new_tokens=30, temperature=1.0, seed=s)) for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_repetition_penalty_counts_the_prompt_and_the_answer() -> None:
+    llm = llm_of()
+    answer = tokens(llm.generate("abc", max_new_tokens=40, repetition_penalty=1e9))
+    assert len(set(answer)) == 40
+    assert not set(answer) & set(b"abc")
+
+
+def test_finish_reasons() -> None:
+    llm = llm_of(max_seq_len=20)
+    *_, last = llm.generate("hello", max_new_tokens=3)
+    assert (last.finish_reason, last.stats.new_tokens) == ("length", 3)  # type: ignore[union-attr]
+    free = list(llm.generate("hello"))
+    assert free[-1].finish_reason == "context"
+    assert len(free) == 16  # 15 slots are free; the last token needs none
+    assert [chunk.finish_reason for chunk in free[:-1]] == [None] * 15
+    third = tokens(free)[2]
+    stopped = list(llm.generate("hello", stop_ids=[third]))
+    assert tokens(stopped) == tokens(free)[: tokens(free).index(third) + 1]
+    assert stopped[-1].finish_reason == "stop"
+    assert text(stopped) == llm.tokenizer.decode(tokens(stopped)[:-1])  # the stop token itself is not shown
+    *_, full = llm.generate("x" * 20)
+    assert (full.finish_reason, full.stats.new_tokens) == ("context", 1)  # type: ignore[union-attr]
+
+
+def test_rows_that_reach_the_context_end_do_not_stop_the_others() -> None:
+    llm = llm_of(max_seq_len=24)
+    together = list(llm.generate(["x" * 22, "y"]))
+    assert (len(tokens(together, 0)), len(tokens(together, 1))) == (3, 24)
+    assert tokens(together, 1) == tokens(llm_of(max_seq_len=24).generate("y"))
+
+
+def test_stop_strings_end_the_text_before_them() -> None:
+    llm = llm_of()
+    whole = text(llm.generate("hello", max_new_tokens=40))
+    stop = whole[7:10]
+    stopped = list(llm.generate("hello", max_new_tokens=40, stop=stop))
+    assert text(stopped) == whole[: whole.index(stop)]
+    assert stopped[-1].finish_reason == "stop"
+    assert text(llm.generate("hello", max_new_tokens=40, stop=["never to be found"])) == whole
+
+
+def test_stop_strings_hold_back_only_what_may_become_one() -> None:
+    stops = StopStrings(["<end>", "xyz"])
+    assert [stops.feed(piece) for piece in ("a", "<e", "n", "x", "y", "q<end", "> tail", "more")] == [
+        "a", "", "", "<en", "", "xyq", "", "",
+    ]  # fmt: skip
+    assert stops.found
+    assert stops.flush() == ""
+    open_ended = StopStrings(["<end>"])
+    assert open_ended.feed("x<en") + open_ended.flush() == "x<en"
+
+
+def test_only_new_tokens_of_a_longer_prompt_are_computed() -> None:
+    llm = llm_of()
+    *_, first = list(llm.generate("hello", max_new_tokens=5))
+    answer = tokens(llm.generate("hello", max_new_tokens=5))
+    longer = [*b"hello", *answer, *b" and more"]
+    chunks = list(llm.generate(longer, max_new_tokens=8))
+    # Of "hello" and five tokens the last was never fed.
+    assert chunks[-1].stats.reused_tokens == 5 + 4  # type: ignore[union-attr]
+    assert tokens(chunks) == tokens(llm_of().generate(longer, max_new_tokens=8))
+    assert first.stats is not None
+    assert first.stats.reused_tokens == 0
+    changed = [*b"help", *longer]
+    again = list(llm.generate(changed, max_new_tokens=8))
+    assert again[-1].stats.reused_tokens == 3  # type: ignore[union-attr]
+    assert tokens(again) == tokens(llm_of().generate(changed, max_new_tokens=8))
+
+
+def test_a_batch_leaves_nothing_to_reuse() -> None:
+    llm = llm_of()
+    list(llm.generate("hello there", max_new_tokens=3))
+    list(llm.generate(["other", "rows"], max_new_tokens=3))
+    *_, last = llm.generate("hello there", max_new_tokens=3)
+    assert last.stats is not None
+    assert last.stats.reused_tokens == 0
+
+
+@pytest.mark.parametrize("taken", [1, 4])
+def test_closing_early_keeps_the_cache_usable(taken: int) -> None:
+    llm = llm_of()
+    chunks = llm.generate("hello", max_new_tokens=20)
+    got = [next(chunks).token for _ in range(taken)]
+    chunks.close()  # type: ignore[attr-defined]
+    follow_up = [*b"hello", *got, *b"!"]
+    resumed = list(llm.generate(follow_up, max_new_tokens=10))
+    assert resumed[-1].stats.reused_tokens == 5 + taken - 1  # type: ignore[union-attr]
+    assert tokens(resumed) == tokens(llm_of().generate(follow_up, max_new_tokens=10))
+
+
+def test_a_superseded_generation_ends_with_an_error_not_with_wrong_text() -> None:
+    llm = llm_of()
+    old = llm.generate("hello", max_new_tokens=20)
+    next(old)
+    list(llm.generate("other", max_new_tokens=2))
+    with pytest.raises(MinisaError, match="another generation has begun"):
+        next(old)
+
+
+def test_half_a_character_is_never_given_out() -> None:
+    """The model's bytes are mostly invalid UTF-8: the stream must still equal the decoding of the whole."""
+    llm = llm_of()
+    chunks = list(llm.generate("é", max_new_tokens=60, temperature=2.0, seed=1))
+    assert text(chunks) == llm.tokenizer.decode(tokens(chunks))
+
+
+def test_logits_leave_the_cache_alone() -> None:
+    llm = llm_of()
+    list(llm.generate("hello", max_new_tokens=5))
+    before = llm.cache.keys.clone(), llm.cache.values.clone()
+    logits = llm.logits(list(range(200)))  # longer than the cache, which plays no part
+    assert logits.shape == (200, CONFIG.vocab_size)
+    assert logits.dtype == torch.float32
+    assert torch.equal(before[0], llm.cache.keys)
+    assert torch.equal(before[1], llm.cache.values)
+
+
+def test_stats_count_what_happened() -> None:
+    llm = llm_of()
+    *_, last = llm.generate("hello", max_new_tokens=9)
+    stats = last.stats
+    assert stats is not None
+    assert (stats.prompt_tokens, stats.new_tokens) == (5, 9)
+    assert stats.time_to_first_token > 0
+    assert stats.prompt_tokens_per_second == pytest.approx(5 / stats.time_to_first_token)
+    assert stats.tokens_per_second > 0
+    assert stats.peak_memory > 50e6  # at least the interpreter and torch
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "says"),
+    [
+        ("", {}, "the prompt is empty"),
+        ([], {}, "no prompt"),
+        ([[]], {}, "the prompt is empty"),
+        ([300], {}, "token id 300: the vocabulary is 0 to 255"),
+        ([-1], {}, "token id -1"),
+        ("x" * 97, {}, "the prompt is 97 tokens long, the context 96"),
+        (["a"] * 5, {}, "5 prompts for max_batch 4"),
+        ("a", {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ("a", {"top_p": 2.0}, "top_p is 2.0"),
+        ("a", {"stop": ""}, "empty stop string"),
+        (["a", "b"], {"seed": [1]}, "1 seeds for 2 prompts"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_runs(prompt: Any, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(MinisaError, match=says):
+        llm_of().generate(prompt, **options)
+
+
+def test_compiled_decoding_gives_the_same_text() -> None:
+    """One compilation serves every length: crossing from bucket 256 to 512 and a second prompt change nothing."""
+    plain, compiled = llm_of(max_seq_len=400, max_batch=1), llm_of(max_seq_len=400, max_batch=1, compile=True)
+    for prompt in ("x" * 250, "y" * 30):
+        ids = tokens(plain.generate(prompt, max_new_tokens=20))
+        assert tokens(compiled.generate(prompt, max_new_tokens=20)) == ids
+    assert compiled.runner.compiled

@@ -1,0 +1,83 @@
+"""Logits against transformers' LlamaForCausalLM and MistralForCausalLM: an independent implementation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minisa import LLM
+from minisa.checkpoint import load_weights, open_checkpoint
+from minisa.config import RopeScaling
+from minisa.model import Transformer
+from minisa.sharing import SharingPlan
+from tests.test_model import in_one_go
+from tests.tiny import random_weights, tiny_config, write_gguf, write_hf, write_meta, write_mistral
+
+transformers = pytest.importorskip("transformers", reason='needs pip install "minisa[peers]"')
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama2": {"n_kv_heads": 4},
+    "llama3.1": {"rope_theta": 500_000.0, "rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 64)},
+    "llama3.2": {"tie_embeddings": True, "rope_scaling": RopeScaling("llama3", 32.0, 1.0, 4.0, 64)},
+    "linear": {"rope_scaling": RopeScaling("linear", 2.0)},
+    "mistral-v0.1": {"sliding_window": 24},
+    "nemo": {"dim": 96, "head_dim": 32},
+}
+
+
+def peer_logits(path: Path, tokens: Tensor) -> Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    with torch.inference_mode():
+        return model(tokens).logits
+
+
+def our_logits(path: Path, tokens: Tensor) -> Tensor:
+    checkpoint = open_checkpoint(path)
+    with torch.device("meta"):
+        model = Transformer(checkpoint.config, SharingPlan.none(checkpoint.config.n_layers))
+    load_weights(model, checkpoint, device="cpu", dtype=torch.float32)
+    with torch.inference_mode():
+        return in_one_go(model, tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_from_its_own_format(family: str, tmp_path: Path) -> None:
+    """One random model in Hugging Face's layout gives transformers' logits, and so do its other formats."""
+    config = tiny_config(**{"n_heads": 4, "n_kv_heads": 2, "max_seq_len": 256} | FAMILIES[family])
+    weights = random_weights(config, 1)
+    tokens = torch.randint(config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(2))
+    write_hf(tmp_path / "hf", config, weights, shards=2)
+    expected = peer_logits(tmp_path / "hf", tokens)
+    assert expected.std() > 0.1  # there is something to compare
+    assert (our_logits(tmp_path / "hf", tokens) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("write", [write_meta, write_mistral, write_gguf], ids=["meta", "mistral", "gguf"])
+def test_every_format_of_one_model(write: Any, tmp_path: Path) -> None:
+    """The interleaved q and k of Meta's, Mistral's and GGUF files are put right."""
+    config = tiny_config(n_heads=4, n_kv_heads=2, rope_theta=10_000.0, max_seq_len=4096)
+    weights = random_weights(config, 1)
+    tokens = torch.randint(config.vocab_size, (2, 60), generator=torch.Generator().manual_seed(2))
+    write_hf(tmp_path / "hf", config, weights)
+    path = tmp_path / ("model.gguf" if write is write_gguf else "other")
+    write(path, config, weights)
+    assert (our_logits(path, tokens) - peer_logits(tmp_path / "hf", tokens)).abs().max() < 1e-4
+
+
+@pytest.mark.real_model
+def test_smollm2_over_512_tokens(smollm2: LLM, tmp_path: Path) -> None:
+    """The default model's dequantized weights in transformers: largest difference of any logit below 2e-3."""
+    config = smollm2.config
+    weights = {name: tensor.float() for name, tensor in smollm2.model.state_dict().items()}
+    write_hf(tmp_path, replace(config, max_seq_len=1024), weights)
+    prose = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8")
+    text = prose + "def f(x):\n    return x ** 2 + 1234567  # ζωή, 生活, жизнь 🙂\n" * 8 + prose
+    tokens = smollm2.tokenizer.encode(text)[:512]
+    assert len(tokens) == 512
+    difference = (smollm2.logits(tokens) - peer_logits(tmp_path, torch.tensor([tokens]))[0]).abs().max()
+    assert difference < 2e-3

@@ -1,0 +1,114 @@
+"""What the default model must do: answer, share, and save the memory it says it saves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minisa import LLM, load
+from minisa.costs import kv_bytes
+from minisa.sharing import SharingPlan
+
+pytestmark = pytest.mark.real_model
+
+ROOT = Path(__file__).parents[1]
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def answer(llm: LLM, **options: object) -> str:
+    return "".join(chunk.text for chunk in llm.chat(QUESTION, max_new_tokens=40, **options))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("sa", [None, "3:6,19:21,25:27,28:29"], ids=["plain", "shared"])
+def test_the_capital_of_france(smollm2_path: Path, sa: str | None, dtype: str) -> None:
+    llm = load(smollm2_path, sa=sa, dtype=dtype, max_seq_len=512)
+    said = answer(llm)
+    assert "Paris" in said
+    assert "<|" not in said  # no special token is shown
+
+
+def test_it_stops_by_itself(smollm2: LLM) -> None:
+    *_, last = smollm2.chat([{"role": "user", "content": "Say hello."}], max_new_tokens=200)
+    assert last.finish_reason == "stop"
+    assert last.token == smollm2.tokenizer.special["<|im_end|>"]
+
+
+def test_four_questions_in_one_batch_are_four_questions_alone(smollm2: LLM) -> None:
+    questions = ["Hi", "What is the capital of France?", "Count to ten.", "Write a line about the sea, then stop."]
+    prompts = [smollm2.dialog.render([{"role": "user", "content": text}], smollm2.tokenizer) for text in questions]
+    together = list(smollm2.generate(prompts, max_new_tokens=24))
+    for row, prompt in enumerate(prompts):
+        alone = [chunk.token for chunk in smollm2.generate(prompt, max_new_tokens=24)]
+        assert [chunk.token for chunk in together if chunk.row == row] == alone
+
+
+def test_a_second_turn_computes_new_tokens_only(smollm2: LLM) -> None:
+    said = answer(smollm2)
+    follow_up = [*QUESTION, {"role": "assistant", "content": said}, {"role": "user", "content": "And of Italy?"}]
+    *_, last = smollm2.chat(follow_up, max_new_tokens=3)
+    assert last.stats is not None
+    assert last.stats.prompt_tokens - last.stats.reused_tokens < 20
+
+
+RESIDENT = """
+import json, sys
+import torch
+import minisa
+
+def resident():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+
+torch.set_num_threads(1)
+spans = sys.argv[2] if sys.argv[2] != "none" else None
+llm = minisa.load(sys.argv[1], sa=spans, dtype="fp32", max_seq_len=8192)
+before = resident()
+llm.cache.keys.fill_(1.0)
+llm.cache.values.fill_(1.0)
+print(json.dumps({"weights": before, "cache": resident() - before, "counted": llm.cache.bytes()}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resident_memory_of_a_shared_run_is_lower_by_the_formula(smollm2_path: Path) -> None:
+    """Fresh processes, the whole cache in use: what the system says is resident follows costs.kv_bytes."""
+    measured = {}
+    for spans in ("none", "3:6,19:21,25:27,28:29", "11-28"):
+        command = [sys.executable, "-c", RESIDENT, str(smollm2_path), spans]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+        measured[spans] = json.loads(printed)
+    config = load(smollm2_path, max_seq_len=8).config
+    for spans, found in measured.items():
+        formula = kv_bytes(config, SharingPlan.parse(spans, 30), 8192, 4)
+        assert found["counted"] == formula
+        assert abs(found["cache"] - formula) < 2e6
+    # 18 of 30 layers follow: their q and k projections are 18 · 576 · (9 + 3) · 64 weights of 4 bytes.
+    saved = measured["none"]["weights"] - measured["11-28"]["weights"]
+    assert abs(saved - 18 * 576 * 12 * 64 * 4) < 6e6
+
+
+PREFILL = """
+import resource, sys
+import torch
+import minisa
+
+torch.set_num_threads(2)
+llm = minisa.load(sys.argv[1], sa="3:6,19:21,25:27,28:29", dtype="bf16", max_seq_len=8192)
+ids = torch.randint(49152, (8191,), generator=torch.Generator().manual_seed(0)).tolist()
+loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+next(llm.generate(ids, max_new_tokens=1))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - loaded - llm.cache.bytes())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+def test_prefill_of_8k_tokens_fits_in_model_and_cache_and_300_mb(smollm2_path: Path) -> None:
+    command = [sys.executable, "-c", PREFILL, str(smollm2_path)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert int(printed) < 300e6

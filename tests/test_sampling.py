@@ -1,0 +1,91 @@
+"""Samplers against their definitions, and the statistics of the draw."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minisa.errors import MinisaError
+from minisa.sampling import Sampling, draw, keep_min_p, keep_top_k, keep_top_p, penalize
+
+PROBABILITIES = torch.tensor([[0.05, 0.5, 0.25, 0.15, 0.05]])
+LOGITS = PROBABILITIES.log() + 3.0  # logits know no absolute level
+
+
+def kept(filtered: torch.Tensor) -> list[int]:
+    return filtered.isfinite()[0].nonzero().flatten().tolist()
+
+
+def test_filters_keep_what_their_definitions_say() -> None:
+    assert kept(keep_top_k(LOGITS, 2)) == [1, 2]
+    assert kept(keep_top_k(LOGITS, 99)) == [0, 1, 2, 3, 4]
+    assert kept(keep_top_p(LOGITS, 0.5)) == [1]
+    assert kept(keep_top_p(LOGITS, 0.51)) == [1, 2]
+    assert kept(keep_top_p(LOGITS, 0.8)) == [1, 2, 3]
+    assert kept(keep_top_p(LOGITS, 1e-9)) == [1]  # the likeliest always stays
+    assert kept(keep_min_p(LOGITS, 0.25)) == [1, 2, 3]
+    assert kept(keep_min_p(LOGITS, 1.0)) == [1]
+
+
+def test_penalty_moves_seen_tokens_down_whatever_their_sign() -> None:
+    seen = torch.tensor([[True, True, False]])
+    assert penalize(torch.tensor([[2.0, -2.0, 2.0]]), seen, 2.0).tolist() == [[1.0, -4.0, 2.0]]
+
+
+def test_greedy_is_argmax_and_ignores_the_draw() -> None:
+    for u in (0.0, 0.5, 0.999):
+        assert Sampling(top_k=3, top_p=0.1).choose(LOGITS, torch.tensor([u])).tolist() == [1]
+
+
+def test_draw_is_the_inverse_of_the_running_sum() -> None:
+    """Never a token of probability 0, at either end, even for the largest number below 1."""
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
+    largest = 1 - 2**-24
+    drawn = [draw(p, torch.tensor([u])).item() for u in (0.0, 0.2499, 0.2501, 0.9, largest)]
+    assert drawn == [1, 1, 3, 3, 3]
+
+
+def test_frequencies_follow_the_distribution() -> None:
+    uniforms = Sampling(temperature=1.0, seed=7).uniforms(1, 20_000)[0]
+    drawn = Sampling(temperature=1.0).choose(LOGITS.expand(20_000, -1), uniforms)
+    frequencies = drawn.bincount(minlength=5) / 20_000
+    assert (frequencies - PROBABILITIES[0]).abs().max() < 0.012  # about three standard deviations
+    sharp = Sampling(temperature=0.5).choose(LOGITS.expand(20_000, -1), uniforms).bincount(minlength=5) / 20_000
+    squared = PROBABILITIES[0] ** 2 / (PROBABILITIES[0] ** 2).sum()
+    assert (sharp - squared).abs().max() < 0.012
+
+
+def test_filters_are_composed_after_the_temperature() -> None:
+    """At temperature 0.5 token 1 holds 0.71 of the mass, so top_p 0.6 leaves it alone; at 1 it would not."""
+    cold, warm = (Sampling(temperature=t, top_p=0.6).choose(LOGITS, torch.tensor([0.9])).item() for t in (0.5, 1.0))
+    assert (cold, warm) == (1, 2)
+
+
+def test_seeds() -> None:
+    one = Sampling(seed=3).uniforms(2, 8)
+    assert torch.equal(one[0], one[1])  # a row of a batch draws what it would draw alone
+    assert torch.equal(one, Sampling(seed=[3, 3]).uniforms(2, 8))
+    assert not torch.equal(*Sampling(seed=[3, 4]).uniforms(2, 8))
+    assert not torch.equal(*Sampling().uniforms(2, 8))
+    with pytest.raises(MinisaError, match="3 seeds for 2 prompts"):
+        Sampling(seed=[1, 2, 3]).uniforms(2, 8)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("seed", 1 << 64),
+    ],
+)
+def test_values_out_of_range_are_named(option: str, value: float) -> None:
+    with pytest.raises(MinisaError, match=f"^{option} is .*: expected"):
+        Sampling(**{option: value})
