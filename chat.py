@@ -97,8 +97,10 @@ def answer(conversation: Conversation, text: str) -> None:
             for chunk in chunks:
                 click.echo(chunk.text, nl=False)
                 reason = chunk.finish_reason
-    finally:
+    except KeyboardInterrupt:
         click.echo()
+        raise
+    click.echo()
     if conversation.forgotten:
         click.echo(f"(the context is full: the {conversation.forgotten} oldest messages were dropped)", err=True)
     if reason == "context":

@@ -42,6 +42,7 @@ _GGUF_SPLITS = {
     "gpt-2": (GPT2_SPLIT, False),
 }
 
+_LLAMA3_TOKENS = 128_000
 _LLAMA3_SPECIAL = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -105,28 +106,36 @@ class ByteLevelBPE:
         for token, rank in ranks.items():
             self._ids[rank] = vocab.get(token, 0) if len(token) == 1 else vocab[token]
         self._lacking = bytes(token[0] for token in ranks if len(token) == 1 and token not in vocab)
-        self._split = regex.compile(split)
-        if self._split.groups:
-            raise MinisaError(f"the split pattern {split!r} has groups: expected a pattern without")
+        self._split = _compile(split)
         self._bpe = tiktoken.Encoding("minisa", pat_str=split, mergeable_ranks=dict(ranks), special_tokens={})
 
     def encode(self, text: str, *, mid_text: bool) -> list[int]:
         ids, lacking = self._ids, self._lacking
         merge = self._bpe._encode_single_piece  # of tiktoken's methods the one that takes bytes
         pieces = (piece.encode().translate(None, lacking) for piece in self._split.findall(text))
-        return [ids[rank] for piece in pieces for rank in merge(piece)]
+        return [ids[rank] for piece in pieces if piece for rank in merge(piece)]
+
+
+def _compile(split: str) -> regex.Pattern[str]:
+    try:
+        pattern = regex.compile(split)
+    except (regex.error, TypeError) as error:
+        raise MinisaError(f"the split pattern {split!r} is not a regular expression ({error})") from None
+    if pattern.groups:
+        raise MinisaError(f"the split pattern {split!r} has groups: expected one without")
+    return pattern
 
 
 def check_ids(ids: Collection[object]) -> list[int]:
-    """ids, known to be token ids. Raises MinisaError where one is none, or stands twice."""
-    whole = [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_TOKENS]
-    if len(whole) < len(ids):
-        raise MinisaError(f"a token's id is {next(i for i in ids if i not in whole)!r}: expected 0 to {MAX_TOKENS - 1}")
-    if len(set(whole)) < len(whole):
+    """The same ids, known to be token ids. Raises MinisaError where one is none, or stands twice."""
+    known = []
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < MAX_TOKENS:
+            raise MinisaError(f"a token's id is {token_id!r}: expected 0 to {MAX_TOKENS - 1}")
+        known.append(token_id)
+    if len(set(known)) < len(known):
         raise MinisaError("two tokens have the same id: is the file whole?")
-    if not whole:
-        raise MinisaError("the vocabulary is empty: is the file whole?")
-    return whole
+    return known
 
 
 def from_tiktoken(text: bytes) -> ByteLevelBPE:
@@ -135,7 +144,9 @@ def from_tiktoken(text: bytes) -> ByteLevelBPE:
     for line in text.splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token, validate=True)] = int(rank)
-    special = {name: len(ranks) + n for n, name in enumerate(_LLAMA3_SPECIAL)}
+    if len(ranks) != _LLAMA3_TOKENS:
+        raise MinisaError(f"{len(ranks)} lines of tokens: expected Llama 3's {_LLAMA3_TOKENS}: is the file whole?")
+    special = {name: _LLAMA3_TOKENS + n for n, name in enumerate(_LLAMA3_SPECIAL)}
     return ByteLevelBPE(LLAMA3_SPLIT, ranks, ranks, special, add_bos=True)
 
 

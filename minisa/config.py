@@ -166,6 +166,7 @@ class ModelConfig:
             norm_eps=_number(raw, "norm_eps", 1e-5),
             rope_theta=rope_theta,
             rope_scaling=RopeScaling("llama3", _number(raw, "rope_scaling_factor", 8.0)) if scaled else None,
+            tie_embeddings=bool(raw.get("tied_embeddings", False)),
             sliding_window=window,
         )
 

@@ -122,19 +122,18 @@ class Dialog:
 
 
 def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
-    """The chat format of the model at a path, by its chat template; `raw` for a model that comes without.
+    """The chat format of the model at a path, by its chat template; `raw` for a model that comes without one.
 
-    Meta's and Mistral's own downloads have no place for a template: there the vocabulary's special tokens decide.
+    Meta's and Mistral's own layouts have no place for a template: there the vocabulary's special tokens decide.
     Raises MinisaError when the template is none of those known here.
     """
     template, special = tokenizer.chat_template, tokenizer.special
     if template is None:
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        if Path(path).suffix == ".gguf" or any((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
+        makers_own = (Path(path) / "params.json").is_file() and not (Path(path) / "config.json").is_file()
+        marks = [mark for mark in ("<|start_header_id|>", "[INST]") if mark in special]
+        if not (makers_own and marks):
             return DIALOGS["raw"]
-        template = " ".join(mark for mark in ("<|start_header_id|>", "[INST]") if mark in special)
-        if not template:
-            return DIALOGS["raw"]
+        template = marks[0]
     if "<|im_start|>" in template:
         return DIALOGS["chatml"]
     if "<|start_header_id|>" in template:

@@ -221,7 +221,8 @@ class LLM:
         self._check_ids(ids, "the prompt")
         if len(ids) > self.cache.length:
             raise MinisaError(
-                f"the prompt is {len(ids)} tokens long, the context {self.cache.length}: shorten it or raise max_seq_len"
+                f"the prompt is {len(ids)} tokens long, the context {self.cache.length}: "
+                "shorten it or raise max_seq_len"
             )
         return ids
 

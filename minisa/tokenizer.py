@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ BOS_NAMES = ("<|begin_of_text|>", "<s>")
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>")
 
 _FILES = "tokenizer.model, tekken.json, tokenizer.json or a .gguf file"
+_SETTINGS = ("tokenizer_config.json", "added_tokens.json", "generation_config.json", "config.json")
 _MAX_FILE = 100_000_000  # bytes; the largest vocabularies take 20 MB
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
@@ -79,6 +81,8 @@ class Tokenizer:
         for token_id in self.eos_ids if bos_id is None else self.eos_ids | {bos_id}:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
                 raise MinisaError(f"a BOS or EOS id is {token_id!r}: expected 0 to {self.vocab_size - 1}")
+        if chat_template is not None and not isinstance(chat_template, str):
+            raise MinisaError(f"chat_template is {chat_template!r}: expected a string")
         for name, token_id in self.special.items():
             if token_id in vocabulary.encode(name, mid_text=False):
                 raise MinisaError(f"plain text can spell the special token {name!r}: expected it to be a control piece")
@@ -143,22 +147,36 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer at a path.
 
     path: a directory in Hugging Face's, Meta's or Mistral's layout, or one of the files a tokenizer comes in:
-        tokenizer.model (sentencepiece's or Llama 3's), tekken.json, tokenizer.json, or a .gguf file. Beside it,
-        tokenizer_config.json, generation_config.json, config.json and added_tokens.json are read where they are.
+        tokenizer.model (sentencepiece's or Llama 3's), tekken.json, tokenizer.json, or a .gguf file. What stands in
+        tokenizer_config.json, added_tokens.json, generation_config.json and config.json beside it counts too.
     Raises MinisaError when there is none, or it is damaged or of a kind that minisa does not know.
     """
     path = Path(path)
-    file = _find(path) if path.is_dir() else path
+    file, folder = (_find(path), path) if path.is_dir() else (path, path.parent)
     try:
         if file.suffix == ".gguf":
-            return _from_gguf(read_gguf(file).metadata)
-        return _with_settings(_read_vocabulary(file), path if path.is_dir() else path.parent)
-    except MinisaError as error:
-        raise error if str(file.parent) in str(error) else MinisaError(f"{file}: {error}") from None
+            metadata = read_gguf(file).metadata
+            with _naming(file):
+                return _from_gguf(metadata)
+        content = read_json(file) if file.suffix == ".json" else _read_bytes(file)
+        settings = {name: read_json(folder / name) if (folder / name).is_file() else {} for name in _SETTINGS}
+        template = folder / "chat_template.jinja"
+        with _naming(file):
+            chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
+            return _with_settings(_vocabulary(content), settings, chat_template)
     except OSError as error:
         raise MinisaError(f"{file}: {error.strerror or error}: expected {_FILES}") from None
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Put the file's name before what is wrong with its content."""
+    try:
+        yield
+    except MinisaError as error:
+        raise MinisaError(f"{file}: {error}") from None
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        # Files that lie about their types can fail anywhere; they are all the same to the user.
+        # Content of unexpected types can fail anywhere; to the user it is all the same.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise MinisaError(f"{file}: not a tokenizer, or a damaged one ({reason}): fetch the file again") from error
 
@@ -175,33 +193,43 @@ def _find(directory: Path) -> Path:
     raise MinisaError(f"{directory}: no tokenizer in this directory: expected {_FILES}")
 
 
-def _read_vocabulary(file: Path) -> Vocabulary:
-    if file.suffix == ".json":
-        raw = read_json(file)
-        return bytelevel.from_tokenizer_json(raw) if "model" in raw else bytelevel.from_tekken(raw)
-    if file.stat().st_size > _MAX_FILE:
-        raise MinisaError(f"{file.stat().st_size} bytes are no tokenizer: expected {_FILES}")
-    data = file.read_bytes()
-    return bytelevel.from_tiktoken(data) if _TIKTOKEN_LINE.match(data) else spm.SentencePiece(data)
+def _read_bytes(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        data = opened.read(_MAX_FILE + 1)
+    if len(data) > _MAX_FILE:
+        raise MinisaError(f"{file}: longer than {_MAX_FILE} bytes: this is no tokenizer; expected {_FILES}")
+    return data
 
 
-def _with_settings(vocabulary: Vocabulary, folder: Path) -> Tokenizer:
-    """With what Hugging Face's files say about a vocabulary; without them its maker's habits hold."""
-    settings = _optional(folder / "tokenizer_config.json")
-    _add_tokens(vocabulary, settings, _optional(folder / "added_tokens.json"))
+def _vocabulary(content: dict[str, Any] | bytes) -> Vocabulary:
+    if isinstance(content, bytes):
+        return bytelevel.from_tiktoken(content) if _TIKTOKEN_LINE.match(content) else spm.SentencePiece(content)
+    return bytelevel.from_tokenizer_json(content) if "model" in content else bytelevel.from_tekken(content)
+
+
+def _with_settings(
+    vocabulary: Vocabulary, settings: Mapping[str, Mapping[str, Any]], chat_template: str | None
+) -> Tokenizer:
+    """With what the files beside it say about a vocabulary; without them its maker's habits hold."""
+    config = settings["tokenizer_config.json"]
+    _add_tokens(vocabulary, config.get("added_tokens_decoder") or {}, settings["added_tokens.json"])
     special = vocabulary.special
-    bos = _named(settings.get("bos_token"), special) or [special[name] for name in BOS_NAMES if name in special]
-    eos = _named(settings.get("eos_token"), special)
+    bos = _named(config.get("bos_token"), special) or [special[name] for name in BOS_NAMES if name in special]
+    eos = _named(config.get("eos_token"), special)
     for name in ("generation_config.json", "config.json"):
-        ids = _optional(folder / name).get("eos_token_id")
+        ids = settings[name].get("eos_token_id")
         eos += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    add_bos = settings.get("add_bos_token")
+    add_bos = config.get("add_bos_token")
+    if chat_template is None:
+        chat_template = config.get("chat_template")
+        if isinstance(chat_template, list):  # several, by name
+            chat_template = {entry["name"]: entry["template"] for entry in chat_template}.get("default")
     return Tokenizer(
         vocabulary,
         bos_id=bos[0] if bos else None,
         eos_ids=eos,
         add_bos=vocabulary.add_bos if add_bos is None else add_bos,
-        chat_template=_chat_template(folder, settings),
+        chat_template=chat_template,
     )
 
 
@@ -222,15 +250,10 @@ def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-def _optional(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
-
-
-def _add_tokens(vocabulary: Vocabulary, settings: Mapping[str, Any], listed: Mapping[str, int]) -> None:
-    """Put the tokens that a fine-tuner added, which a tokenizer.model does not know, into its vocabulary."""
+def _add_tokens(vocabulary: Vocabulary, decoder: Mapping[str, Any], listed: Mapping[str, int]) -> None:
+    """Give a vocabulary the tokens that a fine-tuner added, which a tokenizer.model does not know."""
     added = {name: (token_id, True) for name, token_id in listed.items()}
-    for token_id, token in settings.get("added_tokens_decoder", {}).items():
-        added[token["content"]] = int(token_id), bool(token.get("special", True))
+    added |= {token["content"]: (int(key), bool(token.get("special", True))) for key, token in decoder.items()}
     for name, (token_id, is_special) in added.items():
         if name not in vocabulary.special:
             bytelevel.check_ids([token_id])
@@ -243,14 +266,3 @@ def _named(token: Any, special: Mapping[str, int]) -> list[int]:
     """The id of a token as tokenizer_config.json names it, by a string or an object; none for null."""
     name = token.get("content") if isinstance(token, dict) else token
     return [special[name]] if isinstance(name, str) and name in special else []
-
-
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    if (file := folder / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, Sequence) and not isinstance(template, str):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if template is not None and not isinstance(template, str):
-        raise MinisaError(f"tokenizer_config.json: chat_template is {template!r}: expected a string")
-    return template

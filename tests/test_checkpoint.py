@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minisa.checkpoint import Checkpoint, load, load_weights, open_checkpoint
 from minisa.config import ModelConfig, RopeScaling
 from minisa.errors import MinisaError
+from tests.encode import write_safetensors
 from tests.tiny import (
     empty_model,
     random_weights,
@@ -24,7 +25,6 @@ from tests.tiny import (
     write_hf,
     write_meta,
     write_mistral,
-    write_safetensors,
 )
 
 FORMATS: dict[str, Callable[[Path, ModelConfig, Mapping[str, Tensor]], Path]] = {

@@ -13,15 +13,8 @@ import torch
 
 from minisa.checkpoint import ggml, load_weights, open_checkpoint, read_gguf
 from minisa.errors import MinisaError
-from tests.tiny import (
-    GGML_CODES,
-    empty_model,
-    encode_gguf,
-    gguf_string,
-    random_weights,
-    tiny_config,
-    write_gguf,
-)
+from tests.encode import GGML_CODES, encode_gguf, gguf_string
+from tests.tiny import empty_model, random_weights, tiny_config, write_gguf
 
 
 def random_blocks(type: ggml.GGMLType, count: int, seed: int = 0) -> np.ndarray:
@@ -106,8 +99,20 @@ def test_a_type_nobody_reads(tmp_path: Path) -> None:
     config = tiny_config(n_layers=1)
     path = write_gguf(tmp_path / "m.gguf", config, random_weights(config))
     type = next(type for type in ggml.TYPES.values() if type.name == "I32")
-    with_other_type(path, "output_norm.weight", type, np.zeros(64, np.int32))
-    with pytest.raises(MinisaError, match=r"output_norm\.weight: weights of type I32 "):
+    with_other_type(path, "output.weight", type, np.zeros((256, 64), np.int32))
+    with pytest.raises(MinisaError, match=r"output\.weight: weights of type I32 "):
+        open_checkpoint(path)
+
+
+def test_a_quantized_vector(tmp_path: Path) -> None:
+    """Norms are always plain; a row of one number cannot be cut out of a block."""
+    config = tiny_config(n_layers=1)
+    path = write_gguf(tmp_path / "m.gguf", config, random_weights(config))
+    type = next(type for type in ggml.TYPES.values() if type.name == "Q8_0")
+    with_other_type(path, "output_norm.weight", type, random_blocks(type, 2))
+    with pytest.raises(
+        MinisaError, match=r"output_norm\.weight is Q8_0 \[64\]: expected only matrices to be quantized"
+    ):
         open_checkpoint(path)
 
 

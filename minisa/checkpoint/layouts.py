@@ -140,6 +140,8 @@ def _open_gguf(path: Path) -> Checkpoint:
 def _stored(info: TensorInfo, file: DataFile) -> FileTensor | ggml.QuantizedTensor:
     if dtype := ggml.PLAIN.get(info.type.name):
         return FileTensor(info.name, info.shape, dtype, file, info.offset)
+    if len(info.shape) != 2:
+        raise MinisaError(f"{info.name} is {info.type.name} {list(info.shape)}: expected only matrices to be quantized")
     try:
         decode = ggml.decoder(info.type)
     except MinisaError as error:

@@ -30,7 +30,7 @@ def read_pth(path: Path) -> dict[str, FileTensor]:
 
     Raises MinisaError for anything but a dictionary of contiguous tensors, and for a pickle that carries code.
     """
-    _check_archive(path)
+    boundaries = _boundaries(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of TorchScript archives before it refuses them
@@ -47,12 +47,15 @@ def read_pth(path: Path) -> dict[str, FileTensor]:
     if not isinstance(content, dict) or not content:
         raise MinisaError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
     file = DataFile(path)
-    tensors = [_tensor(name, tensor, file) for name, tensor in content.items()]
+    tensors = [_tensor(name, tensor, file, boundaries) for name, tensor in content.items()]
     return {tensor.name: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.offset)}
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse what is no zip archive, or has compressed parts: their bytes cannot be read in place."""
+def _boundaries(path: Path) -> list[int]:
+    """Where the parts of the archive begin and the last one ends, in bytes, ascending.
+
+    Raises MinisaError for what is no zip archive, or has compressed parts: their bytes cannot be read in place.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -64,21 +67,21 @@ def _check_archive(path: Path) -> None:
         raise MinisaError(f"{path}: a compressed archive: expected a file as torch.save writes it")
     if any(entry.filename.endswith(".pkl") and entry.file_size > MAX_PICKLE for entry in entries):
         raise MinisaError(f"{path}: its pickle is larger than {MAX_PICKLE >> 20} MiB: this is not a model")
+    return sorted([*(entry.header_offset for entry in entries), path.stat().st_size])
 
 
-def _tensor(name: Any, tensor: Any, file: DataFile) -> FileTensor:
+def _tensor(name: Any, tensor: Any, file: DataFile, boundaries: list[int]) -> FileTensor:
     where = f"{file.path}: {name!r}"
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
         raise MinisaError(f"{where} is a {type(tensor).__name__}: expected a dictionary of tensors")
     if tensor.layout != torch.strided or tensor.is_quantized or not tensor.is_contiguous():
         raise MinisaError(f"{where} is sparse, quantized or not contiguous: expected plain tensors")
-    storage = tensor.untyped_storage()
-    begin = tensor.storage_offset() * tensor.itemsize
-    if storage._checkpoint_offset is None or begin + tensor.nbytes > storage.nbytes():
-        raise MinisaError(f"{where} has no bytes in the file: the file is corrupt, fetch it again")
-    if storage._checkpoint_offset + storage.nbytes() > file.size:
-        raise MinisaError(f"{where} ends after the file: the file is corrupt, fetch it again")
-    return FileTensor(name, tuple(tensor.shape), tensor.dtype, file, int(storage._checkpoint_offset + begin))
+    part = tensor.untyped_storage()._checkpoint_offset  # None for a tensor that is no part of the archive
+    begin = int(part or 0) + int(tensor.storage_offset()) * tensor.itemsize
+    end = next((edge for edge in boundaries if part is not None and edge > part), 0)
+    if begin + tensor.nbytes > end:
+        raise MinisaError(f"{where} does not lie inside its part of the archive: the file is corrupt, fetch it again")
+    return FileTensor(name, tuple(tensor.shape), tensor.dtype, file, begin)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,193 @@
+"""Byte-level BPE out of tokenizer.json, GGUF files and tekken.json: how text is split, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import copy
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minisa.errors import MinisaError
+from minisa.tokenizer import Tokenizer, load_tokenizer
+from tests.tiny import encode_gguf
+from tests.vocabularies import BYTE_LEVEL, LLAMA3, SMOLLM2, byte_level_json, gguf_byte_level, pieces, write_json
+
+
+@pytest.fixture
+def byte_level(tmp_path: Path) -> Tokenizer:
+    return load_tokenizer(write_json(tmp_path / "tokenizer.json", byte_level_json()))
+
+
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "expected"),
+    [
+        (BYTE_LEVEL, ["a", "  ", " ", " ", "12", "3", "\n", "\n", "!!", " hello"]),
+        (SMOLLM2, ["a", "    ", "1", "2", "3", "\n", "\n", "!!", " hello"]),
+        (LLAMA3, ["a", "  ", " ", " ", "12", "3", "\n\n", "!!", " hello"]),
+    ],
+    ids=["GPT-2", "SmolLM2", "Llama 3"],
+)
+def test_how_text_is_split(pre_tokenizer: Any, expected: list[str], tmp_path: Path) -> None:
+    """SmolLM2 cuts digits out first, so spaces before one are a piece; GPT-2 and Llama 3 leave the last space over."""
+    raw = byte_level_json(pre_tokenizer=pre_tokenizer)
+    tokenizer = load_tokenizer(write_json(tmp_path / "tokenizer.json", raw))
+    assert "".join(pieces(tokenizer, "a    123\n\n!! hello")) == "a    123\n\n!! hello"
+    assert pieces(tokenizer, "a    123\n\n!! hello") == expected
+
+
+def test_merges_as_pairs(byte_level: Tokenizer, tmp_path: Path) -> None:
+    """Newer files write ["a", "b"] where older ones write "a b"."""
+    raw = byte_level_json()
+    raw["model"]["merges"] = [merge.split(" ") for merge in raw["model"]["merges"]]
+    tokenizer = load_tokenizer(write_json(tmp_path / "pairs.json", raw))
+    assert tokenizer.encode("hello hello  aaaa") == byte_level.encode("hello hello  aaaa")
+
+
+def test_gguf_and_json_agree(byte_level: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(encode_gguf(gguf_byte_level(byte_level_json()), {}))
+    text = " ".join(map(chr, range(0x3100))) + " hello hello!!  aaaa 12\n\n"
+    for path in (file, tmp_path):  # a directory with tokenizer.json: that one is taken
+        tokenizer = load_tokenizer(path)
+        assert tokenizer.special == byte_level.special
+        assert tokenizer.encode(text) == byte_level.encode(text)
+    (tmp_path / "tokenizer.json").unlink()
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.add_bos) == (tokenizer.special["<|endoftext|>"], False)
+    assert tokenizer.eos_ids == {tokenizer.special[name] for name in ("<|im_end|>", "<|endoftext|>", "<|eot_id|>")}
+
+
+def test_bytes_that_a_vocabulary_lacks_are_left_out(tmp_path: Path) -> None:
+    raw = byte_level_json()
+    del raw["model"]["vocab"]["Ą"]  # U+0104, GPT-2's letter for the byte 4
+    tokenizer = load_tokenizer(write_json(tmp_path / "tokenizer.json", raw))
+    assert tokenizer.decode(tokenizer.encode("a\x04b!\x04!")) == "ab!!"
+    assert tokenizer.encode("!\x04!") == tokenizer.encode("!!")  # as Hugging Face's, which merges what is left
+
+
+@pytest.mark.parametrize("character", ["a", " ", "\n", "1", "!", "é"])
+def test_a_megabyte_in_one_piece(byte_level: Tokenizer, character: str) -> None:
+    """tiktoken before 0.13 needs minutes for it, and its own splitter panics at a million spaces."""
+    text = character * 1_000_000 + "x"
+    began = time.perf_counter()
+    ids = byte_level.encode(text)
+    assert time.perf_counter() - began < 20
+    assert byte_level.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"type": "Unigram"}, "put the model's tokenizer.model beside it"),
+        ({"byte_fallback": True}, "put the model's tokenizer.model beside it"),
+        ({"continuing_subword_prefix": "##"}, "continuing_subword_prefix is '##'"),
+        ({"end_of_word_suffix": "</w>"}, "end_of_word_suffix is '</w>'"),
+        ({"dropout": 0.1}, "dropout is 0.1"),
+        ({"normalizer": {"type": "NFC"}}, "normalizer is 'NFC'"),
+        ({"pre_tokenizer": None}, "pre_tokenizer (None) is not one minisa knows"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer (Whitespace)"),
+        ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, "pre_tokenizer (ByteLevel)"),
+        ({"pre_tokenizer": {"pretokenizers": [BYTE_LEVEL, BYTE_LEVEL]}}, "pre_tokenizer (ByteLevel + ByteLevel)"),
+        ({"pre_tokenizer": json.loads(json.dumps(LLAMA3).replace("1,3", "1,2"))}, "pre_tokenizer (Split + ByteLevel)"),
+        ({"merges": ["a b"]}, "damaged"),  # makes ab, which has no id
+        ({"merges": ["h e", "l"]}, "damaged"),
+        ({"vocab": {}}, "damaged"),
+        ({"vocab": []}, "damaged"),
+        ({"added_tokens": [{"id": 3, "content": "<s>", "special": True}]}, "two tokens have the same id"),
+        ({"added_tokens": [{"id": -1, "content": "<s>", "special": True}]}, "a token's id is -1"),
+        ({"added_tokens": [{"id": 1 << 40, "content": "<s>", "special": True}]}, "a token's id is 1099511627776"),
+        ({"added_tokens": [{"id": "7", "content": "<s>", "special": True}]}, "a token's id is '7'"),
+        ({"added_tokens": [{"id": True, "content": "<s>", "special": True}]}, "a token's id is True"),
+    ],
+)
+def test_tokenizer_json_that_is_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    file = write_json(tmp_path / "tokenizer.json", byte_level_json(**changes))
+    with pytest.raises(MinisaError) as error:
+        load_tokenizer(tmp_path)
+    assert says in str(error.value)
+    assert str(error.value).startswith(f"{file}: ")
+    assert "\n" not in str(error.value)
+
+
+def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in list(children)[:20]:
+        yield from nodes(child, (*path, key))
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_lying_types_never_raise_anything_else(data: st.DataObject, tmp_path: Path) -> None:
+    """Any node of the file swapped for something else: MinisaError, or a tokenizer that works."""
+    raw = copy.deepcopy(byte_level_json())
+    *parents, last = data.draw(st.sampled_from(list(nodes(raw))[1:]))
+    target = raw
+    for key in parents:
+        target = target[key]
+    target[last] = data.draw(st.sampled_from([None, True, -1, 2**70, 0.5, "x", "\ud800", [], [[]], {}, {"a": 1}]))
+    write_json(tmp_path / "tokenizer.json", raw)
+    with contextlib.suppress(MinisaError):
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer.decode(tokenizer.encode("hello 123")) == "hello 123"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model is 'bert'"),
+        ({"tokenizer.ggml.pre": "qwen2"}, "tokenizer.ggml.pre is 'qwen2': expected one of llama-bpe"),
+        ({"tokenizer.ggml.pre": None}, "tokenizer.ggml.pre is 'missing'"),
+        ({"tokenizer.ggml.merges": None}, "damaged"),
+        ({"tokenizer.ggml.merges": ["he"]}, "damaged"),
+        ({"tokenizer.ggml.merges": [1, 2]}, "damaged"),
+        ({"tokenizer.ggml.tokens": ["a", "b"]}, "damaged"),
+        ({"tokenizer.ggml.token_type": None}, "damaged"),
+        ({"tokenizer.ggml.eos_token_id": 70_000}, "a BOS or EOS id is 70000"),
+        ({"tokenizer.ggml.bos_token_id": "one"}, "a BOS or EOS id is 'one'"),
+        ({"tokenizer.chat_template": 5}, "chat_template is 5"),
+    ],
+)
+def test_gguf_that_is_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    metadata = gguf_byte_level(byte_level_json()) | changes
+    file = tmp_path / "model.gguf"
+    file.write_bytes(encode_gguf({key: value for key, value in metadata.items() if value is not None}, {}))
+    with pytest.raises(MinisaError) as error:
+        load_tokenizer(file)
+    assert says in str(error.value)
+    assert str(error.value).startswith(f"{file}: ")
+
+
+def tekken_json() -> dict[str, Any]:
+    tokens = [*(bytes([i]) for i in range(256)), b"he", b"ll"]
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(token).decode()} for i, token in enumerate(tokens)]
+    config = {"pattern": r"\p{L}+|\s+|\S", "default_num_special_tokens": 30, "default_vocab_size": 287}
+    return {"config": config, "vocab": vocab}
+
+
+def test_tekken_cuts_its_vocabulary_and_fills_up_its_special_tokens(tmp_path: Path) -> None:
+    raw = tekken_json()
+    tokenizer = load_tokenizer(write_json(tmp_path / "tekken.json", raw))
+    assert tokenizer.vocab_size == 287  # without ll
+    assert pieces(tokenizer, "hell") == ["he", "l", "l"]
+    assert tokenizer.encode("he") == [286]
+    assert (tokenizer.special["[INST]"], tokenizer.special["<SPECIAL_29>"], len(tokenizer.special)) == (3, 29, 30)
+    raw["special_tokens"] = [{"rank": 0, "token_str": "<unk>"}, {"rank": 1, "token_str": "<s>"}]
+    tokenizer = load_tokenizer(write_json(tmp_path / "tekken.json", raw))
+    assert (tokenizer.bos_id, tokenizer.special["<SPECIAL_2>"], len(tokenizer.special)) == (1, 2, 30)
+
+
+@pytest.mark.parametrize("pattern", ["(", r"(\p{L}+)|.", 5])
+def test_a_tekken_pattern_that_is_refused(pattern: Any, tmp_path: Path) -> None:
+    raw = tekken_json()
+    raw["config"]["pattern"] = pattern
+    with pytest.raises(MinisaError, match="pattern"):
+        load_tokenizer(write_json(tmp_path / "tekken.json", raw))

@@ -1,0 +1,91 @@
+"""Merges: tiktoken must do what a merges list says, or the list is refused."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisa.bytelevel import ByteLevelBPE
+from minisa.errors import MinisaError
+from minisa.merges import rank_merges
+
+
+def bpe(piece: bytes, merges: list[tuple[bytes, bytes]]) -> list[bytes]:
+    """BPE as it is defined: join the leftmost of the pairs that stand first in the list, until none is left."""
+    parts = [piece[i : i + 1] for i in range(len(piece))]
+    order = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
+    while True:
+        ranked = [(order[pair], i) for i, pair in enumerate(itertools.pairwise(parts)) if pair in order]
+        if not ranked:
+            return parts
+        i = min(ranked)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+@st.composite
+def trained_merges(draw: st.DrawFn) -> list[tuple[bytes, bytes]]:
+    """What a trainer writes: each merge joins two tokens that stood side by side in a text as merged so far."""
+    corpus = draw(st.lists(st.text("ab", min_size=2, max_size=12), min_size=1, max_size=4))
+    merges: list[tuple[bytes, bytes]] = []
+    for _ in range(draw(st.integers(0, 8))):
+        words = [bpe(word.encode(), merges) for word in corpus]
+        pairs = sorted({pair for word in words for pair in itertools.pairwise(word)})
+        if not pairs:
+            break
+        merges.append(draw(st.sampled_from(pairs)))
+    return merges
+
+
+@st.composite
+def arbitrary_merges(draw: st.DrawFn) -> list[tuple[bytes, bytes]]:
+    tokens = [b"a", b"b"]
+    merges = []
+    for _ in range(draw(st.integers(1, 9))):
+        pair = draw(st.sampled_from(tokens)), draw(st.sampled_from(tokens))
+        merges.append(pair)
+        tokens.append(pair[0] + pair[1])
+    return draw(st.permutations(merges)) if draw(st.booleans()) else merges
+
+
+def tokens_by_tiktoken(piece: bytes, merges: list[tuple[bytes, bytes]], whole_pieces: bool) -> list[bytes]:
+    ranks = rank_merges(merges, whole_pieces=whole_pieces)
+    vocabulary = ByteLevelBPE("(?s:.+)", ranks, ranks, {}, add_bos=False)
+    return [vocabulary.pieces[i] for i in vocabulary.encode(piece.decode(), mid_text=False)]
+
+
+@settings(deadline=None)
+@given(merges=trained_merges(), text=st.text("ab", min_size=1, max_size=14))
+def test_trained_merges_are_taken(merges: list[tuple[bytes, bytes]], text: str) -> None:
+    assert tokens_by_tiktoken(text.encode(), merges, False) == bpe(text.encode(), merges)
+
+
+@settings(deadline=None, max_examples=300)
+@given(merges=arbitrary_merges(), text=st.text("ab", min_size=1, max_size=14), whole_pieces=st.booleans())
+def test_other_merges_are_taken_or_refused(merges: list[tuple[bytes, bytes]], text: str, whole_pieces: bool) -> None:
+    piece = text.encode()
+    try:
+        tokens = tokens_by_tiktoken(piece, merges, whole_pieces)
+    except MinisaError:
+        return
+    whole = whole_pieces and piece in {left + right for left, right in merges}
+    assert tokens == ([piece] if whole else bpe(piece, merges))
+
+
+def test_merges_that_tiktoken_would_not_follow() -> None:
+    """abc is listed as a+bc, but BPE comes to ab+c, which tiktoken would join, list or no list."""
+    merges = [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc")]
+    assert bpe(b"abc", merges) == [b"ab", b"c"]
+    with pytest.raises(MinisaError, match="do not lead to the token b'abc'"):
+        rank_merges(merges, whole_pieces=False)
+
+
+def test_a_token_that_merging_never_comes_to() -> None:
+    """Llama 3 has 695 such tokens; they are taken where a piece of text is just that token."""
+    merges = [(b"b", b"c"), (b"a", b"b"), (b"c", b"d"), (b"ab", b"cd")]  # but abcd becomes a, bc, d
+    assert tokens_by_tiktoken(b"abcd", merges, True) == [b"abcd"]
+    assert tokens_by_tiktoken(b"abcda", merges, True) == [b"a", b"bc", b"d", b"a"]
+    with pytest.raises(MinisaError, match="do not lead to the token b'abcd'"):
+        rank_merges(merges, whole_pieces=False)

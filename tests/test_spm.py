@@ -1,0 +1,113 @@
+"""Sentencepiece vocabularies: the space before a text, GGUF's copy of them, and tokens added later."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from minisa.errors import MinisaError
+from minisa.tokenizer import load_tokenizer
+from tests.tiny import encode_gguf
+from tests.vocabularies import gguf_sentencepiece, pieces, sentencepiece_model, write_json
+
+
+@pytest.fixture
+def sentencepiece_file(tmp_path: Path) -> Path:
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(sentencepiece_model())
+    return file
+
+
+def test_the_space_before_a_text(sentencepiece_file: Path) -> None:
+    tokenizer = load_tokenizer(sentencepiece_file)
+    assert pieces(tokenizer, "the cat") == [" the", " cat"]
+    assert tokenizer.encode(" the cat", mid_text=True) == tokenizer.encode("the cat")
+    assert tokenizer.token_bytes(tokenizer.encode("the cat", mid_text=True)[0])[:1] != b" "
+    assert tokenizer.decode(tokenizer.encode("  the")) == "  the"
+
+
+def test_gguf_and_tokenizer_model_agree(sentencepiece_file: Path, tmp_path: Path) -> None:
+    expected = load_tokenizer(sentencepiece_file)
+    (tmp_path / "gguf").mkdir()
+    file = tmp_path / "gguf" / "model.gguf"
+    file.write_bytes(encode_gguf(gguf_sentencepiece(sentencepiece_file.read_bytes()), {}))
+    tokenizer = load_tokenizer(file)
+    assert (tokenizer.special, tokenizer.bos_id, tokenizer.eos_ids) == (expected.special, 1, {2})
+    for text in ("the quick brown fox,  jumps\tover\n\nit 123", "日本 👩‍👧 e\u0301", "[INST] </s>", " \x00\x7f"):
+        assert tokenizer.encode(text) == expected.encode(text)
+        assert tokenizer.encode(text, mid_text=True) == expected.encode(text, mid_text=True)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_gguf_without_the_space(sentencepiece_file: Path, tmp_path: Path) -> None:
+    metadata = gguf_sentencepiece(sentencepiece_file.read_bytes()) | {"tokenizer.ggml.add_space_prefix": False}
+    file = tmp_path / "model.gguf"
+    file.write_bytes(encode_gguf(metadata, {}))
+    tokenizer = load_tokenizer(file)
+    assert tokenizer.encode("the cat") == tokenizer.encode("the cat", mid_text=True)
+    assert tokenizer.decode(tokenizer.encode(" the cat")) == " the cat"
+
+
+def test_a_user_defined_token_in_gguf_is_not_parsed(sentencepiece_file: Path, tmp_path: Path) -> None:
+    """sentencepiece finds such pieces in plain text; converters mark <|im_start|> so."""
+    metadata = gguf_sentencepiece(sentencepiece_file.read_bytes())
+    metadata["tokenizer.ggml.tokens"].append("<|im_start|>")
+    metadata["tokenizer.ggml.scores"].append(0.0)
+    metadata["tokenizer.ggml.token_type"].append(4)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(encode_gguf(metadata, {}))
+    tokenizer = load_tokenizer(file)
+    assert tokenizer.special["<|im_start|>"] == tokenizer.vocab_size - 1
+    assert tokenizer.special["<|im_start|>"] not in tokenizer.encode("<|im_start|>")
+
+
+def test_a_special_token_that_text_could_spell(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(user_defined_symbols=["<|im_start|>"]))
+    tokenizer = load_tokenizer(tmp_path)
+    token_id = tokenizer.encode("<|im_start|>")[-1]
+    assert "<|im_start|>" not in tokenizer.special
+    added = {"added_tokens_decoder": {str(token_id): {"content": "<|im_start|>", "special": True}}}
+    write_json(tmp_path / "tokenizer_config.json", added)
+    with pytest.raises(MinisaError, match=re.escape("plain text can spell the special token '<|im_start|>'")):
+        load_tokenizer(tmp_path)
+
+
+def test_tokens_that_a_fine_tuner_added(sentencepiece_file: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "added_tokens.json", {"<|im_end|>": 330, "<|im_start|>": 331})
+    write_json(
+        tmp_path / "tokenizer_config.json",
+        {
+            "added_tokens_decoder": {
+                "1": {"content": "<s>", "special": True},
+                "331": {"content": "<|im_start|>", "special": True},
+                "332": {"content": "<think>", "special": False},
+            },
+            "bos_token": {"content": "<s>"},
+            "eos_token": "<|im_end|>",
+            "add_bos_token": False,
+            "chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}],
+        },
+    )
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [2, 3]})
+    write_json(tmp_path / "config.json", {"eos_token_id": 4})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 333
+    assert (tokenizer.bos_id, tokenizer.add_bos, tokenizer.chat_template) == (1, False, "yes")
+    assert tokenizer.eos_ids == {2, 3, 4, 330}
+    assert tokenizer.decode([331, *tokenizer.encode("hello"), 332, 330]) == "hello<think>"
+    assert not {330, 331, 332} & set(tokenizer.encode("<|im_start|><|im_end|><think>"))
+    (tmp_path / "chat_template.jinja").write_text("newer", encoding="utf-8")
+    assert load_tokenizer(sentencepiece_file).chat_template == "newer"
+
+
+@pytest.mark.parametrize("character", ["a", " ", "\n", "é"])
+def test_a_megabyte_in_one_sentence(sentencepiece_file: Path, character: str) -> None:
+    tokenizer = load_tokenizer(sentencepiece_file)
+    text = character * 1_000_000
+    began = time.perf_counter()
+    ids = tokenizer.encode(text)
+    assert time.perf_counter() - began < 20
+    assert tokenizer.decode(ids) == text

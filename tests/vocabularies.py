@@ -1,0 +1,160 @@
+"""Vocabularies to test with: small ones made on the spot, and the makers' own out of wheels."""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+
+from minisa.tokenizer import Tokenizer, load_tokenizer
+
+SPLIT_LLAMA3 = "|".join(
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": SPLIT_LLAMA3}, "behavior": "Isolated", "invert": False}
+SMOLLM2 = {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}
+LLAMA3 = {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL | {"use_regex": False}]}
+
+SPECIAL = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<s>",
+)
+MERGES = ("h e", "l l", "he ll", "hell o", "a a", "aa aa", "Ġ Ġ", "ĠĠ ĠĠ", "Ċ Ċ", "1 2", "Ġ hello", "! !")
+
+
+def gpt2_letters() -> list[str]:
+    """The printable character that stands for each byte."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    stand_ins = itertools.count(0x100)
+    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
+
+
+def byte_level_json(**changes: Any) -> dict[str, Any]:
+    """A tokenizer.json: 256 bytes, a few merges, a few special tokens. changes: to its keys, or to those of "model"."""
+    tokens = [*gpt2_letters(), *(merge.replace(" ", "") for merge in MERGES)]
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": {token: number for number, token in enumerate(tokens)},
+        "merges": list(MERGES),
+    }
+    added = [{"id": len(tokens) + n, "content": name, "special": True} for n, name in enumerate(SPECIAL)]
+    raw = {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": SMOLLM2,
+        "post_processor": None,
+        "decoder": None,
+        "model": model | {key: value for key, value in changes.items() if key in model},
+    }
+    return raw | {key: value for key, value in changes.items() if key not in model}
+
+
+def write_json(file: Path, content: Any) -> Path:
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return file
+
+
+def gguf_byte_level(raw: Mapping[str, Any], pre: str = "smollm") -> dict[str, Any]:
+    """The same vocabulary as the metadata of a GGUF file."""
+    special = {token["content"]: token["id"] for token in raw["added_tokens"]}
+    tokens = sorted({**raw["model"]["vocab"], **special}.items(), key=lambda item: item[1])
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [token for token, _ in tokens],
+        "tokenizer.ggml.token_type": [3 if token in special else 1 for token, _ in tokens],
+        "tokenizer.ggml.merges": list(raw["model"]["merges"]),
+        "tokenizer.ggml.bos_token_id": special["<|endoftext|>"],
+        "tokenizer.ggml.eos_token_id": special["<|im_end|>"],
+    }
+
+
+def sentencepiece_model(**options: Any) -> bytes:
+    """A tokenizer.model like Llama 2's and Mistral's, trained on a few lines in a few milliseconds."""
+    lines = ["hello world the cat sat on the mat", "the quick brown fox, jumps over  the lazy dog"] * 3
+    model = io.BytesIO()
+    defaults: dict[str, Any] = {
+        "vocab_size": 330,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "control_symbols": ["[INST]", "[/INST]"],
+        "num_threads": 1,
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **(defaults | options))
+    return model.getvalue()
+
+
+def gguf_sentencepiece(model: bytes) -> dict[str, Any]:
+    """The same vocabulary as the metadata of a GGUF file."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = range(processor.vocab_size())
+    kinds = [(processor.is_unknown, 2), (processor.is_control, 3), (processor.is_byte, 6)]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [processor.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": [processor.get_score(i) for i in ids],
+        "tokenizer.ggml.token_type": [next((code for test, code in kinds if test(i)), 1) for i in ids],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+
+
+WHEEL_FILES = {
+    "llama3": ("llama-models", "0.3.0", "llama_models/llama3/tokenizer.model"),
+    "mistral-v1": ("mistral-common", "1.13.1", "mistral_common/data/tokenizer.model.v1"),
+    "mistral-v2": ("mistral-common", "1.13.1", "mistral_common/data/mistral_instruct_tokenizer_240216.model.v2"),
+    "mistral-v3": ("mistral-common", "1.13.1", "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"),
+    "tekken": ("mistral-common", "1.13.1", "mistral_common/data/tekken_240718.json"),
+}
+REAL = ("smollm2", *WHEEL_FILES)
+
+
+def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The text of each token of a text."""
+    return [tokenizer.token_bytes(i).decode(errors="replace") for i in tokenizer.encode(text)]
+
+
+def load_real(name: str, request: pytest.FixtureRequest) -> Tokenizer:
+    """A maker's own tokenizer; skips when it is not here and cannot be fetched."""
+    if name == "smollm2":
+        return _load(request.getfixturevalue("smollm2_path"))
+    wheel_file: Callable[[str, str, str], Path] = request.getfixturevalue("wheel_file")
+    return _load(wheel_file(*WHEEL_FILES[name]))
+
+
+@functools.cache
+def _load(path: Path) -> Tokenizer:
+    return load_tokenizer(path)
