@@ -38,7 +38,7 @@ Ctrl-C stops an answer and keeps the session, Ctrl-D leaves."""
 @click.option("--seed", type=int, help="Same seed, same text.")
 @click.option("--stop", multiple=True, help="End the answer at this text; may be given several times.")
 @click.option("--max-seq-len", type=int, help="Context in tokens; the model's own by default.")
-@click.option("--compile/--no-compile", "compiled", default=False, help="Decode through torch.compile.")
+@click.option("--compile/--no-compile", "compiled", default=None, help="Wait for the compiled step, or do without it.")
 @click.option("--raw", is_flag=True, help="No chat format: continue the text as it stands.")
 def main(
     model: str,
@@ -56,7 +56,7 @@ def main(
     seed: int | None,
     stop: tuple[str, ...],
     max_seq_len: int | None,
-    compiled: bool,
+    compiled: bool | None,
     raw: bool,
 ) -> None:
     """Chat with a Llama or Mistral model, with or without Shared Attention.

@@ -104,7 +104,8 @@ def banner(llm: LLM, model: str) -> str:
     config, plan = llm.config, llm.plan
     sharing = f"{len(plan.followers)} follow ({plan})" if plan.followers else "plain attention"
     return (
-        f"{Path(model).name} · {config.n_layers} layers, {sharing} · {dtype_name(llm.dtype)} on {llm.device} · "
+        f"{Path(model).name} · {config.n_layers} layers, {sharing} · "
+        f"{dtype_name(llm.dtype)} on {llm.device}, {llm.runner.name} · "
         f"context {llm.cache.length} · KV cache {mebibytes(llm.cache.bytes())}"
     )
 

@@ -1,4 +1,4 @@
-"""The two functions a generation is made of, prefill and decode_one_token, and the one place that compiles.
+"""The two functions a generation is made of, prefill and decode_one_token, and TorchRunner, which calls them.
 
 Both take tensors, leave keys and values in the cache and return tensors; neither waits for the device.
 """
@@ -41,8 +41,8 @@ def decode_one_token(model: Transformer, tokens: Tensor, positions: Tensor, cach
     return model(tokens[:, None], positions[:, None], cache)[:, 0]
 
 
-class Runner:
-    """Runs a model: the one place that chooses between eager and compiled.
+class TorchRunner:
+    """Runs a model in PyTorch, eager or compiled.
 
     Eager, a decode step sees exactly the slots in use. Compiled, it sees a bucket of 256, 512, 1024, … of them, so
     that the shapes seldom change; the mask hides the rest.
@@ -50,16 +50,26 @@ class Runner:
 
     def __init__(self, model: Transformer, *, compile: bool = False) -> None:
         self.model = model
-        self.compiled = compile
+        self.name = "torch.compile" if compile else "eager"
+        self._bucketed = compile
         # Elsewhere a step is not queued but done, and would keep back the token chosen before it.
         self.queues = next(model.parameters()).device.type == "cuda"
         self._step: Callable[[Transformer, Tensor, Tensor, StaticCache], Tensor] = decode_one_token
         if compile:
             self._step = torch.compile(decode_one_token, fullgraph=True, dynamic=True)
 
+    @property
+    def weight_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
     def prefill(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
         """`prefill` with this runner's model."""
         return prefill(self.model, tokens, start, cache)
+
+    def all_logits(self, tokens: Tensor, start: int, cache: StaticCache) -> Iterator[Tensor]:
+        """Logits [≤ PREFILL_CHUNK, vocab_size] of every one of tokens [1, T], fed at positions start, start + 1, …"""
+        for hidden in prefill_chunks(self.model, tokens, start, cache):
+            yield self.model.head(hidden)[0]
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: StaticCache, in_use: int) -> Tensor:
         """`decode_one_token` over the first in_use slots of the cache, which positions [B] lie in.
@@ -69,7 +79,7 @@ class Runner:
         return self._step(self.model, tokens, positions, cache.view(self._visible(in_use, cache.length)))
 
     def _visible(self, in_use: int, length: int) -> int:
-        if not self.compiled or in_use > length:
+        if not self._bucketed or in_use > length:
             return in_use
         bucket = max(SMALLEST_BUCKET, 1 << (in_use - 1).bit_length())
         return min(bucket, length)

@@ -51,7 +51,7 @@ class Dialog:
     """A chat format.
 
     layout: messages to the parts of a prompt that ends where the assistant's answer begins.
-    end: the special token that ends the assistant's turn; None where that is the tokenizer's EOS.
+    opens: the special token that opens a turn, if one does.
     alternating: after an optional system message come user, assistant, user, … and nothing else.
     reserved: markers that are plain text in this format, so that no message may spell them.
     free: any messages, in any order; otherwise the last one is the user's.
@@ -59,7 +59,7 @@ class Dialog:
 
     name: str
     layout: Layout
-    end: str | None = None
+    opens: str | None = None
     alternating: bool = False
     reserved: tuple[str, ...] = ()
     free: bool = False
@@ -83,9 +83,9 @@ class Dialog:
         return ids
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """The tokens that end the assistant's turn."""
-        own = () if self.end is None else (self._mark_id(Mark(self.end), tokenizer),)
-        return tokenizer.eos_ids.union(own)
+        """The tokens that end the assistant's turn: those that say so, and the one that opens another turn."""
+        opens = () if self.opens is None else (self._mark_id(Mark(self.opens), tokenizer),)
+        return tokenizer.eos_ids.union(opens)
 
     def _mark_id(self, mark: Mark, tokenizer: Tokenizer) -> int:
         token_id = tokenizer.bos_id if mark in (BOS, BOS_IF_ADDED) else tokenizer.special.get(mark.name)
@@ -263,12 +263,12 @@ def _system_apart(messages: Sequence[Message]) -> tuple[str | None, Sequence[Mes
 DIALOGS: dict[str, Dialog] = {
     dialog.name: dialog
     for dialog in (
-        Dialog("chatml", _chatml, end="<|im_end|>"),
+        Dialog("chatml", _chatml, opens="<|im_start|>"),
         Dialog("llama2", _llama2, alternating=True, reserved=("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")),
-        Dialog("llama3", _llama3, end="<|eot_id|>"),
+        Dialog("llama3", _llama3, opens="<|start_header_id|>"),
         Dialog("mistral-v1", _mistral_v1, alternating=True, reserved=("[INST]", "[/INST]")),
-        Dialog("mistral-v2", _mistral_v3, alternating=True),
-        Dialog("mistral-v3", _mistral_v3, alternating=True),
+        Dialog("mistral-v2", _mistral_v3, opens="[INST]", alternating=True),
+        Dialog("mistral-v3", _mistral_v3, opens="[INST]", alternating=True),
         Dialog("zephyr", _zephyr),
         Dialog("raw", _raw, free=True),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from minisa.cache import StaticCache
 from minisa.checkpoint import load_weights, open_checkpoint
 from minisa.config import ModelConfig
 from minisa.costs import kv_bytes
-from minisa.decode import Runner, prefill_chunks
 from minisa.device import choose_device, choose_dtype, free_memory
 from minisa.dialog import DIALOGS, Dialog, Message, find_dialog
 from minisa.errors import MinisaError
 from minisa.generate import Chunk, Options, generate
 from minisa.model import Transformer
 from minisa.registry import ModelEntry, resolve
+from minisa.runners import choose_runner, may_become_native
 from minisa.sampling import Sampling
 from minisa.sharing import SharingPlan
 from minisa.tokenizer import Tokenizer, load_tokenizer
@@ -35,7 +36,7 @@ def load(
     max_seq_len: int | None = None,
     max_batch: int = 1,
     *,
-    compile: bool = False,
+    compile: bool | None = None,
     backend: str = "torch",
     progress: Callable[[int, int], None] | None = None,
 ) -> LLM:
@@ -48,7 +49,8 @@ def load(
     device: auto, cpu, cuda, cuda:N, mps. dtype: auto, fp32, bf16, fp16.
     max_seq_len: cache slots a row; None takes the context the model was trained for, or what fits in half of the
         free memory if that is less.
-    max_batch: rows of the cache. compile: decode through torch.compile. backend: "torch" or "reference".
+    max_batch: rows of the cache. compile: True, False or None for what is ready now, as in `choose_runner`.
+    backend: "torch", or "reference" for the attention written out, which runs eager.
     progress: called with (bytes done, bytes in all) while weights load.
     Raises MinisaError for whatever the caller can put right.
     """
@@ -63,14 +65,17 @@ def load(
     if max_seq_len is not None and not 1 <= max_seq_len <= config.max_seq_len:
         raise MinisaError(f"max_seq_len is {max_seq_len}: expected 1 to {config.max_seq_len}, the model's own context")
     tokenizer = load_tokenizer(path)
-    dialog = DIALOGS[entry.chat] if entry is not None and entry.chat else find_dialog(path, tokenizer)
     with torch.device("meta"):
         transformer = Transformer(config, plan, backend)
     load_weights(transformer, checkpoint, device=target, dtype=number_format, progress=progress)
     transformer.to(target)  # the buffers; the weights are there already
     length = max_seq_len or _affordable_length(config, plan, max_batch, number_format, target)
     cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=length, device=target, dtype=number_format)
-    return LLM(transformer, tokenizer, dialog, cache, compile=compile)
+
+    def dialog() -> Dialog:
+        return DIALOGS[entry.chat] if entry is not None and entry.chat else find_dialog(path, tokenizer)
+
+    return LLM(transformer, tokenizer, dialog, cache, compile=compile if backend == "torch" else False)
 
 
 def choose_plan(
@@ -110,18 +115,24 @@ class LLM:
         self,
         model: Transformer,
         tokenizer: Tokenizer,
-        dialog: Dialog,
+        find_dialog: Callable[[], Dialog],
         cache: StaticCache,
         *,
-        compile: bool = False,
+        compile: bool | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.dialog = dialog
+        self._find_dialog = find_dialog
         self.cache = cache
-        self.runner = Runner(model, compile=compile)
+        self.runner = choose_runner(model, compile)
+        self._compile = compile
         self._cached: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
         self._generation = 0
+
+    @cached_property
+    def dialog(self) -> Dialog:
+        """The model's chat format. Raises MinisaError where it is not known: such a model can still `generate`."""
+        return self._find_dialog()
 
     @property
     def config(self) -> ModelConfig:
@@ -147,8 +158,7 @@ class LLM:
         cache = StaticCache.allocate(
             self.config, self.plan, max_seq_len=len(token_ids), device=self.device, dtype=self.dtype
         )
-        chunks = prefill_chunks(self.model, tokens, 0, cache)
-        return torch.cat([self.model.head(hidden)[0].float() for hidden in chunks])
+        return torch.cat([logits.float() for logits in self.runner.all_logits(tokens, 0, cache)])
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Iterator[Chunk]:
         """Continue one prompt or several at once, streaming.
@@ -196,6 +206,8 @@ class LLM:
         return self._stream(rows, options)
 
     def _stream(self, rows: list[list[int]], options: Options) -> Iterator[Chunk]:
+        if may_become_native(self.runner, self._compile):
+            self.runner = choose_runner(self.model, self._compile)
         self._generation += 1
         mine = self._generation
         single = len(rows) == 1

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from minisa.cache import StaticCache
-from minisa.decode import Runner
 from minisa.device import peak_memory
 from minisa.errors import MinisaError
+from minisa.runners import Runner
 from minisa.sampling import Sampling
 from minisa.tokenizer import Tokenizer
 

@@ -1,11 +1,14 @@
 """From a list of BPE merges to ranked tokens: what Hugging Face's and GGUF files hold, as tiktoken wants it.
 
 A merges list joins the adjacent pair that stands first in the list; tiktoken joins the adjacent pair whose bytes
-together are the token of lowest rank, whether or not that pair stands in a list. The two agree when every token
-is made from the pair that BPE really comes to. The bytes of a token that is about to be made had both its ends
-as boundaries since the beginning, so inside them BPE went as if they were alone: there is one pair that it comes
-to, whatever stands around it. `rank_merges` finds this pair for each token and makes sure that the list has it.
-A list that a trainer wrote always does, because it saw the pair it wrote down.
+together are the token of lowest rank, whether or not that pair stands in a list. They agree in two cases, and
+`rank_merges` makes sure of one of them:
+
+* The list has, for every token, the pair that BPE comes to when it makes that token. One pair will do: the bytes of
+  a token about to be made have had its ends as borders since the beginning, so inside them BPE went as it would have
+  gone with these bytes alone. A list that a trainer wrote is such a list; it wrote down the pairs it came to.
+* The list has every pair of tokens that are a token together, sorted by that token. This is how vocabularies in
+  tiktoken's own format, such as Llama 3's, are turned into merges.
 """
 
 from __future__ import annotations
@@ -34,32 +37,38 @@ def rank_merges(merges: Iterable[Pair], *, whole_pieces: bool) -> dict[bytes, in
     """Token → rank: the 256 bytes, then what the merges make, in their order.
 
     whole_pieces: a piece of text that is a token as it stands is not taken apart (Hugging Face's ignore_merges), so
-        a token that merging never comes to has its use. Llama 3 has 695 of them.
+        a token that merging never comes to has its use. Llama 3 has hundreds.
     Raises MinisaError when tiktoken with these ranks would not do what the merges say.
     """
+    pairs = list(merges)
     ranks = {bytes([byte]): byte for byte in range(256)}
-    parts: dict[bytes, Pair] = {token: (token, b"") for token in ranks}  # the pair BPE makes each token from
-    listed: dict[bytes, list[Pair]] = {}  # pairs that BPE does not come to
-    last = 0
-    for left, right in merges:
-        token = left + right
-        rank = ranks.setdefault(token, len(ranks))
-        if token in parts:
-            continue
-        if left in parts and right in parts and ranks[right] < rank > ranks[left] and _meet(left, right, ranks, parts):
-            parts[token] = left, right
-            if rank < last:
-                raise MinisaError(f"the merges of {token!r} are out of order: expected those of one token together")
-            last = rank
-        else:
-            listed.setdefault(token, []).append((left, right))
-    for token in ranks.keys() - parts.keys():
-        splits = ((token[:i], token[i:]) for i in range(1, len(token)))
-        if not whole_pieces or any(a in ranks and b in ranks and (a, b) not in listed[token] for a, b in splits):
-            raise MinisaError(
-                f"the merges do not lead to the token {token!r}: expected a list as BPE training writes it"
-            )
+    for left, right in pairs:
+        ranks.setdefault(left + right, len(ranks))
+    stray = _stray_token(pairs, ranks)
+    if stray is not None and not (whole_pieces and _has_every_pair(pairs, ranks)):
+        raise MinisaError(f"the merges do not lead to the token {stray!r}: expected them as BPE training writes them")
     return ranks
+
+
+def _stray_token(pairs: list[Pair], ranks: dict[bytes, int]) -> bytes | None:
+    """A token that BPE does not come to by a pair listed in due order, if there is one."""
+    parts: dict[bytes, Pair] = {bytes([byte]): (b"", b"") for byte in range(256)}  # what BPE makes each token from
+    last = 0
+    for left, right in pairs:
+        token = left + right
+        rank = ranks[token]
+        if token not in parts and rank > last and left in parts and right in parts and _meet(left, right, ranks, parts):
+            parts[token] = left, right
+            last = rank
+    return next((token for token in ranks if token not in parts), None)
+
+
+def _has_every_pair(pairs: list[Pair], ranks: dict[bytes, int]) -> bool:
+    """Whether all pairs of tokens that are a token together are listed, sorted by that token."""
+    made = [ranks[left + right] for left, right in pairs]
+    splits = ((token[:i], token[i:]) for token in ranks for i in range(1, len(token)))
+    listed = set(pairs)
+    return made == sorted(made) and all(pair in listed for pair in splits if pair[0] in ranks and pair[1] in ranks)
 
 
 def _meet(left: bytes, right: bytes, ranks: dict[bytes, int], parts: dict[bytes, Pair]) -> bool:

@@ -119,7 +119,15 @@ class TestAnswers:
 
     def test_dtype_device_and_context(self, ask: Callable[..., Ran]) -> None:
         ran = ask("--prompt", FRANCE, "--dtype", "fp32", "--device", "cpu", "--max-seq-len", 100)
-        assert "fp32 on cpu · context 100 · KV cache 4.4 MiB" in ran.err
+        assert "fp32 on cpu, eager · context 100 · KV cache 4.4 MiB" in ran.err
+
+    def test_compile_and_no_compile(self, ask: Callable[..., Ran]) -> None:
+        flags = ("--prompt", FRANCE, "--dtype", "bf16")
+        compiled, eager = ask(*flags, "--compile"), ask(*flags, "--no-compile")
+        assert "bf16 on cpu, C++ step" in compiled.err
+        assert "bf16 on cpu, eager" in eager.err
+        assert "Paris" in compiled.out
+        assert "Paris" in eager.out
 
     def test_model_takes_a_path(self, run_chat: Callable[..., Ran], smollm2_path: Path, tmp_path: Path) -> None:
         shutil.copy(smollm2_path, tmp_path / "renamed.gguf")  # nothing is guessed from the name

@@ -12,7 +12,7 @@ from minisa import decode
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig, RopeScaling
 from minisa.costs import parameter_count
-from minisa.decode import Runner, prefill_chunks
+from minisa.decode import TorchRunner, prefill_chunks
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.rope import rope_frequencies
@@ -84,7 +84,7 @@ def test_steps_equal_chunks_equal_one_go(plan: SharingPlan, backend: str, monkey
     assert [chunk.shape[1] for chunk in chunks] == [16, 16, 1, 16, 1]
     assert (model.head(torch.cat(chunks, 1)) - expected).abs().max() < 1e-4
 
-    runner, cache = Runner(model), StaticCache.allocate(CONFIG, plan, max_seq_len=50)
+    runner, cache = TorchRunner(model), StaticCache.allocate(CONFIG, plan, max_seq_len=50)
     steps = [runner.decode(tokens[:, i], torch.tensor([i]), cache, i + 1) for i in range(50)]
     assert (torch.stack(steps, 1) - expected).abs().max() < 1e-4
 
@@ -99,7 +99,7 @@ def test_ragged_rows_decode_as_if_alone(plan: SharingPlan) -> None:
     cache.keys.fill_(9.0)
     for row, length in enumerate(prompts):
         list(prefill_chunks(model, tokens[row : row + 1, :length], 0, cache.view(rows=slice(row, row + 1))))
-    positions, runner = torch.tensor(prompts), Runner(model)
+    positions, runner = torch.tensor(prompts), TorchRunner(model)
     for _ in range(steps):
         logits = runner.decode(tokens[range(4), positions], positions, cache, int(positions.max()) + 1)
         for row, position in enumerate(positions.tolist()):
@@ -127,7 +127,7 @@ def test_sliding_window_in_chunks_and_steps(window: int, plan: str, monkeypatch:
     chunked = torch.cat(list(prefill_chunks(model, tokens[:, :30], 0, cache)), 1)
     assert (model.head(chunked) - expected[:, :30]).abs().max() < 1e-4
     for i in range(30, 40):
-        step = Runner(model).decode(tokens[:, i], torch.tensor([i]), cache, i + 1)
+        step = TorchRunner(model).decode(tokens[:, i], torch.tensor([i]), cache, i + 1)
         assert (step - expected[:, i]).abs().max() < 1e-4
 
 

@@ -1,0 +1,85 @@
+"""Builds step.cpp once for each version of it and each kind of processor."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import uuid
+from pathlib import Path
+
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-mtune=generic", "-shared", "-fPIC", "-pthread")
+SOURCES = Path(__file__).parent
+
+
+def open_library(*, wait: bool) -> ctypes.CDLL | None:
+    """The library, if it is built already or there is time to `wait` for it; else None, and the build begins.
+
+    Nobody has to stay for a build that was begun: it is a process of its own, and moves its result into place whole.
+    None also where there is no compiler, none that understands these flags, or no place to keep the result.
+    """
+    target = library_path()
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if target is None or compiler is None:
+        return None
+    if not target.exists():
+        build = _start(compiler, target)
+        if build is None or not wait or build.wait() != 0:
+            return None
+    try:
+        return _declare(ctypes.CDLL(str(target)))
+    except OSError:  # built for a machine that is not this one after all
+        return None
+
+
+@functools.cache
+def library_path() -> Path | None:
+    """Where the library for these sources, flags and processor is kept; None without a home folder."""
+    key = hashlib.sha256("\0".join([os.environ.get("CXX", "g++"), *FLAGS, _processor()]).encode())
+    for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
+        key.update(source.read_bytes())
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return cache / "minisa" / f"step-{key.hexdigest()[:16]}.so"
+
+
+def _start(compiler: str, target: Path) -> subprocess.Popen[bytes] | None:
+    part = target.with_suffix(f".{uuid.uuid4().hex[:8]}.part")
+    command = [compiler, *FLAGS, str(SOURCES / "step.cpp"), "-o", str(part)]
+    script = '"$@" && mv "$PART" "$TARGET" || { rm -f "$PART"; exit 1; }'
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return subprocess.Popen(
+            ["sh", "-c", script, "sh", *command],
+            env={**os.environ, "PART": str(part), "TARGET": str(target)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in the chat is not meant for the compiler
+        )
+    except OSError:
+        return None
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    library.engine_open.argtypes, library.engine_open.restype = [pointer, integer, integer], pointer
+    library.engine_step.argtypes = [pointer, pointer, pointer, pointer, integer, integer, pointer]
+    library.engine_step.restype = None
+    library.engine_close.argtypes, library.engine_close.restype = [pointer], None
+    return library
+
+
+def _processor() -> str:
+    """What -march=native looks at: the processor's features, where the system tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.machine() + platform.processor()

@@ -1,0 +1,247 @@
+"""NativeRunner: the Runner interface over the C++ step."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minisa.cache import StaticCache
+from minisa.config import ModelConfig
+from minisa.model import Layer, Transformer
+from minisa.native.packing import FORMATS, LANES, PANEL, Packed, interleave, pack_bf16
+from minisa.rope import rope_angles
+
+CHUNK = 64  # rows of prefill at a time: each keeps a row of attention weights a head for its followers
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int32) for name in ("format", "rows", "cols", "reserved"))]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm")),
+        *((name, _Matrix) for name in ("wqkv", "wo", "w13", "w2")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "head_map")),
+        *((name, ctypes.c_int32) for name in ("slot", "reserved")),
+    ]
+
+
+_SIZES = (
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
+    *("max_seq_len", "sliding_window", "n_slots", "cache_is_bf16"),
+)
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in _SIZES),
+        ("norm_eps", ctypes.c_float),
+        *((name, _Matrix) for name in ("embedding", "head")),
+        *((name, ctypes.c_void_p) for name in ("final_norm", "cos", "sin")),
+        ("layers", ctypes.POINTER(_Layer)),
+    ]
+
+
+def supports(config: ModelConfig) -> bool:
+    """Whether the model's widths fill whole panels and vectors."""
+    widths = (config.dim, config.hidden_dim, config.n_heads * config.head_dim)
+    return all(width % PANEL == 0 for width in widths) and config.head_dim % (2 * LANES) == 0
+
+
+class NativeRunner:
+    """Runs a model in the C++ step. Its bf16 matrices move out of `model` and into panels, one by one.
+
+    The caches it is given are bf16 or fp32, on the CPU. Activations are rounded to bf16 before each product, sums and
+    attention are fp32.
+    """
+
+    queues = False
+    name = "C++ step"
+
+    def __init__(self, model: Transformer, library: ctypes.CDLL, n_threads: int | None = None) -> None:
+        self.model = model
+        self.library = library
+        self.n_threads = n_threads or torch.get_num_threads()
+        self._weights = _PackedWeights(model)
+        self._slots = _scratch_slots(model.plan.sources)
+        self._bound: _Bound | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._weights.nbytes
+
+    def prefill(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
+        """As TorchRunner.prefill: logits [B, vocab_size] fp32 after the last of tokens [B, T]."""
+        rows = []
+        for row, ids in enumerate(tokens):
+            *_, last = self._chunks(ids, start, cache, row, every=False)
+            rows.append(last)
+        return torch.cat(rows)
+
+    def all_logits(self, tokens: Tensor, start: int, cache: StaticCache) -> Iterator[Tensor]:
+        """As TorchRunner.all_logits: logits [T', vocab_size] fp32, chunk by chunk, for tokens [1, T]."""
+        return self._chunks(tokens[0], start, cache, 0, every=True)
+
+    def decode(self, tokens: Tensor, positions: Tensor, cache: StaticCache, in_use: int) -> Tensor:
+        """As TorchRunner.decode: logits [B, vocab_size] fp32."""
+        return self._step(tokens, positions, torch.arange(len(tokens)), cache.view(in_use), len(tokens))
+
+    def _chunks(self, ids: Tensor, start: int, cache: StaticCache, row: int, *, every: bool) -> Iterator[Tensor]:
+        """Logits of each chunk: of every token, or of the whole's last token only."""
+        stop = start + len(ids)
+        for part in ids.split(CHUNK):
+            end = start + len(part)
+            n_logits = len(part) if every else int(end == stop)
+            positions, rows = torch.arange(start, end), torch.full((len(part),), row)
+            yield self._step(part, positions, rows, cache.view(end), n_logits)
+            start = end
+
+    def _step(self, tokens: Tensor, positions: Tensor, rows: Tensor, cache: StaticCache, n_logits: int) -> Tensor:
+        """Feed tokens [N] at positions [N] of the cache's rows [N]; logits [n_logits, vocab_size] of the last ones."""
+        if self._bound is None or not self._bound.holds(cache):
+            self._bound = _Bound(self, cache)
+        config = self.model.config
+        # What PyTorch would refuse by itself, C++ would do.
+        if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) < config.vocab_size):
+            raise IndexError(f"a token is outside the vocabulary of {config.vocab_size}")
+        if not (int(positions.min()) >= 0 and int(positions.max()) < cache.length):
+            raise IndexError(f"a position is outside the {cache.length} slots of the cache")
+        return self._bound.step(tokens, positions, rows + _first_row(cache), n_logits)
+
+
+class _PackedWeights:
+    """The model's weights as the C++ step takes them. The matrices leave the model as they are packed."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.layers: list[dict[str, Any]] = []
+        for layer in model.layers:
+            assert isinstance(layer, Layer)
+            attention, ffn = layer.attention, layer.feed_forward
+            leads = hasattr(attention, "wq")
+            qkv = [attention.wq, attention.wk, attention.wv] if leads else [attention.wv]
+            self.layers.append(
+                {
+                    "attention_norm": layer.attention_norm.weight.float(),
+                    "ffn_norm": layer.ffn_norm.weight.float(),
+                    "wqkv": pack_bf16(torch.cat([_take(linear) for linear in qkv])),
+                    "wo": pack_bf16(_take(attention.wo)),
+                    "w13": pack_bf16(interleave(_take(ffn.w1), _take(ffn.w3))),
+                    "w2": pack_bf16(_take(ffn.w2)),
+                }
+            )
+        self.embedding = pack_bf16(_take(model.tok_embeddings))
+        self.head = self.embedding if model.output is None else pack_bf16(_take(model.output))
+        self.final_norm = model.norm.weight.float()
+
+    @property
+    def nbytes(self) -> int:
+        matrices = [part for layer in self.layers for part in layer.values()] + [self.embedding, self.final_norm]
+        if self.head is not self.embedding:
+            matrices.append(self.head)
+        return sum(part.data.nbytes for part in matrices)
+
+
+def _take(module: nn.Module) -> Tensor:
+    """A module's weight, which the module then no longer holds: the panels take its place in memory."""
+    weight = module.get_parameter("weight").data
+    module.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+    return weight
+
+
+class _Bound:
+    """The C++ engine with its tables set to one cache's memory."""
+
+    def __init__(self, runner: NativeRunner, cache: StaticCache) -> None:
+        model, weights = runner.model, runner._weights
+        config, plan = model.config, model.plan
+        self._library = runner.library
+        self._storage = _storage(cache)
+        keys_at, values_at, (per_layer, per_row, per_head, per_slot, _) = self._storage
+        length = per_head // per_slot
+        cos, sin = rope_angles(model.rope_frequencies, torch.arange(length)[None])
+        identity = tuple(range(config.n_heads))
+        head_maps = [torch.tensor(heads or identity, dtype=torch.int32) for heads in plan.head_maps]
+        layer_bytes = per_layer * cache.values.element_size()
+        table = (_Layer * config.n_layers)()
+        for i, layer in enumerate(weights.layers):
+            slot = cache.key_slots[i]
+            table[i] = _Layer(
+                layer["attention_norm"].data_ptr(),
+                layer["ffn_norm"].data_ptr(),
+                *(_matrix(layer[name]) for name in ("wqkv", "wo", "w13", "w2")),
+                None if slot is None else keys_at + slot * layer_bytes,
+                values_at + i * layer_bytes,
+                head_maps[i].data_ptr(),
+                runner._slots[i],
+            )
+        self._model = _Model(
+            dim=config.dim,
+            n_layers=config.n_layers,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            hidden_dim=config.hidden_dim,
+            vocab_size=config.vocab_size,
+            max_seq_len=length,
+            sliding_window=config.sliding_window or 0,
+            n_slots=max(runner._slots) + 1,
+            cache_is_bf16=cache.values.dtype == torch.bfloat16,
+            norm_eps=config.norm_eps,
+            embedding=_matrix(weights.embedding),
+            head=_matrix(weights.head),
+            final_norm=weights.final_norm.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            layers=table,
+        )
+        self._alive = (weights, cache.values, cache.keys, cos, sin, head_maps, table)  # what the tables point into
+        max_rows = max(CHUNK, per_layer // per_row)
+        self._engine = self._library.engine_open(ctypes.byref(self._model), runner.n_threads, max_rows)
+
+    def holds(self, cache: StaticCache) -> bool:
+        return _storage(cache) == self._storage
+
+    def step(self, tokens: Tensor, positions: Tensor, rows: Tensor, n_logits: int) -> Tensor:
+        logits = torch.empty(n_logits, self._model.vocab_size)
+        inputs = [tensor.int().contiguous() for tensor in (tokens, positions, rows)]
+        self._library.engine_step(
+            self._engine, *(tensor.data_ptr() for tensor in inputs), len(tokens), n_logits, logits.data_ptr()
+        )
+        return logits
+
+    def __del__(self) -> None:
+        if hasattr(self, "_engine"):
+            self._library.engine_close(self._engine)
+
+
+def _storage(cache: StaticCache) -> tuple[int, int, tuple[int, ...]]:
+    """Where the memory behind a cache or a view of it begins, keys and values, and the values' strides in elements."""
+    keys, values = cache.keys.untyped_storage(), cache.values.untyped_storage()
+    return keys.data_ptr(), values.data_ptr(), cache.values.stride()
+
+
+def _first_row(cache: StaticCache) -> int:
+    """The row of the memory behind it at which a view begins."""
+    return cache.values.storage_offset() // cache.values.stride(1)
+
+
+def _matrix(packed: Packed) -> _Matrix:
+    return _Matrix(packed.data.data_ptr(), FORMATS[packed.format], packed.rows, packed.cols, 0)
+
+
+def _scratch_slots(sources: Sequence[int]) -> list[int]:
+    """For each layer the scratch that holds its span's attention weights, free again after the last follower."""
+    last = {source: i for i, source in enumerate(sources)}
+    slots: list[int] = []
+    for i, source in enumerate(sources):
+        if source != i:
+            slots.append(slots[source])
+        else:
+            busy = {slots[leader] for leader, end in last.items() if leader < i < end}
+            slots.append(next(slot for slot in range(len(sources)) if slot not in busy))
+    return slots

@@ -1,0 +1,242 @@
+// One step of a Llama with Shared Attention on a CPU: n rows in, logits out.
+//
+// A row is one token of one sequence at one position. Decoding is a row for each sequence of the batch, prefill a
+// chunk of rows of the same sequence: both run the same code. `Engine::run` reads top-down like the diagram in
+// minisa/model.py. Weights come packed from native/packing.py.
+#include <memory>
+
+#include "attention.h"
+#include "matmul.h"
+#include "tables.h"
+#include "threads.h"
+#include "vectors.h"
+
+class Engine {
+   public:
+    Engine(const Model& model, int n_threads, int max_rows)
+        : m(model), n_threads(n_threads), max_rows(max_rows), barrier(n_threads) {
+        size_t width = std::max({m.dim, m.hidden_dim, m.n_heads * m.head_dim});
+        own.resize(n_threads);
+        for (auto& activations : own) activations.reserve(width);
+        shared.reserve(width * max_rows);
+        normed.resize(n_threads * width);
+        x.resize((size_t)max_rows * m.dim);
+        qkv.resize((size_t)max_rows * (m.n_heads + 2 * m.n_kv_heads) * m.head_dim);
+        hidden.resize((size_t)max_rows * m.hidden_dim);
+        parts.resize((size_t)max_parts() * m.n_heads * m.head_dim);
+        weights.reset(new float[(size_t)m.n_slots * max_rows * m.n_heads * row_size()]);
+        softmax.resize((size_t)m.n_slots * max_parts() * m.n_heads);
+        team = std::make_unique<Team>(n_threads, [this](int thread) {
+            m.cache_is_bf16 ? run<bf16>({thread, this->n_threads}) : run<float>({thread, this->n_threads});
+        });
+    }
+
+    // tokens, positions, sequences (rows of the cache): [n_rows]; logits: [n_logits, vocab_size], of the last rows.
+    void step(const int32_t* tokens, const int32_t* positions, const int32_t* sequences, int n_rows, int n_logits,
+              float* logits) {
+        this->tokens = tokens, this->positions = positions, this->sequences = sequences;
+        this->n_rows = n_rows, this->n_logits = n_logits, this->logits = logits;
+        n_splits = n_rows < kFewRows ? n_threads : 1;
+        team->run();
+    }
+
+   private:
+    template <class Cache>
+    void run(Share share) {
+        for (int row = share.thread; row < n_rows; row += n_threads) read_row(m.embedding, tokens[row], x_of(row));
+        barrier.wait();
+        for (int l = 0; l < m.n_layers; ++l) {
+            const Layer& layer = m.layers[l];
+            int width = layer.wqkv.rows;  // a follower's row of qkv is its value alone
+            matmul(layer.wqkv, norm(layer.attention_norm, layer.wqkv, 0, share), n_rows, share,
+                   [&](int row, int panel, auto& out) { put(&qkv[(size_t)row * width], width, panel, out); });
+            barrier.wait();
+            append<Cache>(layer, share);
+            barrier.wait();
+            attend<Cache>(layer, share);
+            barrier.wait();
+            matmul(layer.wo, merge(layer, share), n_rows, share, add_to_x());
+            barrier.wait();
+            matmul(layer.w13, norm(layer.ffn_norm, layer.w13, 0, share), n_rows, share,
+                   [&](int row, int panel, auto& out) {
+                       float* to = &hidden[(size_t)row * m.hidden_dim + panel * kPanel / 2];
+                       for (int v = 0; v < kVectors / 2; ++v) {
+                           f32s gate = out[v], up = out[v + kVectors / 2];
+                           store(to + v * kLanes, gate / (1.f + exp(-gate)) * up);
+                       }
+                   });
+            barrier.wait();
+            matmul(layer.w2, prepare(layer.w2, n_rows, share, [&](int row) { return &hidden[(size_t)row * m.hidden_dim]; }),
+                   n_rows, share, add_to_x());
+            barrier.wait();
+        }
+        if (n_logits) {
+            matmul(m.head, norm(m.final_norm, m.head, n_rows - n_logits, share), n_logits, share,
+                   [&](int row, int panel, auto& out) {
+                       put(logits + (size_t)row * m.vocab_size, m.vocab_size, panel, out);
+                   });
+        }
+        barrier.wait();
+    }
+
+    float* x_of(int row) { return &x[(size_t)row * m.dim]; }
+
+    static void put(float* row, int width, int panel, const f32s (&out)[kVectors]) {  // the last panel may be padded
+        memcpy(row + panel * kPanel, out, sizeof(float) * std::min(kPanel, width - panel * kPanel));
+    }
+    auto add_to_x() {
+        return [this](int row, int panel, auto& out) {
+            float* to = x_of(row) + panel * kPanel;
+            for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, load(to + v * kLanes) + out[v]);
+        };
+    }
+
+    // Rounds rows for a matmul. Of a single row every thread makes a copy, which is quicker than to wait for another's.
+    template <class Row>
+    const Activations& prepare(const Matrix& w, int count, Share share, Row row_of) {
+        Activations& out = count == 1 ? own[share.thread] : shared;
+        if (count == 1) {
+            out.cols = w.cols;
+            out.set(0, row_of(0), w.format);
+            return out;
+        }
+        if (share.thread == 0) out.cols = w.cols;
+        barrier.wait();
+        for (int row = share.thread; row < count; row += n_threads) out.set(row, row_of(row), w.format);
+        barrier.wait();
+        return out;
+    }
+
+    const Activations& norm(const float* weight, const Matrix& w, int first_row, Share share) {
+        float* out = &normed[(size_t)share.thread * (normed.size() / n_threads)];
+        return prepare(w, n_rows - first_row, share, [&, out](int row) {
+            const float* in = x_of(first_row + row);
+            f32s squares = {};
+            for (int i = 0; i < m.dim; i += kLanes) squares += load(in + i) * load(in + i);
+            float scale = 1.f / std::sqrt(sum_of(squares) / m.dim + m.norm_eps);
+            for (int i = 0; i < m.dim; i += kLanes) store(out + i, load(in + i) * scale * load(weight + i));
+            return out;
+        });
+    }
+
+    // Turns queries and keys by their position, and appends keys and values to the cache.
+    template <class Cache>
+    void append(const Layer& layer, Share share) {
+        int hd = m.head_dim, n_queries = layer.keys ? m.n_heads : 0, n_keys = layer.keys ? m.n_kv_heads : 0;
+        int n_heads = n_queries + n_keys + m.n_kv_heads;
+        for (int item = share.thread; item < n_rows * n_heads; item += n_threads) {
+            int row = item / n_heads, head = item % n_heads;
+            float* in = &qkv[((size_t)row * n_heads + head) * hd];
+            if (head < n_queries + n_keys) turn(in, positions[row]);
+            if (head < n_queries) continue;
+            int kv_head = (head - n_queries) % m.n_kv_heads;
+            Cache* out = cached<Cache>(head < n_queries + n_keys ? layer.keys : layer.values, row, kv_head);
+            for (int d = 0; d < hd; d += kLanes) store(out + (size_t)positions[row] * hd + d, load(in + d));
+        }
+    }
+
+    void turn(float* head, int position) {  // rotary embedding, the two halves of a head as real and imaginary parts
+        int half = m.head_dim / 2;
+        const float *cos = m.cos + (size_t)position * half, *sin = m.sin + (size_t)position * half;
+        for (int i = 0; i < half; i += kLanes) {
+            f32s a = load(head + i), b = load(head + half + i), c = load(cos + i), s = load(sin + i);
+            store(head + i, a * c - b * s);
+            store(head + half + i, b * c + a * s);
+        }
+    }
+
+    template <class Cache>
+    Cache* cached(void* tensor, int row, int kv_head) {
+        return (Cache*)tensor + ((size_t)sequences[row] * m.n_kv_heads + kv_head) * m.max_seq_len * m.head_dim;
+    }
+
+    // A few rows: each is split by positions between the threads; many: every thread has rows of its own.
+    // A part of a row leaves its unnormalized weights and its Softmax to the followers, in the span's slot.
+    template <class Cache>
+    void attend(const Layer& layer, Share share) {
+        int hd = m.head_dim, group = m.n_heads / m.n_kv_heads, n_values = layer.keys ? m.n_heads + 2 * m.n_kv_heads : 0;
+        for (int item = share.thread; item < n_rows * n_splits; item += n_threads) {
+            int row = item / n_splits, last = positions[row] + 1;
+            int first = m.sliding_window ? std::max(0, last - m.sliding_window) : 0;
+            Share part{item % n_splits, n_splits};  // in whole vectors, whose last lanes may lie beyond `last`
+            int n_vectors = (last - first + kLanes - 1) / kLanes;
+            int begin = first + part.begin(n_vectors) * kLanes;
+            int end = std::min(last, first + part.end(n_vectors) * kLanes);
+            for (int kv_head = 0; kv_head < m.n_kv_heads; ++kv_head) {
+                by_heads(group, [&]<int H>(std::integral_constant<int, H>, int offset) {
+                    int head = kv_head * group + offset;
+                    float* rows[H];
+                    for (int h = 0; h < H; ++h) rows[h] = weights_of(layer.slot, row, layer.head_map[head + h]);
+                    if (layer.keys) {
+                        Softmax* softmax = &softmax_of(layer.slot, item, head);
+                        const float* q = &qkv[(size_t)row * n_values * hd + head * hd];
+                        score<H>(q, cached<Cache>(layer.keys, row, kv_head), begin, end, hd, 1.f / std::sqrt((float)hd), rows, softmax);
+                        for (int h = 0; h < H; ++h) softmax[h].sum = exponentiate(rows[h], begin, end, softmax[h].max);
+                    }
+                    weigh<H>(rows, cached<Cache>(layer.values, row, kv_head), begin, end, hd, part_of(item, head));
+                });
+            }
+        }
+    }
+
+    // What attention hands to wo: the parts of each row put together, and normalized.
+    const Activations& merge(const Layer& layer, Share share) {
+        float* out = &normed[(size_t)share.thread * (normed.size() / n_threads)];
+        return prepare(layer.wo, n_rows, share, [&, out](int row) {
+            for (int head = 0; head < m.n_heads; ++head) {
+                int source = layer.head_map[head];
+                float most = -INFINITY, sum = 0;
+                for (int i = 0; i < n_splits; ++i)
+                    most = std::max(most, softmax_of(layer.slot, row * n_splits + i, source).max);
+                for (int i = 0; i < n_splits; ++i) {
+                    Softmax part = softmax_of(layer.slot, row * n_splits + i, source);
+                    sum += part.sum * std::exp(part.max - most);
+                }
+                float* to = out + head * m.head_dim;
+                memset(to, 0, sizeof(float) * m.head_dim);
+                for (int i = 0; i < n_splits; ++i) {
+                    float factor = std::exp(softmax_of(layer.slot, row * n_splits + i, source).max - most) / sum;
+                    const float* from = part_of(row * n_splits + i, head);
+                    for (int d = 0; d < m.head_dim; d += kLanes) store(to + d, load(to + d) + load(from + d) * factor);
+                }
+            }
+            return out;
+        });
+    }
+
+    static constexpr int kFewRows = 8;
+    int row_size() const { return m.max_seq_len + kLanes; }
+    int max_parts() const { return std::max(max_rows, kFewRows * n_threads); }
+    float* weights_of(int slot, int row, int head) {
+        return &weights[(((size_t)slot * max_rows + row) * m.n_heads + head) * row_size()];
+    }
+    Softmax& softmax_of(int slot, int part, int head) {
+        return softmax[((size_t)slot * max_parts() + part) * m.n_heads + head];
+    }
+    float* part_of(int part, int head) { return &parts[((size_t)part * m.n_heads + head) * m.head_dim]; }
+
+    const Model m;
+    const int n_threads, max_rows;
+    const int32_t *tokens, *positions, *sequences;
+    int n_rows, n_logits, n_splits;
+    float* logits;
+
+    std::vector<float> x, qkv, hidden;  // [rows, dim], [rows, heads * head_dim], [rows, hidden_dim]
+    std::vector<float> parts;           // [row parts, n_heads * head_dim]: attention's unnormalized sums
+    std::unique_ptr<float[]> weights;   // [slots, rows, n_heads, max_seq_len]: unnormalized attention weights
+    std::vector<Softmax> softmax;       // [slots, row parts, n_heads]
+    std::vector<float> normed;          // a row for each thread
+    std::vector<Activations> own;       // one for each thread
+    Activations shared;
+    Barrier barrier;
+    std::unique_ptr<Team> team;
+};
+
+extern "C" {
+void* engine_open(const Model* model, int n_threads, int max_rows) { return new Engine(*model, n_threads, max_rows); }
+void engine_step(void* engine, const int32_t* tokens, const int32_t* positions, const int32_t* sequences, int n_rows,
+                 int n_logits, float* logits) {
+    ((Engine*)engine)->step(tokens, positions, sequences, n_rows, n_logits, logits);
+}
+void engine_close(void* engine) { delete (Engine*)engine; }
+}

@@ -1,0 +1,32 @@
+// The tables that native/engine.py fills in: where the weights and the cache lie, and who follows whom.
+#pragma once
+#include <cstdint>
+
+enum Format : int32_t { kBf16, kInt8, kInt4 };
+
+struct Matrix {  // [rows, cols] in panels of 32 rows; cols is a multiple of 32
+    const uint8_t* data;
+    int32_t format, rows, cols, reserved;
+};
+
+struct Layer {
+    const float *attention_norm, *ffn_norm;  // [dim]
+    Matrix wqkv;                             // queries, keys, values; in a follower values only
+    Matrix wo, w13, w2;                      // w13: 16 gate rows and 16 up rows in each panel
+    void *keys, *values;                     // [batch, n_kv_heads, max_seq_len, head_dim]; a follower has no keys
+    const int32_t* head_map;                 // [n_heads]: whose attention weights each query head uses
+    int32_t slot;                            // where this layer's span keeps its attention weights
+    int32_t reserved;
+};
+
+struct Model {
+    int32_t dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, max_seq_len;
+    int32_t sliding_window;   // tokens a query looks back over, itself included; 0: all
+    int32_t n_slots;          // spans alive at the same time, at least one
+    int32_t cache_is_bf16;    // else fp32
+    float norm_eps;
+    Matrix embedding, head;   // the same panels where they are tied
+    const float* final_norm;  // [dim]
+    const float *cos, *sin;   // [max_seq_len, head_dim / 2]
+    const Layer* layers;
+};

@@ -1,0 +1,138 @@
+// Vectors as wide as the machine's, in the compiler's own notation.
+#pragma once
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kPanel = 32;                 // rows of a panel, whatever the vectors' width
+constexpr int kVectors = kPanel / kLanes;  // vectors that make up a panel's column
+constexpr int kBlock = 32;                 // weights that share a scale, as in GGUF
+constexpr int kColumn = 4 * kPanel;        // bytes that a panel's column takes: 4 for each row
+
+typedef float f32s __attribute__((vector_size(4 * kLanes)));
+typedef int32_t i32s __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t u32s __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t u16s __attribute__((vector_size(2 * kLanes)));
+typedef int8_t i8s __attribute__((vector_size(kLanes)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class V>
+static inline V load_as(const void* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// Where GCC 12 takes several instructions for a conversion that is one, the processor's own is named.
+static inline u32s widen(u16s v) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    return (u32s)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+    return (u32s)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+    return __builtin_convertvector(v, u32s);
+#endif
+}
+static inline f32s load(const float* p) { return load_as<f32s>(p); }
+static inline f32s load(const bf16* p) { return (f32s)(widen(load_as<u16s>(p)) << 16); }
+static inline f32s load_half(const uint8_t* p) {  // IEEE fp16, as GGUF's scales are
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    return (f32s)_mm512_cvtph_ps(load_as<__m256i>(p));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return (f32s)_mm256_cvtph_ps(load_as<__m128i>(p));
+#else
+    f32s v;
+    for (int i = 0; i < kLanes; ++i) v[i] = (float)load_as<_Float16>(p + 2 * i);
+    return v;
+#endif
+}
+static inline void store(float* p, f32s v) { memcpy(p, &v, sizeof v); }
+static inline void store(bf16* p, f32s v) {  // to nearest, ties to even
+    u32s bits = (u32s)v;
+    u16s rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16s);
+    memcpy(p, &rounded, sizeof rounded);
+}
+
+static inline f32s max(f32s a, f32s b) { return a > b ? a : b; }
+static inline f32s min(f32s a, f32s b) { return a < b ? a : b; }
+static inline f32s round(f32s v) {  // adding 1.5 * 2^23 leaves no bits for the fraction; for |v| < 2^22
+    return (v + 12582912.f) - 12582912.f;
+}
+static inline f32s exp(f32s v) {  // 2^n * e^r, |r| <= ln(2) / 2; relative error about 2e-7
+    v = min(max(v, f32s{} - 87.f), f32s{} + 88.f);
+    f32s n = round(v * 1.44269504f);
+    f32s r = v - n * 0.693359375f + n * 2.12194440e-4f;
+    f32s p = r * (1.f / 720) + 1.f / 120;
+    p = p * r + 1.f / 24;
+    p = p * r + 1.f / 6;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.f;
+    return p * (f32s)((__builtin_convertvector(n, i32s) + 127) << 23);
+}
+static inline float sum_of(f32s v) {
+    float sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += v[i];
+    return sum;
+}
+static inline float max_of(f32s v) {
+    float most = v[0];
+    for (int i = 1; i < kLanes; ++i) most = std::max(most, v[i]);
+    return most;
+}
+static inline f32s only_first(int n, f32s v, float rest) {  // the first n lanes of v, and `rest` in the others
+    i32s index;
+    for (int i = 0; i < kLanes; ++i) index[i] = i;
+    return index < n ? v : f32s{} + rest;
+}
+
+// Lane i of the result is the sum over v[i]. v's vectors are folded in pairs, half by half: after the fold by kHalf
+// every vector holds kLanes / kHalf partial sums of kHalf lanes.
+template <int kHalf = kLanes / 2>
+static inline f32s sum_rows(f32s (&v)[kLanes]) {
+    i32s low;
+    for (int i = 0; i < kLanes; ++i) low[i] = (i / kHalf % 2) * kLanes + i / kHalf / 2 * 2 * kHalf + i % kHalf;
+    for (int i = 0; i < kHalf; ++i)
+        v[i] = __builtin_shuffle(v[i], v[i + kHalf], low) + __builtin_shuffle(v[i], v[i + kHalf], low + kHalf);
+    if constexpr (kHalf == 1) return v[0];
+    else return sum_rows<kHalf / 2>(v);
+}
+
+// Each lane of w holds two bf16 weights of its own row; x holds the two bf16 activations they meet.
+static inline f32s dot2(f32s sum, u32s w, uint32_t x) {
+#if defined(__AVX512BF16__)
+    return (f32s)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x));
+#else
+    sum += (f32s)(w << 16) * std::bit_cast<float>(x << 16);
+    return sum + (f32s)(w & 0xffff0000u) * std::bit_cast<float>(x & 0xffff0000u);
+#endif
+}
+
+// Each lane of w holds four weights of its own row in 0..255; x holds the four activations in -127..127 they meet.
+static inline i32s dot4(i32s sum, u32s w, uint32_t x) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    return (i32s)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32((int)x));
+#elif defined(__AVX2__) && !defined(__AVX512BW__)  // 16-bit products in pairs: the first and third, second and fourth
+    __m256i xs = _mm256_set1_epi32((int)x), odd = _mm256_srai_epi16(xs, 8);
+    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8);
+    sum += (i32s)_mm256_madd_epi16((__m256i)(w & 0x00ff00ff), even);
+    return sum + (i32s)_mm256_madd_epi16((__m256i)((w >> 8) & 0x00ff00ff), odd);
+#else
+    for (int i = 0; i < 4; ++i) sum += (i32s)((w >> (8 * i)) & 255) * (int32_t)(int8_t)(x >> (8 * i));
+    return sum;
+#endif
+}

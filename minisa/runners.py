@@ -1,0 +1,63 @@
+"""Runners: what executes a model's prefill and decode steps, and the one place that chooses among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from minisa.cache import StaticCache
+from minisa.decode import TorchRunner
+from minisa.model import Transformer
+from minisa.native.build import open_library
+from minisa.native.runner import NativeRunner, supports
+
+
+class Runner(Protocol):
+    """Executes one model. Tokens and positions are int64, caches may be views; logits are the runner's own dtype.
+
+    name: for people. queues: whether a step returns before it is done. weight_bytes: what its weights take.
+    prefill: tokens [B, T] at positions start, start + 1, … → logits [B, vocab_size] after the last.
+    all_logits: tokens [1, T] likewise → logits [≤ chunk, vocab_size] of every one, chunk by chunk.
+    decode: tokens [B] at positions [B], all < in_use slots of the cache → logits [B, vocab_size].
+    Raises MinisaError where the cache is too short.
+    """
+
+    model: Transformer
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def queues(self) -> bool: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    def prefill(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor: ...
+    def all_logits(self, tokens: Tensor, start: int, cache: StaticCache) -> Iterator[Tensor]: ...
+    def decode(self, tokens: Tensor, positions: Tensor, cache: StaticCache, in_use: int) -> Tensor: ...
+
+
+def choose_runner(model: Transformer, compile: bool | None = None) -> Runner:
+    """The fastest runner for a loaded model.
+
+    compile: True for a compiled one, waiting for the compiler if need be: the C++ step where it fits, else
+        torch.compile. False for PyTorch's eager mode. None for what is ready now: the C++ step if it has been built
+        on this machine before, else eager, while the C++ step is built in the background.
+    Weights move out of the model into a C++ step's own layout.
+    """
+    if compile is not False and _fits_native(model):
+        library = open_library(wait=compile is True)
+        if library is not None:
+            return NativeRunner(model, library)
+    return TorchRunner(model, compile=compile is True)
+
+
+def may_become_native(runner: Runner, compile: bool | None) -> bool:
+    """Whether choose_runner may find more than this runner later, when the C++ step has been built."""
+    return compile is None and not isinstance(runner, NativeRunner) and _fits_native(runner.model)
+
+
+def _fits_native(model: Transformer) -> bool:
+    weight = model.tok_embeddings.weight
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and supports(model.config)

@@ -1,0 +1,220 @@
+"""The C++ step against the reference in fp32: every plan, batches, chunks, windows, and the library's own life."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from minisa.cache import StaticCache
+from minisa.config import ModelConfig
+from minisa.costs import parameter_count
+from minisa.decode import TorchRunner
+from minisa.errors import MinisaError
+from minisa.model import Linear, Transformer
+from minisa.native import build
+from minisa.native.build import open_library
+from minisa.native.runner import NativeRunner, supports
+from minisa.runners import choose_runner, may_become_native
+from minisa.sharing import SharingPlan
+from tests.test_model import build as build_model
+from tests.test_model import tokens_of
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+SHAPES: dict[str, ModelConfig] = {
+    "gqa": tiny_config(n_layers=6, dim=128, n_heads=6, n_kv_heads=2, head_dim=32, hidden_dim=160, vocab_size=300),
+    "mha": tiny_config(n_layers=6, dim=96, n_heads=3, n_kv_heads=3, head_dim=32, hidden_dim=96, vocab_size=257),
+    "one kv head": tiny_config(n_layers=6, dim=64, n_heads=5, n_kv_heads=1, head_dim=64, hidden_dim=64, vocab_size=256),
+    "tied": tiny_config(n_layers=6, dim=64, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=64, tie_embeddings=True),
+}
+PLANS = {"none": {}, "span": {2: 1, 3: 1, 4: 1}, "interleaved": {3: 1, 4: 2, 5: 1}}
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    opened = open_library(wait=True)
+    assert opened is not None
+    return opened
+
+
+def plan_of(config: ModelConfig, name: str, mapped: bool) -> SharingPlan:
+    leaders = PLANS[name]
+    heads = [(head * 2 + 1) % config.n_heads for head in range(config.n_heads)]
+    return SharingPlan.following(6, leaders, dict.fromkeys(leaders, heads) if mapped else {})
+
+
+def pair(config: ModelConfig, plan: SharingPlan, library: ctypes.CDLL) -> tuple[TorchRunner, NativeRunner]:
+    """The C++ step, and the reference in fp32 with every product's input rounded to bf16 as the C++ step rounds it."""
+    reference, model = build_model(config, plan, "reference"), build_model(config, plan)
+    for name, parameter in (*reference.named_parameters(), *model.named_parameters()):
+        calm = 0.25 if name.endswith(("wo.weight", "w2.weight")) else 1.0  # or rounding noise doubles at every layer
+        parameter.data = (parameter.data * calm).bfloat16().to(parameter.dtype)
+    for module in reference.modules():
+        if isinstance(module, Linear):
+            module.register_forward_pre_hook(lambda _, inputs: inputs[0].bfloat16().float())
+    reference.norm.register_forward_hook(lambda *args: args[-1].bfloat16().float())  # what the head multiplies
+    return TorchRunner(reference), NativeRunner(model, library, n_threads=2)
+
+
+def caches(model: Transformer, batch: int, length: int) -> list[StaticCache]:
+    return [StaticCache.allocate(model.config, model.plan, batch=batch, max_seq_len=length) for _ in range(2)]
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """A sum in another order puts a number now and then on the other side of a rounding to bf16, eight bits wide."""
+    error = (found - expected).norm() / expected.norm()
+    assert error < 1e-2
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["identity", "head maps"])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prefill_decode_and_ragged_batches(shape: str, plan: str, mapped: bool, library: ctypes.CDLL) -> None:
+    """Prompts longer than a chunk, in rows of a batch; then steps in which every row has a position of its own."""
+    config = SHAPES[shape]
+    reference, native = pair(config, plan_of(config, plan, mapped), library)
+    tokens, lengths = tokens_of(config, 3, 100), (70, 1, 17)
+    expected_cache, cache = caches(reference.model, 3, 110)
+    for row, length in enumerate(lengths):
+        rows, prompt = slice(row, row + 1), tokens[row : row + 1, :length]
+        assert_near(
+            native.prefill(prompt, 0, cache.view(rows=rows)),
+            reference.prefill(prompt, 0, expected_cache.view(rows=rows)),
+        )
+    positions = torch.tensor(lengths)
+    for _ in range(20):
+        fed, in_use = tokens[range(3), positions], int(positions.max()) + 1
+        assert_near(
+            native.decode(fed, positions, cache, in_use), reference.decode(fed, positions, expected_cache, in_use)
+        )
+        positions = positions + 1
+    assert_near(cache.values, expected_cache.values)
+    assert_near(cache.keys, expected_cache.keys)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_any_number_of_threads_and_every_logit(n_threads: int, library: ctypes.CDLL) -> None:
+    config, plan = SHAPES["gqa"], plan_of(SHAPES["gqa"], "span", True)
+    reference, native = pair(config, plan, library)
+    native.n_threads = n_threads
+    tokens = tokens_of(config, 1, 90)
+    expected_cache, cache = caches(reference.model, 1, 90)
+    found = torch.cat(list(native.all_logits(tokens, 0, cache)))
+    assert found.shape == (90, config.vocab_size)
+    assert_near(found, torch.cat(list(reference.all_logits(tokens, 0, expected_cache))))
+
+
+def test_the_bound_would_see_one_token_too_few(library: ctypes.CDLL) -> None:
+    reference, native = pair(SHAPES["gqa"], SharingPlan.none(6), library)
+    tokens = tokens_of(native.model.config, 1, 20)
+    expected_cache, cache = caches(reference.model, 1, 20)
+    expected = reference.prefill(tokens, 0, expected_cache)
+    shorter = native.prefill(tokens[:, 1:], 0, cache)
+    assert (shorter - expected).norm() / expected.norm() > 0.1
+
+
+@pytest.mark.parametrize("window", [1, 24])
+def test_sliding_window(window: int, library: ctypes.CDLL) -> None:
+    config = replace(SHAPES["gqa"], sliding_window=window)
+    reference, native = pair(config, plan_of(config, "span", False), library)
+    tokens = tokens_of(config, 1, 80)
+    expected_cache, cache = caches(reference.model, 1, 80)
+    expected = torch.cat(list(reference.all_logits(tokens, 0, expected_cache)))
+    assert_near(torch.cat(list(native.all_logits(tokens, 0, cache))), expected)
+
+
+def test_bf16_cache_and_another_cache_after_it(library: ctypes.CDLL) -> None:
+    """The tables follow the cache they are given: a second one, then the first again, each with its own text."""
+    config, plan = SHAPES["tied"], plan_of(SHAPES["tied"], "span", True)
+    reference, native = pair(config, plan, library)
+    tokens = tokens_of(config, 2, 40)
+    half = [StaticCache.allocate(config, plan, max_seq_len=size, dtype=torch.bfloat16) for size in (41, 64)]
+    for row, cache in enumerate(half):
+        native.prefill(tokens[row : row + 1], 0, cache)
+    for row, cache in enumerate(half):
+        expected_cache, _ = caches(reference.model, 1, 41)
+        reference.prefill(tokens[row : row + 1], 0, expected_cache)
+        expected = reference.decode(torch.tensor([7]), torch.tensor([40]), expected_cache, 41)
+        found = native.decode(torch.tensor([7]), torch.tensor([40]), cache, 41)
+        assert (found - expected).norm() / expected.norm() < 0.02
+
+
+def test_what_lies_outside_is_refused_before_it_is_touched(library: ctypes.CDLL) -> None:
+    _, native = pair(SHAPES["gqa"], plan_of(SHAPES["gqa"], "none", False), library)
+    cache, _ = caches(native.model, 1, 8)
+    one = torch.tensor([1])
+    for token, position in ((300, 0), (-1, 0), (0, 8), (0, -1)):
+        with pytest.raises(IndexError, match="outside"):
+            native.decode(one * token, one * position, cache, 8)
+    with pytest.raises(MinisaError, match="9 tokens do not fit a cache of 8"):
+        native.decode(one, one, cache, 9)
+    assert not cache.values.any()
+
+
+def test_weights_move_out_of_the_model(library: ctypes.CDLL) -> None:
+    config, plan = SHAPES["mha"], plan_of(SHAPES["mha"], "span", False)
+    _, native = pair(config, plan, library)
+    matrices = [p for p in native.model.parameters() if p.ndim == 2]
+    assert matrices == []
+    padding = 32 * max(config.dim, config.hidden_dim) * 2 * (4 * config.n_layers + 2)  # to whole panels
+    assert 0 <= native.weight_bytes - 2 * parameter_count(config, plan) < padding
+
+
+def test_unfit_shapes_and_dtypes_stay_with_pytorch() -> None:
+    assert supports(SHAPES["gqa"])
+    assert not supports(tiny_config(dim=80, n_heads=5, n_kv_heads=1, head_dim=16))
+    for config in (SHAPES["gqa"], tiny_config(dim=80, n_heads=5, n_kv_heads=1, head_dim=16)):
+        model = build_model(config, SharingPlan.none(config.n_layers))  # fp32
+        assert choose_runner(model).name == "eager"
+
+
+@pytest.fixture
+def bf16_model() -> Transformer:
+    model = build_model(SHAPES["gqa"], SharingPlan.none(6))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def test_eager_first_and_native_once_it_is_built(
+    bf16_model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new machine: the first choice does not wait for the compiler, a later one finds the library."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.library_path.cache_clear()
+    try:
+        runner = choose_runner(bf16_model)
+        assert runner.name == "eager"
+        assert may_become_native(runner, None)
+        assert not may_become_native(runner, False)
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "minisa").glob("*.so")):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert not list((tmp_path / "minisa").glob("*.part"))
+        assert choose_runner(bf16_model).name == "C++ step"
+    finally:
+        build.library_path.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_working_compiler_everything_stays_eager(
+    compiler: str, bf16_model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    build.library_path.cache_clear()
+    try:
+        assert open_library(wait=True) is None
+        assert choose_runner(bf16_model).name == "eager"
+        assert not list(tmp_path.rglob("*.so"))
+    finally:
+        build.library_path.cache_clear()
