@@ -228,6 +228,8 @@ def _from_merges(
     tokens = {token: token_to_bytes(token) for token in vocab}
     ranks = rank_merges(((tokens[left], tokens[right]) for left, right in merges), whole_pieces=whole_pieces)
     ids = {tokens[token]: token_id for token, token_id in vocab.items()}
+    if whole_pieces and (loose := ids.keys() - ranks.keys()):
+        raise MinisaError(f"no merge makes the token {min(loose)!r}: is the file whole?")
     return ByteLevelBPE(split, ranks, ids, special, visible=visible, add_bos=add_bos)
 
 

@@ -53,14 +53,14 @@ class TorchRunner:
         self.name = "torch.compile" if compile else "eager"
         self._bucketed = compile
         # Elsewhere a step is not queued but done, and would keep back the token chosen before it.
-        self.queues = next(model.parameters()).device.type == "cuda"
+        self.queues = model.norm.weight.device.type == "cuda"
         self._step: Callable[[Transformer, Tensor, Tensor, StaticCache], Tensor] = decode_one_token
         if compile:
             self._step = torch.compile(decode_one_token, fullgraph=True, dynamic=True)
 
     @property
     def weight_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+        return sum(weight.nbytes for weight in self.model.state_dict().values())
 
     def prefill(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
         """`prefill` with this runner's model."""

@@ -19,6 +19,7 @@ from minisa.dialog import DIALOGS, Dialog, Message, find_dialog
 from minisa.errors import MinisaError
 from minisa.generate import Chunk, Options, generate
 from minisa.model import Transformer
+from minisa.quantize import check_quantization
 from minisa.registry import ModelEntry, resolve
 from minisa.runners import choose_runner, may_become_native
 from minisa.sampling import Sampling
@@ -36,6 +37,7 @@ def load(
     max_seq_len: int | None = None,
     max_batch: int = 1,
     *,
+    quantize: str | None = None,
     compile: bool | None = None,
     backend: str = "torch",
     progress: Callable[[int, int], None] | None = None,
@@ -49,7 +51,9 @@ def load(
     device: auto, cpu, cuda, cuda:N, mps. dtype: auto, fp32, bf16, fp16.
     max_seq_len: cache slots a row; None takes the context the model was trained for, or what fits in half of the
         free memory if that is less.
-    max_batch: rows of the cache. compile: True, False or None for what is ready now, as in `choose_runner`.
+    max_batch: rows of the cache.
+    quantize: None, "int8" or "int4": the matrices' format, as in quantize.py.
+    compile: True, False or None for what is ready now, as in `choose_runner`.
     backend: "torch", or "reference" for the attention written out, which runs eager.
     progress: called with (bytes done, bytes in all) while weights load.
     Raises MinisaError for whatever the caller can put right.
@@ -67,7 +71,14 @@ def load(
     tokenizer = load_tokenizer(path)
     with torch.device("meta"):
         transformer = Transformer(config, plan, backend)
-    load_weights(transformer, checkpoint, device=target, dtype=number_format, progress=progress)
+    load_weights(
+        transformer,
+        checkpoint,
+        device=target,
+        dtype=number_format,
+        quantize=check_quantization(quantize),
+        progress=progress,
+    )
     transformer.to(target)  # the buffers; the weights are there already
     length = max_seq_len or _affordable_length(config, plan, max_batch, number_format, target)
     cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=length, device=target, dtype=number_format)

@@ -59,5 +59,5 @@ def may_become_native(runner: Runner, compile: bool | None) -> bool:
 
 
 def _fits_native(model: Transformer) -> bool:
-    weight = model.tok_embeddings.weight
+    weight = model.norm.weight
     return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and supports(model.config)

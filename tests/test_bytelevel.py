@@ -15,10 +15,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from minisa.bytelevel import LLAMA3_SPLIT, TEKKEN_SPLIT
 from minisa.errors import MinisaError
 from minisa.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny import encode_gguf
-from tests.vocabularies import BYTE_LEVEL, LLAMA3, SMOLLM2, byte_level_json, gguf_byte_level, pieces, write_json
+from tests.vocabularies import (
+    BYTE_LEVEL,
+    LLAMA3,
+    SMOLLM2,
+    SPECIAL,
+    byte_level_json,
+    gguf_byte_level,
+    gpt2_letters,
+    pieces,
+    write_json,
+)
 
 
 @pytest.fixture
@@ -51,18 +62,57 @@ def test_merges_as_pairs(byte_level: Tokenizer, tmp_path: Path) -> None:
     assert tokenizer.encode("hello hello  aaaa") == byte_level.encode("hello hello  aaaa")
 
 
-def test_gguf_and_json_agree(byte_level: Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("pre", "pre_tokenizer", "add_bos"),
+    [
+        ("smollm", SMOLLM2, False),
+        ("gpt-2", BYTE_LEVEL, False),
+        ("llama-bpe", LLAMA3, True),
+        ("tekken", json.loads(json.dumps(LLAMA3).replace(json.dumps(LLAMA3_SPLIT), json.dumps(TEKKEN_SPLIT))), True),
+    ],
+)
+def test_gguf_and_json_agree(pre: str, pre_tokenizer: Any, add_bos: bool, tmp_path: Path) -> None:
+    raw = byte_level_json(pre_tokenizer=pre_tokenizer)
+    metadata = gguf_byte_level(raw, pre)
     file = tmp_path / "model.gguf"
-    file.write_bytes(encode_gguf(gguf_byte_level(byte_level_json()), {}))
-    text = " ".join(map(chr, range(0x3100))) + " hello hello!!  aaaa 12\n\n"
-    for path in (file, tmp_path):  # a directory with tokenizer.json: that one is taken
-        tokenizer = load_tokenizer(path)
-        assert tokenizer.special == byte_level.special
-        assert tokenizer.encode(text) == byte_level.encode(text)
-    (tmp_path / "tokenizer.json").unlink()
+    file.write_bytes(encode_gguf(metadata, {}))
     tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.bos_id, tokenizer.add_bos) == (tokenizer.special["<|endoftext|>"], False)
-    assert tokenizer.eos_ids == {tokenizer.special[name] for name in ("<|im_end|>", "<|endoftext|>", "<|eot_id|>")}
+    special = tokenizer.special
+    assert (tokenizer.bos_id, tokenizer.add_bos) == (special["<|endoftext|>"], add_bos)
+    expected = load_tokenizer(write_json(tmp_path / "tokenizer.json", raw))
+    assert special == expected.special
+    text = " ".join(map(chr, range(0x3100))) + " hello hello!!  aaaa 12\n\nx aB Ab's\n/ 123/"
+    assert tokenizer.encode(text) == expected.encode(text)
+
+
+def test_what_gguf_says_of_bos_and_eos(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    metadata = gguf_byte_level(byte_level_json())
+    special = [token_id for token_id, kind in enumerate(metadata["tokenizer.ggml.token_type"]) if kind == 3]
+    metadata["tokenizer.ggml.token_type"][special[0]] = 4
+    more = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 6}
+    file.write_bytes(encode_gguf(metadata | more, {}))
+    tokenizer = load_tokenizer(file)
+    names = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>")
+    assert tokenizer.add_bos
+    assert tokenizer.eos_ids == {5, 6, *(tokenizer.special[name] for name in names)}
+    assert tokenizer.decode([special[1], special[0]]) == "<|im_start|>"  # defined by a user: it shows
+
+
+def test_a_token_that_only_a_whole_piece_can_be(tmp_path: Path) -> None:
+    """ignore_merges, for tokens that merging does not come to: abcd becomes a, bc, d. Llama 3 has such."""
+    letters = ["bc", "ab", "cd", "abcd"]
+    raw = byte_level_json(pre_tokenizer=LLAMA3, merges=["b c", "a b", "c d", "ab cd"], added_tokens=[])
+    raw["model"]["vocab"] = {token: i for i, token in enumerate([*gpt2_letters(), *letters])}
+    file = write_json(tmp_path / "tokenizer.json", raw)
+    with pytest.raises(MinisaError, match="the merges do not lead to the token b'abcd'"):
+        load_tokenizer(file)
+    raw["model"]["ignore_merges"] = True
+    tokenizer = load_tokenizer(write_json(file, raw))
+    assert pieces(tokenizer, "abcd abcde") == ["abcd", " ", "a", "bc", "d", "e"]
+    raw["model"]["vocab"]["xyz"] = 260
+    with pytest.raises(MinisaError, match="no merge makes the token b'xyz'"):
+        load_tokenizer(write_json(file, raw))
 
 
 def test_bytes_that_a_vocabulary_lacks_are_left_out(tmp_path: Path) -> None:
@@ -71,6 +121,15 @@ def test_bytes_that_a_vocabulary_lacks_are_left_out(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_json(tmp_path / "tokenizer.json", raw))
     assert tokenizer.decode(tokenizer.encode("a\x04b!\x04!")) == "ab!!"
     assert tokenizer.encode("!\x04!") == tokenizer.encode("!!")  # as Hugging Face's, which merges what is left
+
+
+def test_an_added_token_that_is_not_special_shows(tmp_path: Path) -> None:
+    raw = byte_level_json()
+    raw["added_tokens"][0]["special"] = False
+    tokenizer = load_tokenizer(write_json(tmp_path / "tokenizer.json", raw))
+    shown, hidden = (tokenizer.special[name] for name in SPECIAL[:2])
+    assert tokenizer.decode([shown, hidden]) == SPECIAL[0]
+    assert shown not in tokenizer.encode(SPECIAL[0])
 
 
 @pytest.mark.parametrize("character", ["a", " ", "\n", "1", "!", "é"])

@@ -50,6 +50,18 @@ def arbitrary_merges(draw: st.DrawFn) -> list[tuple[bytes, bytes]]:
     return draw(st.permutations(merges)) if draw(st.booleans()) else merges
 
 
+@st.composite
+def every_pair(draw: st.DrawFn) -> list[tuple[bytes, bytes]]:
+    """What becomes of a vocabulary in tiktoken's format: all the pairs that make each token, token after token."""
+    names = draw(st.lists(st.text("ab", min_size=2, max_size=5), unique=True, max_size=12))
+    tokens = [b"a", b"b"]
+    for token in map(str.encode, names):
+        if any(token[:i] in tokens and token[i:] in tokens for i in range(1, len(token))):
+            tokens.append(token)
+    splits = [(token[:i], token[i:]) for token in tokens for i in range(1, len(token))]
+    return [pair for pair in splits if pair[0] in tokens and pair[1] in tokens]
+
+
 def tokens_by_tiktoken(piece: bytes, merges: list[tuple[bytes, bytes]], whole_pieces: bool) -> list[bytes]:
     ranks = rank_merges(merges, whole_pieces=whole_pieces)
     vocabulary = ByteLevelBPE("(?s:.+)", ranks, ranks, {}, add_bos=False)
@@ -60,6 +72,14 @@ def tokens_by_tiktoken(piece: bytes, merges: list[tuple[bytes, bytes]], whole_pi
 @given(merges=trained_merges(), text=st.text("ab", min_size=1, max_size=14))
 def test_trained_merges_are_taken(merges: list[tuple[bytes, bytes]], text: str) -> None:
     assert tokens_by_tiktoken(text.encode(), merges, False) == bpe(text.encode(), merges)
+
+
+@settings(deadline=None, max_examples=300)
+@given(merges=every_pair(), text=st.text("ab", min_size=1, max_size=14))
+def test_merges_from_tiktokens_format_are_taken(merges: list[tuple[bytes, bytes]], text: str) -> None:
+    piece = text.encode()
+    whole = piece in {left + right for left, right in merges}
+    assert tokens_by_tiktoken(piece, merges, True) == ([piece] if whole else bpe(piece, merges))
 
 
 @settings(deadline=None, max_examples=300)
@@ -79,6 +99,14 @@ def test_merges_that_tiktoken_would_not_follow() -> None:
     merges = [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc")]
     assert bpe(b"abc", merges) == [b"ab", b"c"]
     with pytest.raises(MinisaError, match="do not lead to the token b'abc'"):
+        rank_merges(merges, whole_pieces=False)
+
+
+def test_merges_out_of_order() -> None:
+    """abb is made by the last merge only, so after ba; by the first place it is listed at it would come before."""
+    merges = [(b"a", b"b"), (b"b", b"b"), (b"a", b"bb"), (b"b", b"a"), (b"ab", b"b")]
+    assert bpe(b"abba", merges) == [b"ab", b"ba"]
+    with pytest.raises(MinisaError, match="do not lead to the token b'abb'"):
         rank_merges(merges, whole_pieces=False)
 
 

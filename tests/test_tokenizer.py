@@ -12,10 +12,12 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from minisa.bytelevel import TEKKEN_SPLIT
+from minisa.checkpoint.files import read_json
 from minisa.checkpoint.gguf import read_gguf
 from minisa.errors import MinisaError
 from minisa.tokenizer import load_tokenizer
-from tests.vocabularies import REAL, SPECIAL, byte_level_json, load_real, sentencepiece_model, write_json
+from tests.vocabularies import REAL, SPECIAL, WHEEL_FILES, byte_level_json, load_real, sentencepiece_model, write_json
 
 TEXTS = (
     "Hello, world!  It's 12345.6 naïve café",
@@ -192,6 +194,12 @@ def test_special_tokens(
 )
 def test_where_special_tokens_are(name: str, token: str, token_id: int, request: pytest.FixtureRequest) -> None:
     assert load_real(name, request).special[token] == token_id
+
+
+def test_tekkens_pattern(request: pytest.FixtureRequest) -> None:
+    """tekken.json brings its own; a GGUF file has only its name."""
+    file = request.getfixturevalue("wheel_file")(*WHEEL_FILES["tekken"])
+    assert read_json(file)["config"]["pattern"] == TEKKEN_SPLIT
 
 
 @pytest.mark.parametrize("name", REAL)

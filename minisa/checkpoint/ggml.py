@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minisa.checkpoint.files import DataFile
 from minisa.errors import MinisaError
+from minisa.quantize import Blocks, Format, quantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +59,17 @@ class QuantizedTensor:
     offset: int
 
     def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.decode(self._read(start, stop).view(-1, self.type.nbytes)).view(stop - start, self.shape[1])
+
+    def read_blocks(self, start: int, stop: int, format: Format) -> Blocks:
+        """The same rows quantized to `format`: the file's own blocks where they are that, else made anew."""
+        if (own := _SPLITTERS.get(self.type.name)) is None or own[0] != format:
+            return quantize(self.read_rows(start, stop), format)
+        return own[1](self._read(start, stop).view(stop - start, -1, self.type.nbytes))
+
+    def _read(self, start: int, stop: int) -> Tensor:
         row_bytes = self.shape[1] // self.type.block * self.type.nbytes
-        data = self.file.read(self.offset + start * row_bytes, (stop - start) * row_bytes)
-        return self.decode(data.view(-1, self.type.nbytes)).view(stop - start, self.shape[1])
+        return self.file.read(self.offset + start * row_bytes, (stop - start) * row_bytes)
 
 
 def decoder(type: GGMLType) -> Decoder:
@@ -124,6 +133,35 @@ def _fifth_bits(packed: Tensor) -> Tensor:
     return (bits & 1).mul_(16).view(-1, 32)
 
 
+# The same blocks, uint8 [rows, blocks, nbytes], taken apart.
+
+
+def _split_q8_0(blocks: Tensor) -> Blocks:
+    return Blocks(blocks[..., 2:].view(torch.int8).flatten(1), _halves(blocks[..., :2]))
+
+
+def _split_q4_0(blocks: Tensor) -> Blocks:
+    scales = _halves(blocks[..., :2])
+    return Blocks(_quants(blocks[..., 2:]), scales, -8 * scales)
+
+
+def _split_q4_1(blocks: Tensor) -> Blocks:
+    return Blocks(_quants(blocks[..., 4:]), _halves(blocks[..., :2]), _halves(blocks[..., 2:4]))
+
+
+def _halves(raw: Tensor) -> Tensor:
+    return raw.contiguous().view(torch.float16).squeeze(-1)  # [rows, blocks]
+
+
+def _quants(packed: Tensor) -> Tensor:
+    return _nibbles(packed.reshape(-1, 16)).view(torch.int8).view(len(packed), -1)
+
+
+_SPLITTERS: dict[str, tuple[Format, Callable[[Tensor], Blocks]]] = {
+    "Q8_0": ("int8", _split_q8_0),
+    "Q4_0": ("int4", _split_q4_0),
+    "Q4_1": ("int4", _split_q4_1),
+}
 _DECODERS: dict[str, Decoder] = {
     "Q8_0": _q8_0,
     "Q4_0": _q4_0,

@@ -12,17 +12,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from minisa.checkpoint.files import StoredTensor
+from minisa.checkpoint.ggml import QuantizedTensor
 from minisa.checkpoint.layouts import Checkpoint
 from minisa.errors import MinisaError
+from minisa.quantize import BLOCK, Format, empty_blocks, replace_matrix
+from minisa.quantize import quantize as to_blocks
 
 CHUNK = 1 << 17  # elements; half a megabyte in fp32
 MAX_THREADS = 8
 MAX_LISTED = 6  # names of each kind of misfit in an error
+
+Read = Callable[[int, int], tuple[Tensor, ...]]  # rows start..stop of a tensor, or of each part of a quantized one
 
 
 def load_weights(
@@ -31,10 +37,12 @@ def load_weights(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    quantize: Format | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Fill a model built on the meta device: allocate its parameters on `device` in `dtype` and read them.
 
+    quantize: the format of the matrices, whose modules are then replaced by quantized ones.
     progress: called after every chunk with the bytes of parameters filled so far, and of all of them.
     The wq and wk of layers that have none in the model (followers) are left unread. Raises one MinisaError that
     lists every tensor that is missing, left over or of another shape, before anything is allocated.
@@ -43,17 +51,45 @@ def load_weights(
     sources = _pair(shapes, checkpoint)
     total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
     done = 0
-    weights: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
     with _workers() as workers:
         for name, stored in sources.items():
-            weights[name] = torch.empty(shapes[name], device=device, dtype=dtype)
             interleaved = checkpoint.interleaved and name.endswith(("attention.wq.weight", "attention.wk.weight"))
-            chunks = _chunks(weights[name], stored, checkpoint.config.head_dim if interleaved else None)
-            for n_elements in workers.map(_Chunk.fill, chunks):
+            format = _format(name, shapes[name], quantize)
+            places: tuple[Tensor, ...]
+            read: Read
+            if format is None:
+                plain[name] = torch.empty(shapes[name], device=device, dtype=dtype)
+                places, read = (plain[name],), partial(_read_rows, stored)
+            else:
+                blocks = empty_blocks(shapes[name], format, device)
+                replace_matrix(model, name, blocks, dtype)
+                places, read = tuple(blocks.tensors()), partial(_read_blocks, stored, format)
+            for n_elements in workers.map(
+                _Chunk.fill, _chunks(places, read, checkpoint.config.head_dim if interleaved else 0)
+            ):
                 done += n_elements * dtype.itemsize
                 if progress:
                     progress(done, total)
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(plain, assign=True, strict=False)  # _pair has seen to it that none is missing
+
+
+def _format(name: str, shape: tuple[int, ...], quantize: Format | None) -> Format | None:
+    if quantize is None or len(shape) == 1:
+        return None
+    if shape[1] % BLOCK:
+        raise MinisaError(f"{name} has {shape[1]} columns, --quantize works on blocks of {BLOCK}: leave it out")
+    return "int8" if name in ("tok_embeddings.weight", "output.weight") else quantize
+
+
+def _read_rows(stored: StoredTensor, start: int, stop: int) -> tuple[Tensor, ...]:
+    return (stored.read_rows(start, stop),)
+
+
+def _read_blocks(stored: StoredTensor, format: Format, start: int, stop: int) -> tuple[Tensor, ...]:
+    if isinstance(stored, QuantizedTensor):
+        return tuple(stored.read_blocks(start, stop, format).tensors())
+    return tuple(to_blocks(stored.read_rows(start, stop), format).tensors())
 
 
 @contextmanager
@@ -70,33 +106,35 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Some rows of a stored tensor, and their place in a parameter.
+    """Some rows of a stored tensor, and their places: in a parameter, or in the parts of a quantized one.
 
     head_dim: given for interleaved q and k, whose row 2j + p of a head goes to row p · head_dim/2 + j.
     """
 
-    place: Tensor
-    stored: StoredTensor
+    places: tuple[Tensor, ...]
+    read: Read
     start: int
-    head_dim: int | None
+    head_dim: int
 
     def fill(self) -> int:
-        """Read the rows and put them in their place; how many elements that was."""
-        rows = self.stored.read_rows(self.start, self.start + len(self.place))
-        if self.head_dim:
-            half = self.head_dim // 2
-            interleaved = self.place.unflatten(0, (-1, 2, half)).transpose(1, 2)  # [heads, j, p, in]
-            interleaved.copy_(rows.unflatten(0, (-1, half, 2)))
-        else:
-            self.place.copy_(rows)
-        return rows.numel()
+        """Read the rows and put them in their places; how many weights that was."""
+        parts = self.read(self.start, self.start + len(self.places[0]))
+        for place, rows in zip(self.places, parts, strict=True):
+            if self.head_dim:
+                half = self.head_dim // 2
+                interleaved = place.unflatten(0, (-1, 2, half)).transpose(1, 2)  # [heads, j, p, in]
+                interleaved.copy_(rows.unflatten(0, (-1, half, 2)))
+            else:
+                place.copy_(rows)
+        return parts[0].numel()
 
 
-def _chunks(weight: Tensor, stored: StoredTensor, head_dim: int | None) -> Iterator[_Chunk]:
+def _chunks(places: tuple[Tensor, ...], read: Read, head_dim: int) -> Iterator[_Chunk]:
     unit = head_dim or 1  # rows that must not be parted
-    step = max(CHUNK // (weight[0].numel() * unit), 1) * unit
-    for start in range(0, len(weight), step):
-        yield _Chunk(weight[start : start + step], stored, start, head_dim)
+    n_rows = len(places[0])
+    step = max(CHUNK // (places[0][0].numel() * unit), 1) * unit
+    for start in range(0, n_rows, step):
+        yield _Chunk(tuple(place[start : start + step] for place in places), read, start, head_dim)
 
 
 def _pair(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> dict[str, StoredTensor]:

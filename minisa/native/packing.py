@@ -46,9 +46,11 @@ def pack_int8(quants: Tensor, scales: Tensor) -> Packed:
 
 
 def pack_int4(nibbles: Tensor, scales: Tensor, minimums: Tensor) -> Packed:
-    """nibbles uint8 0..15 [rows, cols]; scales and minimums fp16 [rows, cols / 32]."""
+    """nibbles int8 0..15 [rows, cols]; scales and minimums fp16 [rows, cols / 32]."""
     rows, cols = nibbles.shape
-    blocks = _whole_panels(nibbles).view(-1, PANEL, cols // BLOCK, 2, 4, 4)  # [P, 32, blocks, half, 4, 4]
+    blocks = (
+        _whole_panels(nibbles).view(torch.uint8).view(-1, PANEL, cols // BLOCK, 2, 4, 4)
+    )  # [P, 32, blocks, half, 4, 4]
     pairs = blocks[:, :, :, 0] | (blocks[:, :, :, 1] << 4)  # [P, 32, blocks, 4, 4]
     both = torch.stack((_by_panel(scales), _by_panel(minimums)), dim=2)  # [P, blocks, 2, 32]
     return Packed(_join(pairs.permute(0, 2, 3, 1, 4), both), "int4", rows, cols)

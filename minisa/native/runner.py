@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
 from minisa.model import Layer, Transformer
-from minisa.native.packing import FORMATS, LANES, PANEL, Packed, interleave, pack_bf16
+from minisa.native.packing import FORMATS, LANES, PANEL, Packed, interleave, pack_bf16, pack_int4, pack_int8
 from minisa.rope import rope_angles
 
 CHUNK = 64  # rows of prefill at a time: each keeps a row of attention weights a head for its followers
@@ -54,10 +54,10 @@ def supports(config: ModelConfig) -> bool:
 
 
 class NativeRunner:
-    """Runs a model in the C++ step. Its bf16 matrices move out of `model` and into panels, one by one.
+    """Runs a model in the C++ step. Its matrices, bf16 or quantized, move out of `model` and into panels, one by one.
 
-    The caches it is given are bf16 or fp32, on the CPU. Activations are rounded to bf16 before each product, sums and
-    attention are fp32.
+    The caches it is given are bf16 or fp32, on the CPU. Before each product activations are rounded to bf16, or for
+    quantized weights to eight bits and a scale for every 32; sums and attention are fp32.
     """
 
     queues = False
@@ -123,19 +123,18 @@ class _PackedWeights:
             assert isinstance(layer, Layer)
             attention, ffn = layer.attention, layer.feed_forward
             leads = hasattr(attention, "wq")
-            qkv = [attention.wq, attention.wk, attention.wv] if leads else [attention.wv]
             self.layers.append(
                 {
                     "attention_norm": layer.attention_norm.weight.float(),
                     "ffn_norm": layer.ffn_norm.weight.float(),
-                    "wqkv": pack_bf16(torch.cat([_take(linear) for linear in qkv])),
-                    "wo": pack_bf16(_take(attention.wo)),
-                    "w13": pack_bf16(interleave(_take(ffn.w1), _take(ffn.w3))),
-                    "w2": pack_bf16(_take(ffn.w2)),
+                    "wqkv": _pack(*([attention.wq, attention.wk] if leads else []), attention.wv),
+                    "wo": _pack(attention.wo),
+                    "w13": _pack(ffn.w1, ffn.w3, arrange=interleave),
+                    "w2": _pack(ffn.w2),
                 }
             )
-        self.embedding = pack_bf16(_take(model.tok_embeddings))
-        self.head = self.embedding if model.output is None else pack_bf16(_take(model.output))
+        self.embedding = _pack(model.tok_embeddings)
+        self.head = self.embedding if model.output is None else _pack(model.output)
         self.final_norm = model.norm.weight.float()
 
     @property
@@ -146,11 +145,27 @@ class _PackedWeights:
         return sum(part.data.nbytes for part in matrices)
 
 
-def _take(module: nn.Module) -> Tensor:
-    """A module's weight, which the module then no longer holds: the panels take its place in memory."""
-    weight = module.get_parameter("weight").data
-    module.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
-    return weight
+def _stack(*matrices: Tensor) -> Tensor:
+    return torch.cat(matrices)
+
+
+def _pack(*modules: nn.Module, arrange: Callable[..., Tensor] = _stack) -> Packed:
+    """The weights of modules as one packed matrix, its rows as `arrange` puts them; the modules lose theirs."""
+    parts = [arrange(*pieces) for pieces in zip(*map(_take, modules), strict=True)]
+    if len(parts) == 1:
+        return pack_bf16(parts[0])
+    return pack_int8(*parts) if len(parts) == 2 else pack_int4(*parts)
+
+
+def _take(module: nn.Module) -> list[Tensor]:
+    """A module's weight, or the parts of a quantized one, of which only empty tensors stay behind."""
+    kept = dict(module.named_parameters()) | dict(module.named_buffers())
+    parts = []
+    for name, tensor in kept.items():
+        parts.append(tensor.data)
+        empty = tensor.data.new_empty(0)
+        setattr(module, name, nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty)
+    return parts
 
 
 class _Bound:

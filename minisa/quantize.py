@@ -1,0 +1,127 @@
+"""Weight-only quantization in blocks of 32 weights of a row, as GGUF has them.
+
+    int8   weight = scale · q,             q in -127..127           (Q8_0)
+    int4   weight = scale · q + minimum,   q in 0..15               (Q4_1; Q4_0 is the case minimum = -8 · scale)
+
+Scales and minimums are fp16. A GGUF file's own blocks of these types are taken as they are, so nothing is lost. The
+embedding, which is also the head where they are tied, is int8 in both: four bits there cost the most quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minisa.errors import MinisaError
+
+BLOCK = 32
+QUANTIZATIONS = ("int8", "int4")
+Format = Literal["int8", "int4"]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A quantized matrix [rows, cols].
+
+    quants: int8 [rows, cols], -127..127 for int8 and 0..15 for int4. scales, minimums: fp16 [rows, cols / 32];
+    minimums None for int8.
+    """
+
+    quants: Tensor
+    scales: Tensor
+    minimums: Tensor | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.quants
+        yield self.scales
+        if self.minimums is not None:
+            yield self.minimums
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[rows, cols]; computed in fp32 and then rounded to dtype."""
+        weight = self.quants.unflatten(-1, (-1, BLOCK)).float() * self.scales.float()[..., None]
+        if self.minimums is not None:
+            weight = weight + self.minimums.float()[..., None]
+        return weight.flatten(-2).to(dtype)
+
+
+def check_quantization(name: str | None) -> Format | None:
+    """The name as a format. Raises MinisaError if it is none."""
+    if name is None or name in QUANTIZATIONS:
+        return name  # type: ignore[return-value]
+    raise MinisaError(f"--quantize {name!r} is not supported: expected {' or '.join(QUANTIZATIONS)}")
+
+
+def quantize(weight: Tensor, format: Format) -> Blocks:
+    """weight [rows, cols], cols a multiple of 32, to the nearest values of each block's own scale."""
+    blocks = weight.float().unflatten(-1, (-1, BLOCK))
+    if format == "int8":
+        scales = (blocks.abs().amax(-1) / 127).half()
+        quants = (blocks * _inverse(scales)).round().clamp(-127, 127)
+        return Blocks(quants.flatten(-2).to(torch.int8), scales)
+    low, high = blocks.aminmax(dim=-1)
+    scales, minimums = ((high - low) / 15).half(), low.half()
+    quants = ((blocks - minimums.float()[..., None]) * _inverse(scales)).round().clamp(0, 15)
+    return Blocks(quants.flatten(-2).to(torch.int8), scales, minimums)
+
+
+def empty_blocks(shape: tuple[int, ...], format: Format, device: torch.device | str) -> Blocks:
+    """Room for a quantized matrix of `shape`."""
+    rows, cols = shape
+    quants = torch.empty(rows, cols, dtype=torch.int8, device=device)
+    scales = torch.empty(rows, cols // BLOCK, dtype=torch.float16, device=device)
+    return Blocks(quants, scales, torch.empty_like(scales) if format == "int4" else None)
+
+
+def replace_matrix(model: nn.Module, name: str, blocks: Blocks, dtype: torch.dtype) -> None:
+    """Put a quantized module in the place of the one whose weight is called `name`."""
+    path = name.removesuffix(".weight")
+    kind = QuantizedEmbedding if path == "tok_embeddings" else QuantizedLinear
+    model.set_submodule(path, kind(blocks, dtype))
+
+
+def _inverse(scales: Tensor) -> Tensor:
+    wide = scales.float()[..., None]
+    return torch.where(wide > 0, 1 / wide, 0.0)
+
+
+class QuantizedLinear(nn.Module):
+    """x @ weight.T with a quantized weight, which is dequantized at each call: right everywhere, fast nowhere.
+
+    The C++ step computes with the blocks themselves.
+    """
+
+    minimums: Tensor | None
+
+    def __init__(self, blocks: Blocks, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("quants", blocks.quants)
+        self.register_buffer("scales", blocks.scales)
+        self.register_buffer("minimums", blocks.minimums)
+        self.dtype = dtype
+
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(self.get_buffer("quants"), self.get_buffer("scales"), self.minimums)
+
+    @property
+    def weight(self) -> Tensor:
+        """[rows, cols] in the model's dtype."""
+        return self.blocks.dequantize(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class QuantizedEmbedding(QuantizedLinear):
+    """One dequantized row for each token; its `weight` is what a tied head multiplies."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        blocks = self.blocks
+        assert blocks.minimums is None
+        return Blocks(blocks.quants[tokens], blocks.scales[tokens]).dequantize(self.dtype)
