@@ -15,6 +15,7 @@ from minisa import MinisaError
 from minisa.console import banner, mebibytes, model_options, open_model, run
 from minisa.conversation import Conversation
 from minisa.costs import kv_bytes
+from minisa.quantize import QUANTIZATIONS
 
 HELP = """\
 /reset         forget the conversation
@@ -27,6 +28,7 @@ Ctrl-C stops an answer and keeps the session, Ctrl-D leaves."""
 
 @click.command()
 @model_options
+@click.option("--quantize", type=click.Choice(QUANTIZATIONS), help="Weights in 8 or 4 bits, in blocks of 32.")
 @click.option("--prompt", help="Answer this once, on stdout, and exit.")
 @click.option("--system", help="System prompt.")
 @click.option("--max-new-tokens", type=int, default=1024, show_default=True, help="Longest answer.")
@@ -45,6 +47,7 @@ def main(
     sa: str | None,
     device: str,
     dtype: str,
+    quantize: str | None,
     prompt: str | None,
     system: str | None,
     max_new_tokens: int,
@@ -79,7 +82,13 @@ def main(
         "seed": seed,
         "stop": stop,
     }
-    loading = {"device": device, "dtype": dtype, "max_seq_len": max_seq_len, "compile": compiled}
+    loading = {
+        "device": device,
+        "dtype": dtype,
+        "quantize": quantize,
+        "max_seq_len": max_seq_len,
+        "compile": compiled,
+    }
     llm = open_model(model, sa=sa, **loading)
     click.echo(banner(llm, model), err=True)
     conversation = Conversation(llm, system, raw, **options)

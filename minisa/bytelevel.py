@@ -11,13 +11,13 @@ import itertools
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import regex  # type: ignore[import-untyped]
+import regex
 import tiktoken
 
 from minisa.errors import MinisaError
 from minisa.merges import rank_merges, token_to_bytes
 
-MAX_TOKENS = 1 << 24  # sanity bound for token ids in files that lie
+MAX_TOKENS = 1 << 20  # sanity bound for files that lie; the largest vocabularies have 260,000
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -154,6 +154,8 @@ def from_tekken(raw: Mapping[str, Any]) -> ByteLevelBPE:
     """Mistral's tekken.json: the special tokens come first, fillers among them; the vocabulary is cut to size."""
     config = raw["config"]
     count = config["default_num_special_tokens"]
+    if not 0 <= count < MAX_TOKENS:
+        raise MinisaError(f"default_num_special_tokens is {count}: expected 0 to {MAX_TOKENS - 1}")
     entries = raw["vocab"][: config["default_vocab_size"] - count]
     ranks = {base64.b64decode(entry["token_bytes"], validate=True): entry["rank"] for entry in entries}
     named = raw.get("special_tokens")

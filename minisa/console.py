@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 import torch
 
-from minisa.device import DTYPES, dtype_name
+from minisa.device import DTYPES
 from minisa.download import pull
 from minisa.engine import LLM, load
 from minisa.errors import MinisaError
@@ -105,7 +105,7 @@ def banner(llm: LLM, model: str) -> str:
     sharing = f"{len(plan.followers)} follow ({plan})" if plan.followers else "plain attention"
     return (
         f"{Path(model).name} · {config.n_layers} layers, {sharing} · "
-        f"{dtype_name(llm.dtype)} on {llm.device}, {llm.runner.name} · "
+        f"{llm.weight_format} on {llm.device}, {llm.runner.name} · "
         f"context {llm.cache.length} · KV cache {mebibytes(llm.cache.bytes())}"
     )
 

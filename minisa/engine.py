@@ -14,7 +14,7 @@ from minisa.cache import StaticCache
 from minisa.checkpoint import load_weights, open_checkpoint
 from minisa.config import ModelConfig
 from minisa.costs import kv_bytes
-from minisa.device import choose_device, choose_dtype, free_memory
+from minisa.device import choose_device, choose_dtype, dtype_name, free_memory
 from minisa.dialog import DIALOGS, Dialog, Message, find_dialog
 from minisa.errors import MinisaError
 from minisa.generate import Chunk, Options, generate
@@ -86,7 +86,9 @@ def load(
     def dialog() -> Dialog:
         return DIALOGS[entry.chat] if entry is not None and entry.chat else find_dialog(path, tokenizer)
 
-    return LLM(transformer, tokenizer, dialog, cache, compile=compile if backend == "torch" else False)
+    return LLM(
+        transformer, tokenizer, dialog, cache, compile=compile if backend == "torch" else False, quantized=quantize
+    )
 
 
 def choose_plan(
@@ -130,6 +132,7 @@ class LLM:
         cache: StaticCache,
         *,
         compile: bool | None = None,
+        quantized: str | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -137,6 +140,7 @@ class LLM:
         self.cache = cache
         self.runner = choose_runner(model, compile)
         self._compile = compile
+        self.weight_format = quantized or dtype_name(self.dtype)
         self._cached: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
         self._generation = 0
 
@@ -160,6 +164,11 @@ class LLM:
     @property
     def dtype(self) -> torch.dtype:
         return self.cache.values.dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are stored."""
+        return self.runner.weight_bytes
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:

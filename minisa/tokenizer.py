@@ -75,12 +75,12 @@ class Tokenizer:
         self._pieces = vocabulary.pieces
         self.special = vocabulary.special
         self.bos_id = bos_id
-        self.add_bos = add_bos and bos_id is not None
+        self.add_bos = bool(add_bos) and bos_id is not None
         self.eos_ids = frozenset(eos_ids) | {self.special[name] for name in EOS_NAMES if name in self.special}
         self.chat_template = chat_template
         for token_id in self.eos_ids if bos_id is None else self.eos_ids | {bos_id}:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
-                raise MinisaError(f"a BOS or EOS id is {token_id!r}: expected 0 to {self.vocab_size - 1}")
+                raise MinisaError(f"bos_token_id or eos_token_id is {token_id!r}: expected 0 to {self.vocab_size - 1}")
         if chat_template is not None and not isinstance(chat_template, str):
             raise MinisaError(f"chat_template is {chat_template!r}: expected a string")
         for name, token_id in self.special.items():
@@ -162,8 +162,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         settings = {name: read_json(folder / name) if (folder / name).is_file() else {} for name in _SETTINGS}
         template = folder / "chat_template.jinja"
         with _naming(file):
+            vocabulary = _vocabulary(content)
+        with _naming(folder):
             chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
-            return _with_settings(_vocabulary(content), settings, chat_template)
+            return _with_settings(vocabulary, settings, chat_template)
     except OSError as error:
         raise MinisaError(f"{file}: {error.strerror or error}: expected {_FILES}") from None
 
@@ -178,7 +180,7 @@ def _naming(file: Path) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         # Content of unexpected types can fail anywhere; to the user it is all the same.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        raise MinisaError(f"{file}: not a tokenizer, or a damaged one ({reason}): fetch the file again") from error
+        raise MinisaError(f"{file}: no tokenizer, or a damaged one ({reason}): fetch it again") from error
 
 
 def _find(directory: Path) -> Path:

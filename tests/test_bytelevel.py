@@ -210,8 +210,8 @@ def test_lying_types_never_raise_anything_else(data: st.DataObject, tmp_path: Pa
         ({"tokenizer.ggml.merges": [1, 2]}, "damaged"),
         ({"tokenizer.ggml.tokens": ["a", "b"]}, "damaged"),
         ({"tokenizer.ggml.token_type": None}, "damaged"),
-        ({"tokenizer.ggml.eos_token_id": 70_000}, "a BOS or EOS id is 70000"),
-        ({"tokenizer.ggml.bos_token_id": "one"}, "a BOS or EOS id is 'one'"),
+        ({"tokenizer.ggml.eos_token_id": 70_000}, "bos_token_id or eos_token_id is 70000"),
+        ({"tokenizer.ggml.bos_token_id": "one"}, "bos_token_id or eos_token_id is 'one'"),
         ({"tokenizer.chat_template": 5}, "chat_template is 5"),
     ],
 )
@@ -242,6 +242,13 @@ def test_tekken_cuts_its_vocabulary_and_fills_up_its_special_tokens(tmp_path: Pa
     raw["special_tokens"] = [{"rank": 0, "token_str": "<unk>"}, {"rank": 1, "token_str": "<s>"}]
     tokenizer = load_tokenizer(write_json(tmp_path / "tekken.json", raw))
     assert (tokenizer.bos_id, tokenizer.special["<SPECIAL_2>"], len(tokenizer.special)) == (1, 2, 30)
+
+
+def test_a_tekken_file_that_claims_absurd_sizes(tmp_path: Path) -> None:
+    raw = tekken_json()
+    raw["config"]["default_num_special_tokens"] = 1 << 60
+    with pytest.raises(MinisaError, match="default_num_special_tokens is 1152921504606846976: expected 0 to 1048575"):
+        load_tokenizer(write_json(tmp_path / "tekken.json", raw))
 
 
 @pytest.mark.parametrize("pattern", ["(", r"(\p{L}+)|.", 5])

@@ -129,6 +129,12 @@ class TestAnswers:
         assert "Paris" in compiled.out
         assert "Paris" in eager.out
 
+    @pytest.mark.parametrize("format", ["int8", "int4"])
+    def test_quantize(self, ask: Callable[..., Ran], format: str) -> None:
+        ran = ask("--prompt", FRANCE, "--quantize", format)
+        assert f"{format} on cpu" in ran.err
+        assert "Paris" in ran.out
+
     def test_model_takes_a_path(self, run_chat: Callable[..., Ran], smollm2_path: Path, tmp_path: Path) -> None:
         shutil.copy(smollm2_path, tmp_path / "renamed.gguf")  # nothing is guessed from the name
         ran = run_chat("--model", tmp_path / "renamed.gguf", "--prompt", FRANCE, "--temperature", 0)

@@ -106,8 +106,9 @@ def test_merges_out_of_order() -> None:
     """abb is made by the last merge only, so after ba; by the first place it is listed at it would come before."""
     merges = [(b"a", b"b"), (b"b", b"b"), (b"a", b"bb"), (b"b", b"a"), (b"ab", b"b")]
     assert bpe(b"abba", merges) == [b"ab", b"ba"]
-    with pytest.raises(MinisaError, match="do not lead to the token b'abb'"):
-        rank_merges(merges, whole_pieces=False)
+    for whole_pieces in (False, True):
+        with pytest.raises(MinisaError, match="do not lead to the token b'abb'"):
+            rank_merges(merges, whole_pieces=whole_pieces)
 
 
 def test_a_token_that_merging_never_comes_to() -> None:

@@ -353,8 +353,8 @@ def test_a_missing_file(tmp_path: Path) -> None:
         ("tokenizer_config.json", '{"chat_template": 1}', "chat_template is 1: expected a string"),
         ("added_tokens.json", '{"<x>": -1}', "a token's id is -1"),
         ("added_tokens.json", '{"<x>": 1e3}', "a token's id is 1000.0"),
-        ("generation_config.json", '{"eos_token_id": [400]}', "a BOS or EOS id is 400: expected 0 to 329"),
-        ("config.json", '{"eos_token_id": "2"}', "a BOS or EOS id is '2'"),
+        ("generation_config.json", '{"eos_token_id": [400]}', "bos_token_id or eos_token_id is 400: expected 0 to 329"),
+        ("config.json", '{"eos_token_id": "2"}', "bos_token_id or eos_token_id is '2'"),
     ],
 )
 def test_damaged_settings(name: str, content: str, says: str, tmp_path: Path) -> None:
