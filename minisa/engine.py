@@ -71,14 +71,9 @@ def load(
     tokenizer = load_tokenizer(path)
     with torch.device("meta"):
         transformer = Transformer(config, plan, backend)
-    load_weights(
-        transformer,
-        checkpoint,
-        device=target,
-        dtype=number_format,
-        quantize=check_quantization(quantize),
-        progress=progress,
-    )
+    compile = compile if backend == "torch" else False
+    blocks = check_quantization(quantize)
+    load_weights(transformer, checkpoint, device=target, dtype=number_format, quantize=blocks, progress=progress)
     transformer.to(target)  # the buffers; the weights are there already
     length = max_seq_len or _affordable_length(config, plan, max_batch, number_format, target)
     cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=length, device=target, dtype=number_format)
@@ -86,9 +81,7 @@ def load(
     def dialog() -> Dialog:
         return DIALOGS[entry.chat] if entry is not None and entry.chat else find_dialog(path, tokenizer)
 
-    return LLM(
-        transformer, tokenizer, dialog, cache, compile=compile if backend == "torch" else False, quantized=quantize
-    )
+    return LLM(transformer, tokenizer, dialog, cache, compile=compile, quantized=blocks)
 
 
 def choose_plan(

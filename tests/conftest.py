@@ -15,6 +15,7 @@ import torch
 from minisa import LLM, load
 from minisa.download import pull
 from minisa.errors import MinisaError
+from minisa.native.build import open_library
 from minisa.registry import DEFAULT_MODEL, find, local_path
 
 torch.set_num_threads(2)
@@ -25,6 +26,12 @@ def skip_offline(reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"needed in CI: {reason}")
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def native_library() -> None:
+    """The C++ step is built before anything is compared: a run that found it ready half way would change its text."""
+    open_library(wait=True)
 
 
 @pytest.fixture(scope="session")

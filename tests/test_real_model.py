@@ -32,6 +32,17 @@ def test_the_capital_of_france(smollm2_path: Path, sa: str | None, dtype: str) -
     assert "<|" not in said  # no special token is shown
 
 
+@pytest.mark.parametrize(("format", "most"), [("int8", 144e6), ("int4", 97e6)])
+def test_quantized_weights_stay_near(smollm2_path: Path, smollm2: LLM, format: str, most: float) -> None:
+    """The file is Q4_1, so int4 loses nothing but what the C++ step rounds off activations."""
+    llm = load(smollm2_path, quantize=format, device="cpu", max_seq_len=512)
+    ids = smollm2.tokenizer.encode("The Seine flows through Paris, and the Thames through London. " * 8)
+    found, exact = llm.logits(ids), smollm2.logits(ids)
+    assert (found - exact).norm() / exact.norm() < 0.05
+    if llm.runner.name == "C++ step":
+        assert llm.weight_bytes < most
+
+
 def test_it_stops_by_itself(smollm2: LLM) -> None:
     *_, last = smollm2.chat([{"role": "user", "content": "Say hello."}], max_new_tokens=200)
     assert last.finish_reason == "stop"

@@ -63,9 +63,10 @@ class QuantizedTensor:
 
     def read_blocks(self, start: int, stop: int, format: Format) -> Blocks:
         """The same rows quantized to `format`: the file's own blocks where they are that, else made anew."""
-        if (own := _SPLITTERS.get(self.type.name)) is None or own[0] != format:
+        own, split = _SPLITTERS.get(self.type.name, (None, None))
+        if split is None or own != format:
             return quantize(self.read_rows(start, stop), format)
-        return own[1](self._read(start, stop).view(stop - start, -1, self.type.nbytes))
+        return split(self._read(start, stop).view(stop - start, -1, self.type.nbytes))
 
     def _read(self, start: int, stop: int) -> Tensor:
         row_bytes = self.shape[1] // self.type.block * self.type.nbytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ class NativeRunner:
     def __init__(self, model: Transformer, library: ctypes.CDLL, n_threads: int | None = None) -> None:
         self.model = model
         self.library = library
-        self.n_threads = n_threads or torch.get_num_threads()
+        self.n_threads = n_threads or min(torch.get_num_threads(), _usable_cores())
         self._weights = _PackedWeights(model)
         self._slots = _scratch_slots(model.plan.sources)
         self._bound: _Bound | None = None
@@ -112,6 +113,11 @@ class NativeRunner:
         if not (int(positions.min()) >= 0 and int(positions.max()) < cache.length):
             raise IndexError(f"a position is outside the {cache.length} slots of the cache")
         return self._bound.step(tokens, positions, rows + _first_row(cache), n_logits)
+
+
+def _usable_cores() -> int:
+    """Threads of a step wait for each other in a spin, so more of them than cores would stall."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _PackedWeights:
