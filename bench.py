@@ -1,0 +1,128 @@
+"""How fast, how near to the hardware's limit, in how much memory: `python bench.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from minisa.benchmark import table
+from minisa.benchmark.peers import PEERS
+from minisa.benchmark.plot import check_matplotlib, plot
+from minisa.benchmark.report import record
+from minisa.benchmark.run import Benchmark
+from minisa.benchmark.settings import CONTEXTS, PROMPT_LENGTHS, Settings
+from minisa.console import fetch, model_options, run
+from minisa.errors import MinisaError
+from minisa.registry import DEFAULT_MODEL, find, local_path
+
+
+class Lengths(click.ParamType):
+    """Whole numbers with commas between them, such as 0,512,1500."""
+
+    name = "N,N,…"
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        try:
+            lengths = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            lengths = ()
+        if not lengths or min(lengths) < self.least:
+            self.fail(f"{value!r}: expected whole numbers from {self.least} on, such as 512,1500", param, ctx)
+        return lengths
+
+
+def default(lengths: tuple[int, ...]) -> str:
+    return f"[default: {','.join(map(str, lengths))}, as far as the model's context reaches]"
+
+
+@click.command()
+@model_options
+@click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Weights in 8 or 4 bits.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows decoded at once.")
+@click.option("--contexts", type=Lengths(0), help=f"Tokens in the cache when decoding. {default(CONTEXTS)}")
+@click.option("--prompt-lengths", type=Lengths(1), help=f"Tokens to prefill. {default(PROMPT_LENGTHS)}")
+@click.option("--new-tokens", type=click.IntRange(1), default=16, show_default=True, help="Decoded in each turn.")
+@click.option("--repeats", type=click.IntRange(1), help="Turns of each; by default 8, less where they take long.")
+@click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile; the engine's choice by default.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads, of the ceiling and the peers too.")
+@click.option("--random-weights", metavar="SHAPE", help="Noise in place of a checkpoint: a preset, or a config.json.")
+@click.option("--against", type=click.Choice(list(PEERS)), multiple=True, help="Compare, on the same weights.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the record to this file.")
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="Draw it into this PNG.")
+@click.pass_context
+def main(
+    context: click.Context, compiled: bool | None, json_path: str | None, plot_path: str | None, **flags: Any
+) -> None:
+    """Measure a model, plain and with Shared Attention (--sa; the model's own plan by default; --sa none for plain
+    alone), against the ceiling of this machine and, if asked, against others.
+
+    Configurations take turns in one run, each in a process of its own. The last line is the record as JSON.
+    """
+    if flags["random_weights"] is not None and context.get_parameter_source("model") is ParameterSource.COMMANDLINE:
+        raise MinisaError("--random-weights names the model itself: leave out --model")
+    if plot_path is not None:
+        check_matplotlib()
+    for flag, path in (("--json", json_path), ("--plot", plot_path)):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise MinisaError(f"{flag} {path}: there is no such folder")
+    if flags["random_weights"] is None and flags["model"] == DEFAULT_MODEL and local_path(find(DEFAULT_MODEL)) is None:
+        fetch(find(DEFAULT_MODEL))
+    settings = Settings.resolve(compile=compiled, **flags)
+    with Benchmark(settings, Progress()) as benchmark:
+        try:
+            measure(benchmark)
+        except KeyboardInterrupt:
+            report(benchmark, True, json_path, plot_path)
+            raise
+        except MinisaError:
+            if any(measured.prefill for measured in benchmark.own):
+                report(benchmark, True, json_path, plot_path)
+            raise
+        report(benchmark, False, json_path, plot_path)
+
+
+def measure(benchmark: Benchmark) -> None:
+    """The run's stages, each told on stdout as soon as it is known."""
+    click.echo(table.heading(record(benchmark)))
+    benchmark.measure_ceiling()
+    click.echo(table.ceiling(record(benchmark)))
+    benchmark.open()
+    click.echo(table.costs(record(benchmark)))
+    benchmark.measure()
+
+
+def report(benchmark: Benchmark, interrupted: bool, json_path: str | None, plot_path: str | None) -> None:
+    found = record(benchmark, interrupted)
+    click.echo(table.ceiling(found) + "\n" + table.results(found) + "\n")
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if plot_path is not None:
+        plot(found, plot_path)
+    click.echo(json.dumps(found))
+
+
+class Progress:
+    """What is being measured, on stderr: one line that changes on a terminal, a line for each thing elsewhere."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            rounds = f" ({done + 1} of {total})" if total > 1 else ""
+            click.echo(f"\r\x1b[K{what}{rounds}", nl=False, err=True)
+        elif what != self._last:
+            click.echo(what, err=True)
+        self._last = what
+
+
+if __name__ == "__main__":
+    run(main)
