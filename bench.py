@@ -18,6 +18,7 @@ from minisa.benchmark.run import Benchmark
 from minisa.benchmark.settings import CONTEXTS, PROMPT_LENGTHS, Settings
 from minisa.console import fetch, model_options, run
 from minisa.errors import MinisaError
+from minisa.quantize import QUANTIZATIONS
 from minisa.registry import DEFAULT_MODEL, find, local_path
 
 
@@ -45,13 +46,18 @@ def default(lengths: tuple[int, ...]) -> str:
 
 @click.command()
 @model_options
-@click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Weights in 8 or 4 bits.")
+@click.option("--quantize", type=click.Choice(QUANTIZATIONS), help="Weights in 8 or 4 bits, in blocks of 32.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows decoded at once.")
 @click.option("--contexts", type=Lengths(0), help=f"Tokens in the cache when decoding. {default(CONTEXTS)}")
 @click.option("--prompt-lengths", type=Lengths(1), help=f"Tokens to prefill. {default(PROMPT_LENGTHS)}")
 @click.option("--new-tokens", type=click.IntRange(1), default=16, show_default=True, help="Decoded in each turn.")
 @click.option("--repeats", type=click.IntRange(1), help="Turns of each; by default 8, less where they take long.")
-@click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile; the engine's choice by default.")
+@click.option(
+    "--compile/--no-compile",
+    "compiled",
+    default=None,
+    help="Compiled steps, or eager PyTorch; else as the engine likes.",
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads, of the ceiling and the peers too.")
 @click.option("--random-weights", metavar="SHAPE", help="Noise in place of a checkpoint: a preset, or a config.json.")
 @click.option("--against", type=click.Choice(list(PEERS)), multiple=True, help="Compare, on the same weights.")

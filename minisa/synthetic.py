@@ -38,16 +38,12 @@ def random_llm(
     """An LLM with the weights of `random_checkpoint`. It takes token ids, not text. options: those of LLM."""
     with torch.device("meta"):
         transformer = Transformer(config, plan)
-    load_weights(
-        transformer,
-        random_checkpoint(config, seed),
-        device=device,
-        dtype=dtype,
-        quantize=check_quantization(quantize),
-    )
+    blocks = check_quantization(quantize)
+    load_weights(transformer, random_checkpoint(config, seed), device=device, dtype=dtype, quantize=blocks)
     transformer.to(device)  # the buffers
     cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=max_seq_len, device=device, dtype=dtype)
-    return LLM(transformer, _NoTokenizer(), lambda: DIALOGS["raw"], cache, **options)  # type: ignore[arg-type]
+    tokenizer: Any = _NoTokenizer()
+    return LLM(transformer, tokenizer, lambda: DIALOGS["raw"], cache, quantized=blocks, **options)
 
 
 def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:

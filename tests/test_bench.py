@@ -180,6 +180,15 @@ class TestTheRecord:
         assert "decoding at 20" in ran.err  # progress
 
 
+def test_a_disturbed_run_says_so(
+    run_bench: Bench, shape: Path, in_this_process: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for slowest, told in ((0.015, False), (0.1, True)):
+        monkeypatch.setattr(contender.Minisa, "decode", lambda self, context, steps, s=slowest: [0.01, s] * steps)
+        ran = run_bench("--random-weights", shape, "--sa", "none", *QUICK)
+        assert ("DISTURBED: some speeds swung by 10.0×" in ran.out) is told
+
+
 def test_a_wrong_formula_is_reported(run_bench: Bench, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "kv_bytes", lambda *arguments: costs.kv_bytes(*arguments) - 2)
     ran = run_bench("--model", tiny_gguf, "--sa", "none", *QUICK)

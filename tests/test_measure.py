@@ -103,6 +103,7 @@ class TestRandomModel:
     def test_quantized(self) -> None:
         given = {"device": CPU, "dtype": torch.float32, "max_seq_len": 32}
         whole, small = (random_llm(tiny_config(), SHARED, quantize=quantize, **given) for quantize in (None, "int8"))  # type: ignore[arg-type]
+        assert (whole.weight_format, small.weight_format) == ("fp32", "int8")
         assert small.runner.weight_bytes < 0.3 * whole.runner.weight_bytes
         assert (small.logits([1, 2, 3]) - whole.logits([1, 2, 3])).norm() < 0.05 * whole.logits([1, 2, 3]).norm()
 

@@ -8,6 +8,7 @@ from typing import Any
 from minisa.benchmark.report import Record
 
 GAP = "  "
+STEADY = 2.0  # how much the speed of single steps may differ on a machine that is left alone
 
 
 def heading(record: Record) -> str:
@@ -111,11 +112,22 @@ def _notes(record: Record) -> str:
         if configuration["detail"]:
             chosen = "".join(f"; {what}: {way}" for what, way in configuration["chosen"].items())
             notes.append(f"{configuration['name']}: {configuration['detail']}{chosen}")
+    swing = _swing(record)
+    if swing > STEADY:
+        notes.append(
+            f"DISTURBED: some speeds swung by {swing:.1f}×; something else runs here, measure again without it"
+        )
     if record["run"]["quantize"] and record["plain_over_peers"]:
         notes.append("the formats of the weights differ, so greedy tokens need not agree")
     if record["interrupted"]:
         notes.append("interrupted: what is missing was not measured")
     return "\n\n" + "\n".join(notes)
+
+
+def _swing(record: Record) -> float:
+    """The widest 10th to 90th percentile of our own decoding, as a ratio."""
+    speeds = [decode["tokens_per_second"] for c in _own(record) for decode in c["decode"]]
+    return max((speed["p90"] / speed["p10"] for speed in speeds if speed), default=1.0)
 
 
 class _Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,9 @@ import torch
 from minisa.errors import MinisaError
 
 # Forks of a small process that has imported torch once and done nothing else: quick to start, and nobody's pages.
-_CONTEXT = multiprocessing.get_context("forkserver")
+# Apple's libraries do not survive a fork, so there each imports torch itself.
+_METHOD = "spawn" if sys.platform == "darwin" else "forkserver"
+_CONTEXT: Any = multiprocessing.get_context(_METHOD)
 PATIENCE = 2.0  # seconds for a worker to tidy up after itself
 _PRELOAD = ["minisa.benchmark.contender"]
 
@@ -33,9 +36,10 @@ class Worker:
         self._pipe, theirs = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(target=_serve, args=(theirs, factory, arguments), daemon=True)
         with _interrupts_ignored():
-            _CONTEXT.set_forkserver_preload(_PRELOAD)
-            forkserver.ensure_running()
-        self._process.start()
+            if _METHOD == "forkserver":
+                _CONTEXT.set_forkserver_preload(_PRELOAD)
+                forkserver.ensure_running()
+            self._process.start()
         theirs.close()
         try:
             self._receive()
