@@ -31,7 +31,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
             raise MinisaError(
                 f"rope_freqs.weight has {len(scaling.factors)} factors: expected head_dim / 2 = {len(frequencies)}"
             )
-        return frequencies / torch.tensor(scaling.factors, dtype=torch.float32)
+        return frequencies / torch.tensor(scaling.factors, dtype=torch.float32, device="cpu")
     return _llama3(frequencies, scaling)
 
 

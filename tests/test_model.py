@@ -234,5 +234,10 @@ def test_rope_scalings_against_hand_computed_values() -> None:
     factors = tuple(float(i + 1) for i in range(64))
     by_factors = rope_frequencies(tiny_config(**base, rope_scaling=RopeScaling("factors", factors=factors)))
     assert torch.allclose(by_factors, plain / torch.arange(1, 65))
+    with torch.device("meta"):  # as models are built; the factors of a GGUF file must stay real
+        scaled_model = Transformer(
+            tiny_config(n_layers=N_LAYERS, **base, rope_scaling=RopeScaling("factors", factors=factors)), PLANS["none"]
+        )
+    assert torch.allclose(scaled_model.rope_frequencies, by_factors)
     with pytest.raises(MinisaError, match="has 3 factors"):
         rope_frequencies(tiny_config(**base, rope_scaling=RopeScaling("factors", factors=(1.0, 1.0, 1.0))))

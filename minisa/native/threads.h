@@ -14,8 +14,8 @@ static inline void relax() {
 #endif
 }
 
-// All threads of a step meet here some 200 times, so waiting spins; and long, because on a busy
-// machine a thread that yields gives its core away for a whole time slice.
+// All threads of a step meet here some 200 times, so waiting spins at first. On a busy machine the thread waited for
+// may not even be running: then waiting sleeps, which leaves it a core and is woken at once.
 class Barrier {
    public:
     explicit Barrier(int n_threads) : n_threads_(n_threads) {}
@@ -24,13 +24,18 @@ class Barrier {
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) == n_threads_ - 1) {
             arrived_.store(0, std::memory_order_relaxed);
             phase_.store(phase + 1, std::memory_order_release);
+            phase_.notify_all();
             return;
         }
-        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins)
-            spins < (1 << 15) ? relax() : std::this_thread::yield();
+        for (int spins = 0; spins < kSpins; ++spins) {
+            if (phase_.load(std::memory_order_acquire) != phase) return;
+            relax();
+        }
+        phase_.wait(phase, std::memory_order_acquire);
     }
 
    private:
+    static constexpr int kSpins = 1 << 12;
     const int n_threads_;
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<int> phase_{0};
