@@ -35,7 +35,7 @@ class Barrier {
     }
 
    private:
-    static constexpr int kSpins = 1 << 12;
+    static constexpr int kSpins = 1 << 15;
     const int n_threads_;
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<int> phase_{0};
