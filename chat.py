@@ -32,11 +32,11 @@ Ctrl-C stops an answer and keeps the session, Ctrl-D leaves."""
 @click.option("--prompt", help="Answer this once, on stdout, and exit.")
 @click.option("--system", help="System prompt.")
 @click.option("--max-new-tokens", type=int, default=1024, show_default=True, help="Longest answer.")
-@click.option("--temperature", type=float, default=0.2, show_default=True, help="0 is greedy.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, show_default=True, help="Keep the k most likely tokens; 0 is off.")
-@click.option("--top-p", type=float, default=0.9, show_default=True, help="Keep the likeliest tokens up to this sum.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep the likeliest tokens up to this sum.")
 @click.option("--min-p", type=float, default=0.0, show_default=True, help="Keep tokens this likely beside the best.")
-@click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1 discourages repeats.")
+@click.option("--repetition-penalty", type=float, default=1.1, show_default=True, help="Above 1 discourages repeats.")
 @click.option("--seed", type=int, help="Same seed, same text.")
 @click.option("--stop", multiple=True, help="End the answer at this text; may be given several times.")
 @click.option("--max-seq-len", type=int, help="Context in tokens; the model's own by default.")
@@ -66,10 +66,11 @@ def main(
 
     Without --prompt and with a terminal on stdin the session is interactive; text piped into stdin is one prompt.
     """
-    if prompt is None and not sys.stdin.isatty():
-        prompt = read_stdin()
     if prompt is not None:
         check_text("--prompt", prompt)
+    elif not sys.stdin.isatty():
+        prompt = read_stdin()
+        check_text("stdin", prompt)
     if raw and system:
         raise MinisaError("--raw continues the text as it stands: leave out --system")
     options = {

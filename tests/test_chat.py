@@ -199,7 +199,9 @@ def test_prompt_longer_than_the_context(ask: Callable[..., Ran]) -> None:
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize(("stdin", "says"), [(b"caf\xe9", "stdin is not UTF-8: byte 3 is 0xe9"), (b"", "is empty")])
+@pytest.mark.parametrize(
+    ("stdin", "says"), [(b"caf\xe9", "stdin is not UTF-8: byte 3 is 0xe9"), (b"", "stdin is empty")]
+)
 def test_bad_stdin(ask: Callable[..., Ran], stdin: bytes, says: str) -> None:
     assert_one_line(ask(stdin=stdin), says)
 
