@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -139,9 +141,11 @@ class _PackedWeights:
                     "w2": _pack(ffn.w2),
                 }
             )
+            _return_freed_memory()
         self.embedding = _pack(model.tok_embeddings)
         self.head = self.embedding if model.output is None else _pack(model.output)
         self.final_norm = model.norm.weight.float()
+        _return_freed_memory()
 
     @property
     def nbytes(self) -> int:
@@ -149,6 +153,13 @@ class _PackedWeights:
         if self.head is not self.embedding:
             matrices.append(self.head)
         return sum(part.data.nbytes for part in matrices)
+
+
+def _return_freed_memory() -> None:
+    """Give back what packed modules held: glibc would keep it, and the process would hold the weights twice."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _stack(*matrices: Tensor) -> Tensor:
