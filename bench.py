@@ -18,7 +18,6 @@ from minisa.benchmark.run import Benchmark
 from minisa.benchmark.settings import CONTEXTS, PROMPT_LENGTHS, Settings
 from minisa.console import fetch, model_options, run
 from minisa.errors import MinisaError
-from minisa.quantize import QUANTIZATIONS
 from minisa.registry import DEFAULT_MODEL, find, local_path
 
 
@@ -46,7 +45,6 @@ def default(lengths: tuple[int, ...]) -> str:
 
 @click.command()
 @model_options
-@click.option("--quantize", type=click.Choice(QUANTIZATIONS), help="Weights in 8 or 4 bits, in blocks of 32.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows decoded at once.")
 @click.option("--contexts", type=Lengths(0), help=f"Tokens in the cache when decoding. {default(CONTEXTS)}")
 @click.option("--prompt-lengths", type=Lengths(1), help=f"Tokens to prefill. {default(PROMPT_LENGTHS)}")

@@ -15,7 +15,6 @@ from minisa import MinisaError
 from minisa.console import banner, mebibytes, model_options, open_model, run
 from minisa.conversation import Conversation
 from minisa.costs import kv_bytes
-from minisa.quantize import QUANTIZATIONS
 
 HELP = """\
 /reset         forget the conversation
@@ -28,7 +27,6 @@ Ctrl-C stops an answer and keeps the session, Ctrl-D leaves."""
 
 @click.command()
 @model_options
-@click.option("--quantize", type=click.Choice(QUANTIZATIONS), help="Weights in 8 or 4 bits, in blocks of 32.")
 @click.option("--prompt", help="Answer this once, on stdout, and exit.")
 @click.option("--system", help="System prompt.")
 @click.option("--max-new-tokens", type=int, default=1024, show_default=True, help="Longest answer.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from minisa.errors import MinisaError
@@ -212,9 +212,6 @@ class ModelConfig:
             tie_embeddings=tied,
             sliding_window=_optional_integer(raw, "attention.sliding_window"),
         )
-
-    def with_max_seq_len(self, max_seq_len: int) -> ModelConfig:
-        return replace(self, max_seq_len=max_seq_len)
 
 
 def _rope_scaling(raw: Raw, max_seq_len: int) -> RopeScaling | None:

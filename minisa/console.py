@@ -16,6 +16,7 @@ from minisa.device import DTYPES
 from minisa.download import pull
 from minisa.engine import LLM, load
 from minisa.errors import MinisaError
+from minisa.quantize import QUANTIZATIONS
 from minisa.registry import DEFAULT_MODEL, ModelEntry, find, local_path, weights_dir
 
 MODEL_OPTIONS = [
@@ -29,13 +30,14 @@ MODEL_OPTIONS = [
     ),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
     click.option("--dtype", default="auto", show_default=True, help=f"auto, {', '.join(DTYPES)}."),
+    click.option("--quantize", type=click.Choice(QUANTIZATIONS), help="Weights in 8 or 4 bits, in blocks of 32."),
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def model_options(command: Command) -> Command:
-    """Decorator: --model --sa --device --dtype."""
+    """Decorator: --model --sa --device --dtype --quantize."""
     for option in reversed(MODEL_OPTIONS):
         command = option(command)
     return command

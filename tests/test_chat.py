@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import json
 import os
 import pickle
-import pty
 import re
-import select
 import shutil
-import signal
 import struct
-import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +22,6 @@ import chat
 from minisa import console
 from tests.tiny import random_weights, tiny_config, write_hf
 
-ROOT = Path(__file__).parents[1]
 FRANCE = "What is the capital of France?"
 
 
@@ -306,156 +299,3 @@ def test_no_space_on_disk_while_fetching(
     assert ran.status == 2
     assert "no space left on the disk" in ran.err.splitlines()[-1]
     assert "98 MB, licence Apache-2.0" in ran.err.splitlines()[0]  # said before anything is fetched
-
-
-class Terminal:
-    """chat.py on a pseudo-terminal."""
-
-    def __init__(self, *flags: str) -> None:
-        environment = {**os.environ, "TERM": "dumb", "HOME": "/nonexistent"}
-        self._pid, self._fd = pty.fork()
-        if self._pid == 0:
-            os.chdir(ROOT)
-            os.execve(sys.executable, [sys.executable, "chat.py", "--temperature", "0", *flags], environment)
-        self.shown = ""
-
-    def expect(self, pattern: str, seconds: float = 60) -> str:
-        """Everything up to and including the pattern, which is then behind us."""
-        deadline = time.monotonic() + seconds
-        while (match := re.search(pattern, self.shown)) is None:
-            assert time.monotonic() < deadline, f"no {pattern!r} in {self.shown!r}"
-            if select.select([self._fd], [], [], 0.2)[0]:
-                with contextlib.suppress(OSError):
-                    self.shown += os.read(self._fd, 65536).decode("utf-8", "replace")
-        seen, self.shown = self.shown[: match.end()], self.shown[match.end() :]
-        return seen
-
-    def type(self, text: str) -> None:
-        os.write(self._fd, text.encode())
-
-    def leave(self) -> int:
-        """Ctrl-D at the prompt; the exit status."""
-        self.expect("> $")  # before the prompt the terminal itself would swallow it
-        self.type("\x04")
-        return self.wait()
-
-    def interrupt(self) -> None:
-        os.kill(self._pid, signal.SIGINT)
-
-    def wait(self, seconds: float = 60) -> int:
-        deadline = time.monotonic() + seconds
-        while not (ended := os.waitpid(self._pid, os.WNOHANG))[0]:
-            assert time.monotonic() < deadline, f"still running; showed {self.shown!r}"
-            with contextlib.suppress(OSError):
-                if select.select([self._fd], [], [], 0.1)[0]:
-                    self.shown += os.read(self._fd, 65536).decode("utf-8", "replace")
-        self._pid = 0
-        return os.waitstatus_to_exitcode(ended[1])
-
-    def close(self) -> None:
-        if self._pid:
-            os.kill(self._pid, signal.SIGKILL)
-            self.wait()
-        os.close(self._fd)
-
-
-@pytest.fixture
-def terminal(smollm2_path: Path) -> Iterator[Callable[..., Terminal]]:
-    with contextlib.ExitStack() as stack:
-
-        def start(*flags: str) -> Terminal:
-            opened = Terminal(*flags)
-            stack.callback(opened.close)
-            return opened
-
-        yield start
-
-
-@pytest.mark.real_model
-def test_an_interactive_session(terminal: Callable[..., Terminal]) -> None:
-    """Several turns, every command, an answer interrupted and the session kept, bad input survived, Ctrl-D."""
-    session = terminal("--max-seq-len", "512")
-    session.expect(r"plain attention .* context 512")
-    session.expect("> ")
-    session.type(f"{FRANCE}\n")
-    assert "Paris" in session.expect(r"context \d+/512.*\]")
-    session.type("/stats\n")
-    assert "prompt   37 tokens, 0 of them in the cache already" in session.expect("allocated")
-    session.type("And what river flows through it?\n")
-    session.expect(r"context \d+/512.*\]")
-    session.type("/stats\n")
-    reused = re.search(r"prompt   (\d+) tokens, (\d+) of them", session.expect("allocated"))
-    assert reused is not None
-    assert int(reused[1]) - int(reused[2]) < 25  # only the new turn was computed
-    session.type("Tell me a very long story about a ship.\n")
-    session.expect("ship.*\\n")
-    time.sleep(0.5)
-    session.interrupt()
-    session.expect(r"\(stopped\)")
-    session.type("/help\n")
-    session.expect("Ctrl-D leaves")
-    session.type("/nonsense\n")
-    session.expect(r"\(/nonsense is not a command; /help lists them\)")
-    session.type("/sa 0-1\n")
-    session.expect(r"\(plan: layer 0 cannot follow.*\)")
-    session.type("/sa default\n")
-    session.expect(r"4 follow \(3:6,19:21,25:27,28:29\)")
-    session.type("/sa\n")
-    session.expect("layer 19 leads 21")
-    session.type("/system You are a pirate.\n")
-    session.type(f"{FRANCE}\n")
-    session.expect(r"context \d+/512.*\]")
-    session.type("x" * 3000 + "\n")
-    session.expect(r"\(the prompt is \d+ tokens long, the context 512")
-    session.type("/reset\n")
-    session.type(f"{FRANCE}\n")
-    session.expect(r"context \d+/512.*\]")
-    assert session.leave() == 0
-
-
-@pytest.mark.real_model
-def test_the_oldest_turns_are_dropped_when_the_context_is_full(terminal: Callable[..., Terminal]) -> None:
-    session = terminal("--max-seq-len", "160", "--max-new-tokens", "20")
-    for _ in range(4):
-        session.expect("> ")
-        session.type("Please tell me about the rivers of France and where they flow, in a sentence.\n")
-        shown = session.expect(r"context \d+/160.*\]")
-    assert re.search(r"\(the context is full: the \d+ oldest messages were dropped\)", shown)
-
-
-@pytest.mark.real_model
-def test_interrupt_at_the_prompt_keeps_the_session(terminal: Callable[..., Terminal]) -> None:
-    session = terminal("--max-seq-len", "128")
-    session.expect("> ")
-    session.interrupt()
-    assert session.leave() == 0
-
-
-def start(smollm2_path: Path, *flags: str, **options: Any) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "chat.py", "--max-seq-len", "2048", "--temperature", "0", *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, **options)
-
-
-@pytest.mark.real_model
-def test_a_reader_that_leaves_early(smollm2_path: Path) -> None:
-    """`chat.py --prompt … | head -c 1`: no traceback, and it ends."""
-    process = start(smollm2_path, "--prompt", "Count to 500.", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.read(1)
-    process.stdout.close()
-    errors = process.stderr.read().decode()
-    assert process.wait(timeout=60) == 1
-    assert "Traceback" not in errors
-    assert "BrokenPipe" not in errors
-
-
-@pytest.mark.real_model
-def test_interrupting_a_single_answer_ends_with_130(smollm2_path: Path) -> None:
-    process = start(smollm2_path, "--prompt", "Count to 500.", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"Traceback" not in errors
