@@ -32,8 +32,11 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU."""
+def choose_dtype(name: str, device: torch.device, *, native: bool = False) -> torch.dtype:
+    """ "auto" is bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU.
+
+    native: whether the C++ step will do the work, which reads bf16 at full speed on any CPU.
+    """
     if name != "auto":
         if name not in DTYPES:
             raise MinisaError(f"--dtype {name!r} is not supported: expected auto, {', '.join(DTYPES)}")
@@ -41,7 +44,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if device.type == "cpu":
-        return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
+        return torch.bfloat16 if native or _cpu_multiplies_bf16() else torch.float32
     return torch.float16
 
 

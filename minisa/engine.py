@@ -21,7 +21,7 @@ from minisa.generate import Chunk, Options, generate
 from minisa.model import Transformer
 from minisa.quantize import check_quantization
 from minisa.registry import ModelEntry, resolve
-from minisa.runners import choose_runner, may_become_native
+from minisa.runners import choose_runner, may_become_native, native_step
 from minisa.sampling import Sampling
 from minisa.sharing import SharingPlan
 from minisa.tokenizer import Tokenizer, load_tokenizer
@@ -60,7 +60,6 @@ def load(
     """
     path, entry = resolve(str(model))
     target = choose_device(device)
-    number_format = choose_dtype(dtype, target)
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
     plan = choose_plan(sa, config, entry)
@@ -73,6 +72,8 @@ def load(
         transformer = Transformer(config, plan, backend)
     compile = compile if backend == "torch" else False
     blocks = check_quantization(quantize)
+    native = native_step(config, target, compile=compile, quantized=blocks is not None) is not None
+    number_format = choose_dtype(dtype, target, native=native)
     load_weights(transformer, checkpoint, device=target, dtype=number_format, quantize=blocks, progress=progress)
     transformer.to(target)  # the buffers; the weights are there already
     length = max_seq_len or _affordable_length(config, plan, max_batch, number_format, target)

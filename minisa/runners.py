@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from minisa.cache import StaticCache
+from minisa.config import ModelConfig
 from minisa.decode import TorchRunner
 from minisa.model import Transformer
 from minisa.native.build import open_library
 from minisa.native.runner import NativeRunner, supports
+from minisa.quantize import QuantizedEmbedding
 
 
 class Runner(Protocol):
@@ -42,22 +45,33 @@ def choose_runner(model: Transformer, compile: bool | None = None) -> Runner:
     """The fastest runner for a loaded model.
 
     compile: True for a compiled one, waiting for the compiler if need be: the C++ step where it fits, else
-        torch.compile. False for PyTorch's eager mode. None for what is ready now: the C++ step if it has been built
-        on this machine before, else eager, while the C++ step is built in the background.
+        torch.compile. False for PyTorch's eager mode. None for what is ready now, as in `native_step`.
     Weights move out of the model into a C++ step's own layout.
     """
-    if compile is not False and _fits_native(model):
-        library = open_library(wait=compile is True)
+    weight = model.norm.weight
+    if weight.dtype == torch.bfloat16:
+        quantized = isinstance(model.tok_embeddings, QuantizedEmbedding)
+        library = native_step(model.config, weight.device, compile=compile, quantized=quantized)
         if library is not None:
             return NativeRunner(model, library)
     return TorchRunner(model, compile=compile is True)
 
 
+def native_step(
+    config: ModelConfig, device: torch.device, *, compile: bool | None, quantized: bool
+) -> ctypes.CDLL | None:
+    """The C++ step for a bf16 or quantized model; None where it does not fit, is not wanted or is not ready.
+
+    With compile None it is ready if it was built on this machine before; else it is built in the background, for the
+    next time. Quantized weights wait for it: PyTorch takes longer for a few words than the compiler for the step.
+    """
+    if device.type != "cpu" or compile is False or not supports(config):
+        return None
+    return open_library(wait=compile is True or quantized)
+
+
 def may_become_native(runner: Runner, compile: bool | None) -> bool:
     """Whether choose_runner may find more than this runner later, when the C++ step has been built."""
-    return compile is None and not isinstance(runner, NativeRunner) and _fits_native(runner.model)
-
-
-def _fits_native(model: Transformer) -> bool:
-    weight = model.norm.weight
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and supports(model.config)
+    weight, config = runner.model.norm.weight, runner.model.config
+    fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and supports(config)
+    return fits and compile is None and not isinstance(runner, NativeRunner)

@@ -63,7 +63,7 @@ class TestAnswers:
     def test_prompt_flag_prints_the_answer_alone_on_stdout(self, ask: Callable[..., Ran]) -> None:
         ran = ask("--prompt", FRANCE)
         assert (ran.status, "Paris" in ran.out, ran.out.count("\n")) == (0, True, 1)
-        assert "30 layers, plain attention" in ran.err
+        assert "30 layers, plain attention · bf16 on cpu, C++ step" in ran.err
         assert re.search(r"\[[\d.]+ tokens/s · first token [\d.]+ s · context \d+/512 · KV [\d.]+ MiB\]", ran.err)
 
     def test_piped_stdin_is_the_prompt(self, ask: Callable[..., Ran]) -> None:

@@ -16,12 +16,13 @@ from minisa.cache import StaticCache
 from minisa.config import ModelConfig
 from minisa.costs import parameter_count
 from minisa.decode import TorchRunner
+from minisa.device import choose_dtype
 from minisa.errors import MinisaError
 from minisa.model import Linear, Transformer
 from minisa.native import build
 from minisa.native.build import open_library
 from minisa.native.runner import NativeRunner, supports
-from minisa.runners import choose_runner, may_become_native
+from minisa.runners import choose_runner, may_become_native, native_step
 from minisa.sharing import SharingPlan
 from tests.test_model import build as build_model
 from tests.test_model import tokens_of
@@ -203,6 +204,29 @@ def test_eager_first_and_native_once_it_is_built(
         assert choose_runner(bf16_model).name == "C++ step"
     finally:
         build.library_path.cache_clear()
+
+
+def test_auto_is_bf16_on_any_cpu_once_the_step_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without instructions for bf16 PyTorch multiplies it a hundred times slower than fp32; the C++ step does not."""
+    monkeypatch.setattr("minisa.device._cpu_multiplies_bf16", lambda: False)
+    cpu = torch.device("cpu")
+    assert choose_dtype("auto", cpu) == torch.float32
+    assert choose_dtype("auto", cpu, native=True) == torch.bfloat16
+    assert choose_dtype("fp32", cpu, native=True) == torch.float32
+
+
+def test_who_waits_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[bool] = []
+    monkeypatch.setattr("minisa.runners.open_library", lambda *, wait: waits.append(wait))
+    cpu, config = torch.device("cpu"), SHAPES["gqa"]
+    for compile in (None, True):
+        for quantized in (False, True):
+            native_step(config, cpu, compile=compile, quantized=quantized)
+    assert waits == [False, True, True, True]
+    native_step(config, cpu, compile=False, quantized=True)
+    native_step(config, torch.device("cuda"), compile=True, quantized=False)
+    native_step(tiny_config(dim=80, n_heads=5, n_kv_heads=1, head_dim=16), cpu, compile=True, quantized=False)
+    assert len(waits) == 4
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])

@@ -18,6 +18,7 @@ from minisa.device import choose_device, choose_dtype
 from minisa.engine import choose_plan
 from minisa.errors import MinisaError
 from minisa.registry import ModelEntry, registry, resolve
+from minisa.runners import native_step
 from minisa.sharing import SharingPlan
 
 CONTEXTS = (0, 512, 1500, 4096)
@@ -66,6 +67,8 @@ class Settings:
 
         sa: as for `load`; None takes the model's own plan, or plain attention alone where it has none.
         contexts, prompt_lengths: None takes CONTEXTS and PROMPT_LENGTHS as far as the model's context reaches.
+        The engine builds its C++ step at first use in the background; here that would be in everybody's way, so it is
+        waited for, unless compile is False.
         """
         target = choose_device(device)
         path: Path | None = None
@@ -80,12 +83,15 @@ class Settings:
         contexts = _lengths("--contexts", contexts, CONTEXTS, limit - new_tokens)
         prompt_lengths = _lengths("--prompt-lengths", prompt_lengths, PROMPT_LENGTHS, limit)
         slots = max(max(contexts) + new_tokens, *prompt_lengths, GREEDY_PROMPT + GREEDY_TOKENS)
+        native = dtype in ("auto", "bf16") and native_step(
+            config, target, compile=compile is not False, quantized=quantize is not None
+        )
         opening = Opening(
             path=path,
             config=config,
             plan=SharingPlan.none(config.n_layers),
             device=target,
-            dtype=choose_dtype(dtype, target),
+            dtype=choose_dtype(dtype, target, native=bool(native)),
             context=min(-(-slots // SLOTS) * SLOTS, limit),
             batch=batch,
             threads=threads or torch.get_num_threads(),
