@@ -3,23 +3,27 @@
     lead    q, k, v   →  P = softmax(q·Kᵀ/√d + mask),  P·V          and what its followers need
     follow            →  the same P, head by head through the head map,  P·V_own
 
-Two backends with one signature. `reference` is the authors' algorithm written out: P is a tensor and is shared.
-`torch` gives the same numbers without ever holding a T×T matrix: for several query rows a follower is a fused
-attention call on the leader's q and k and its own v; for one row (decoding) P is a single row and is kept.
+Backends with one signature. `reference` is the authors' algorithm written out: P is a tensor and is shared. `torch`
+gives the same numbers without ever holding a T×T matrix: for several query rows a follower is a fused attention call on
+the leader's q and k and its own v; for one row (decoding) P is a single row and is kept. `kernels` is `torch` with that
+one row in Triton (kernels/decode_attention.py).
 
 Shapes: q [B, H, T, D]; k, v [B, Hkv, S, D], where H is a multiple of Hkv and query head h belongs to key and
-value head h // (H / Hkv); P [B, H, T, S].
+value head h // (H / Hkv); P [B, H, T, S]. k and v may be of a narrower dtype than q: they are widened to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from minisa.errors import MinisaError
 
 
 class Queries(NamedTuple):
@@ -30,29 +34,59 @@ class Queries(NamedTuple):
     mask: Tensor | None
 
 
-Shared = Tensor | Queries  # what a leader leaves for its followers: P [B, H, T, S], or how to have it again
+class HeadMap(NamedTuple):
+    """Whose attention weights a follower's heads use.
+
+    heads [H] int64: the leader's query head for each query head. keys [Hkv] int64: where the heads of every group meet
+    one key head only, the leader's key head for each value head; else None.
+    """
+
+    heads: Tensor
+    keys: Tensor | None
+
+    @classmethod
+    def of(cls, heads: Sequence[int], n_kv_heads: int, device: torch.device | str = "cpu") -> HeadMap:
+        group = len(heads) // n_kv_heads
+        met = [{head // group for head in heads[start : start + group]} for start in range(0, len(heads), group)]
+        keys = [next(iter(keys)) for keys in met] if all(len(keys) == 1 for keys in met) else None
+        return cls(torch.tensor(heads, device=device), None if keys is None else torch.tensor(keys, device=device))
+
+
+Visible = Any  # which slots the queries see, as the backend likes to know it; what it is stays with the backend
+Shared = Any  # what a leader leaves for its followers; likewise
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionBackend:
-    """A pair of functions.
+    """Three functions.
 
-    lead(q, k, v, mask) -> (output [B, H, T, D], what followers need)
-    follow(shared, v, head_map) -> output [B, H, T, D]; head_map [H] int64, None for the identity
+    visible(positions [B, T], length, window) -> what lead() takes as `visible`. Several queries a row are those of the
+        last T of `length` slots; a single one may be anywhere.
+    lead(q, k, v, visible) -> (output [B, H, T, D], what followers need)
+    follow(shared, v, head_map) -> output [B, H, T, D]; head_map None is the identity
     """
 
-    lead: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Shared]]
-    follow: Callable[[Shared, Tensor, Tensor | None], Tensor]
+    name: str
+    visible: Callable[[Tensor, int, int | None], Visible]
+    lead: Callable[[Tensor, Tensor, Tensor, Visible], tuple[Tensor, Shared]]
+    follow: Callable[[Shared, Tensor, HeadMap | None], Tensor]
 
 
 def visible_slots(positions: Tensor, length: int, window: int | None = None) -> Tensor | None:
     """Which of `length` cache slots each query may attend to: bool [B, 1, T, length], True for visible.
 
     positions [B, T] ascend along T. None stands for plain causal attention of T queries over T slots, which
-    fused kernels know without a mask. window: tokens a query looks back over, itself included.
+    fused kernels know without a mask; on a GPU, where they know it of the last T of S slots too, so does a CausalBias.
+    window: tokens a query looks back over, itself included.
     """
-    if positions.shape[1] == length and (window is None or window >= length):
-        return None
+    n_queries = positions.shape[1]
+    if window is None or window >= length:
+        if n_queries == length:
+            return None
+        if n_queries > 1 and positions.is_cuda:
+            from torch.nn.attention.bias import causal_lower_right  # takes a second to import
+
+            return causal_lower_right(n_queries, length)
     slots = torch.arange(length, device=positions.device)
     visible = slots <= positions[:, None, :, None]  # [B, 1, T, length]
     if window is not None:
@@ -61,7 +95,7 @@ def visible_slots(positions: Tensor, length: int, window: int | None = None) -> 
 
 
 def _lead_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Shared]:
-    k = _for_each_query_head(k, q.shape[1])
+    k, v = _for_each_query_head(k.to(q.dtype), q.shape[1]), v.to(q.dtype)
     scores = q @ k.mT / q.shape[-1] ** 0.5  # [B, H, T, S]
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -70,13 +104,14 @@ def _lead_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tup
     return weights @ _for_each_query_head(v, q.shape[1]), weights
 
 
-def _follow_reference(shared: Shared, v: Tensor, head_map: Tensor | None) -> Tensor:
-    assert isinstance(shared, Tensor)
-    weights = shared if head_map is None else shared[:, head_map]
-    return weights @ _for_each_query_head(v, weights.shape[1])
+def _follow_reference(weights: Tensor, v: Tensor, head_map: HeadMap | None) -> Tensor:
+    if head_map is not None:
+        weights = weights[:, head_map.heads]
+    return weights @ _for_each_query_head(v.to(weights.dtype), weights.shape[1])
 
 
 def _lead_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Shared]:
+    k, v = k.to(q.dtype), v.to(q.dtype)
     if q.shape[2] > 1:
         return _fused(q, k, v, mask), Queries(q, k, mask)
     scores = _grouped(q, k) @ k.mT / q.shape[-1] ** 0.5  # [B, Hkv, H/Hkv, S]
@@ -86,23 +121,28 @@ def _lead_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[T
     return (weights @ v).view_as(q), weights.flatten(1, 2).unsqueeze(2)
 
 
-def _follow_torch(shared: Shared, v: Tensor, head_map: Tensor | None) -> Tensor:
+def _follow_torch(shared: Tensor | Queries, v: Tensor, head_map: HeadMap | None) -> Tensor:
     if isinstance(shared, Tensor):
-        weights = shared if head_map is None else shared[:, head_map]  # [B, H, 1, S]
-        return (_grouped(weights, v) @ v).flatten(1, 2).unsqueeze(2)  # [B, H, 1, D]
+        weights = shared if head_map is None else shared[:, head_map.heads]  # [B, H, 1, S]
+        return (_grouped(weights, v) @ v.to(weights.dtype)).flatten(1, 2).unsqueeze(2)  # [B, H, 1, D]
     q, k, mask = shared
+    v = v.to(q.dtype)
     if head_map is not None:
-        # Any query head may now meet any value head, so keys and values are laid out one a query head.
-        n_heads = q.shape[1]
-        q, k = q[:, head_map], k[:, head_map // (n_heads // k.shape[1])]
-        v = _for_each_query_head(v, n_heads)
+        q = q[:, head_map.heads]
+        if head_map.keys is not None:
+            k = k[:, head_map.keys]
+        else:  # query heads of one group meet several key heads: keys and values are laid out one a query head
+            n_heads = q.shape[1]
+            k = k[:, head_map.heads // (n_heads // k.shape[1])]
+            v = _for_each_query_head(v, n_heads)
     return _fused(q, k, v, mask)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and type(mask) is Tensor:  # no fused kernel there takes both groups and such a mask
+        k, v, grouped = _for_each_query_head(k, q.shape[1]), _for_each_query_head(v, q.shape[1]), False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 def _grouped(x: Tensor, kv: Tensor) -> Tensor:
@@ -115,7 +155,19 @@ def _for_each_query_head(kv: Tensor, n_heads: int) -> Tensor:
     return kv.repeat_interleave(n_heads // kv.shape[1], dim=1)
 
 
-BACKENDS: dict[str, AttentionBackend] = {
-    "reference": AttentionBackend(_lead_reference, _follow_reference),
-    "torch": AttentionBackend(_lead_torch, _follow_torch),
-}
+REFERENCE = AttentionBackend("reference", visible_slots, _lead_reference, _follow_reference)
+TORCH = AttentionBackend("torch", visible_slots, _lead_torch, _follow_torch)
+
+
+def find_backend(name: str) -> AttentionBackend:
+    """The backend called `name`: reference, torch or kernels. Raises MinisaError for another, or if Triton lacks."""
+    if name == "kernels":
+        if importlib.util.find_spec("triton") is None:
+            raise MinisaError("backend 'kernels' needs Triton: pip install triton, or take backend 'torch'")
+        from minisa.kernels.decode_attention import KERNELS  # not everybody has Triton
+
+        return KERNELS
+    found = {backend.name: backend for backend in (REFERENCE, TORCH)}.get(name)
+    if found is None:
+        raise MinisaError(f"backend {name!r} is not one: expected reference, torch or kernels")
+    return found

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisa.attention import BACKENDS, AttentionBackend, Shared, visible_slots
+from minisa.attention import AttentionBackend, HeadMap, Shared, Visible, find_backend
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
 from minisa.rope import apply_rope, rope_angles, rope_frequencies
@@ -35,8 +35,9 @@ class Transformer(nn.Module):
         self.config = config
         self.plan = plan.check(config)
         self.tok_embeddings = Embedding(config.vocab_size, config.dim)
+        self.backend = find_backend(backend)
         self.layers = nn.ModuleList(
-            Layer(config, follows=plan.sources[i] != i, head_map=plan.head_maps[i], backend=BACKENDS[backend])
+            Layer(config, follows=plan.sources[i] != i, head_map=plan.head_maps[i], backend=self.backend)
             for i in range(config.n_layers)
         )
         self.norm = RMSNorm(config)
@@ -50,17 +51,18 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
         """The final hidden states [B, T, dim], after the last norm; keys and values go to the cache.
 
-        positions ascend along T and lie inside the cache, whose earlier slots they attend to.
+        positions ascend along T and lie inside the cache, whose earlier slots they attend to. A single one a row may be
+        anywhere; several are those of the cache's last slots.
         """
         angles = rope_angles(self.rope_frequencies, positions)
-        mask = visible_slots(positions, cache.length, self.config.sliding_window)
+        visible = self.backend.visible(positions, cache.length, self.config.sliding_window)
         shared: dict[int, Shared] = {}  # what the leaders of spans still open have left
         x = self.tok_embeddings(tokens)  # [B, T, dim]
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)  # for the type checker
             leader = self.plan.sources[i]
             if leader == i:
-                x, left = layer.lead(x, i, positions, angles, mask, cache)
+                x, left = layer.lead(x, i, positions, angles, visible, cache)
                 if i in self.last_use:
                     shared[i] = left
             else:
@@ -93,22 +95,31 @@ class Layer(nn.Module):
         i: int,
         positions: Tensor,
         angles: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        visible: Visible,
         cache: StaticCache,
     ) -> tuple[Tensor, Shared]:
-        normed = self.attention_norm(x)
-        q, k, v = self.attention.queries(normed), self.attention.keys(normed), self.attention.values(normed)
-        keys = cache.update_keys(i, positions, apply_rope(k, angles))
-        values = cache.update_values(i, positions, v)
-        mixed, shared = self.backend.lead(apply_rope(q, angles), keys, values, mask)
-        return self._finish(x, mixed), shared
+        q, k, v = self.project(x, angles)
+        keys, values = cache.update_keys(i, positions, k), cache.update_values(i, positions, v)
+        mixed, shared = self.backend.lead(q, keys, values, visible)
+        return self.finish(x, mixed), shared
 
     def follow(self, x: Tensor, i: int, positions: Tensor, shared: Shared, cache: StaticCache) -> Tensor:
-        v = self.attention.values(self.attention_norm(x))
-        values = cache.update_values(i, positions, v)
-        return self._finish(x, self.backend.follow(shared, values, self.attention.head_map))
+        values = cache.update_values(i, positions, self.project_values(x))
+        return self.finish(x, self.backend.follow(shared, values, self.attention.head_map))
 
-    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+    # The three parts of a layer that touch no cache: pure functions of x, which decode.py compiles.
+
+    def project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """A leader's q [B, H, T, D], k and v [B, Hkv, T, D], q and k turned by their positions."""
+        q, k, v = self.attention(self.attention_norm(x))
+        return apply_rope(q, angles), apply_rope(k, angles), v
+
+    def project_values(self, x: Tensor) -> Tensor:
+        """A follower's v [B, Hkv, T, D]."""
+        return self.attention.values(self.attention_norm(x))
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What comes after attention's output [B, H, T, D]."""
         x = x + self.attention.wo(mixed.transpose(1, 2).flatten(2))  # [B, H, T, D] → [B, T, H·D] → [B, T, dim]
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -116,7 +127,8 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """The projections around the attention weights; a follower has wv and wo only."""
 
-    head_map: Tensor | None
+    head_map_heads: Tensor | None
+    head_map_keys: Tensor | None
 
     def __init__(self, config: ModelConfig, follows: bool, head_map: tuple[int, ...] | None) -> None:
         super().__init__()
@@ -126,16 +138,19 @@ class Attention(nn.Module):
             self.wk = Linear(config.dim, config.n_kv_heads * config.head_dim)
         self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim)
         self.wo = Linear(config.n_heads * config.head_dim, config.dim)
-        identity = head_map is None or head_map == tuple(range(config.n_heads))
         # On the CPU even under torch.device("meta"): it is data of the plan and no weight will fill it.
-        indices = None if identity else torch.tensor(head_map, device="cpu")
-        self.register_buffer("head_map", indices, persistent=False)
+        identity = head_map is None or head_map == tuple(range(config.n_heads))
+        heads, keys = (None, None) if identity else HeadMap.of(head_map or (), config.n_kv_heads, device="cpu")
+        self.register_buffer("head_map_heads", heads, persistent=False)
+        self.register_buffer("head_map_keys", keys, persistent=False)
 
-    def queries(self, x: Tensor) -> Tensor:
-        return self._heads(self.wq(x))
+    @property
+    def head_map(self) -> HeadMap | None:
+        return None if self.head_map_heads is None else HeadMap(self.head_map_heads, self.head_map_keys)
 
-    def keys(self, x: Tensor) -> Tensor:
-        return self._heads(self.wk(x))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A leader's q, k and v, before RoPE."""
+        return self._heads(self.wq(x)), self._heads(self.wk(x)), self._heads(self.wv(x))
 
     def values(self, x: Tensor) -> Tensor:
         return self._heads(self.wv(x))

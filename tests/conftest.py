@@ -19,6 +19,8 @@ from minisa.native.build import open_library
 from minisa.registry import DEFAULT_MODEL, find, local_path
 
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
 
 
 def skip_offline(reason: str) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minisa.attention import BACKENDS, visible_slots
-
-REFERENCE, TORCH = BACKENDS["reference"], BACKENDS["torch"]
+from minisa.attention import REFERENCE, TORCH, AttentionBackend, HeadMap, find_backend, visible_slots
+from minisa.errors import MinisaError
 
 
 def heads(batch: int, n_heads: int, n_kv_heads: int, queries: int, slots: int, dim: int = 16) -> list[torch.Tensor]:
@@ -16,7 +15,11 @@ def heads(batch: int, n_heads: int, n_kv_heads: int, queries: int, slots: int, d
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-@pytest.mark.parametrize("head_map", [None, [0, 1, 2, 3, 4, 5], [5, 0, 3, 3, 1, 2]], ids=["none", "identity", "map"])
+@pytest.mark.parametrize(
+    "head_map",
+    [None, [0, 1, 2, 3, 4, 5], [5, 0, 3, 3, 1, 2], [4, 5, 1, 1, 2, 3]],
+    ids=["none", "identity", "map", "map of whole groups"],
+)
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 3, 6])
 @pytest.mark.parametrize(("start", "queries"), [(0, 1), (0, 7), (12, 1), (12, 7), (40, 24)])
 @pytest.mark.parametrize("batch", [1, 3])
@@ -26,7 +29,7 @@ def test_torch_equals_reference(
     slots = start + queries
     q, k, v, v_own = heads(batch, 6, n_kv_heads, queries, slots)
     mask = visible_slots(torch.arange(start, slots).expand(batch, -1), slots)
-    mapped = None if head_map is None else torch.tensor(head_map)
+    mapped = None if head_map is None else HeadMap.of(head_map, n_kv_heads)
     expected, weights = REFERENCE.lead(q, k, v, mask)
     got, shared = TORCH.lead(q, k, v, mask)
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
@@ -35,21 +38,33 @@ def test_torch_equals_reference(
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [REFERENCE, TORCH], ids=["reference", "torch"])
 @pytest.mark.parametrize("queries", [1, 5])
-def test_identity_map_is_no_map_to_the_bit(backend: str, queries: int) -> None:
+def test_identity_map_is_no_map_to_the_bit(backend: AttentionBackend, queries: int) -> None:
     q, k, v, v_own = heads(2, 4, 4, queries, 5)
     mask = visible_slots(torch.arange(5 - queries, 5).expand(2, -1), 5)
-    _, shared = BACKENDS[backend].lead(q, k, v, mask)
-    follow = BACKENDS[backend].follow
-    assert torch.equal(follow(shared, v_own, None), follow(shared, v_own, torch.arange(4)))
+    _, shared = backend.lead(q, k, v, mask)
+    identity = HeadMap.of(range(4), 4)
+    assert torch.equal(backend.follow(shared, v_own, None), backend.follow(shared, v_own, identity))
+
+
+def test_a_map_of_whole_groups_is_known_as_one() -> None:
+    """Its keys need not be laid out one a query head."""
+    assert HeadMap.of([4, 5, 1, 1, 2, 3], 3).keys.tolist() == [2, 0, 1]  # type: ignore[union-attr]
+    assert HeadMap.of([5, 0, 3, 3, 1, 2], 3).keys is None
+    assert HeadMap.of([5, 0, 3, 3, 1, 2], 6).keys.tolist() == [5, 0, 3, 3, 1, 2]  # type: ignore[union-attr]
+
+
+def test_a_backend_that_is_none_is_named() -> None:
+    with pytest.raises(MinisaError, match="backend 'flash' is not one: expected reference, torch or kernels"):
+        find_backend("flash")
 
 
 def test_reference_is_the_paper_formula() -> None:
     """P = softmax(q·Kᵀ/√d) row by row in plain loops; the follower's head h uses the leader's head map[h]."""
     q, k, v, v_own = (x.double() for x in heads(1, 4, 2, 3, 3))
     out, weights = REFERENCE.lead(q, k, v, visible_slots(torch.arange(3)[None], 3))
-    followed = REFERENCE.follow(weights, v_own, torch.tensor([3, 2, 1, 0]))
+    followed = REFERENCE.follow(weights, v_own, HeadMap.of([3, 2, 1, 0], 2))
     for h in range(4):
         for t in range(3):
             p, p_mapped = (torch.softmax(k[0, head // 2, : t + 1] @ q[0, head, t] / 4.0, dim=0) for head in (h, 3 - h))

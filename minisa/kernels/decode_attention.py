@@ -1,0 +1,276 @@
+"""Attention of one query a row, in Triton: leaders that leave their scores behind, followers that reuse them.
+
+Flash decoding (Dao, Haziza, Massa and Sizov, 2023) with Shared Attention (arXiv 2407.12866) in it. The slots of a row
+are split into parts, so that a single row keeps the whole device busy; a program handles one part for all the query
+heads of one key and value head, and so reads every key and value once.
+
+    lead     for each block of slots:  s = q·Kᵀ/√d            → scores[row, head, slot]
+                                       running maximum, sum of e^(s - maximum), and of e^(s - maximum)·V
+    merge    for each head: the parts put together            → output, and the log-sum-exp of the row
+    follow   for each block of slots:  p = e^(score - lse)    ← the leader's, through the head map
+                                       sum of p·V_own: no key, no maximum and no sum to find
+    merge    for each head: the parts added up                → output
+
+How many slots a row has is read on the device, from its position: one launch, and so one captured graph, serves every
+length, and stops at the row's own. Scores and the log-sum-exp are fp32 and to the base 2.
+
+Shapes: q [B, H, D]; keys, values [B, Hkv, S, D], slices of a cache; positions [B]; scores [B, H, S]; lse [B, H].
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minisa.attention import TORCH, AttentionBackend, HeadMap, Shared, Visible
+
+BLOCK = 64  # slots a program looks at at once
+MAX_PARTS = 64
+PROGRAMS_PER_PROCESSOR = 2  # parts are made until there are so many
+LEAST_ROWS = 16  # of a matrix product in Triton: fewer query heads are padded
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+class Row(NamedTuple):
+    """What a decoding query sees: the slots up to its position [B], or the last `window` of them."""
+
+    positions: Tensor
+    window: int | None
+
+
+class SharedScores(NamedTuple):
+    """What a leader leaves: scores [B, H, S] of the slots its query saw, their log-sum-exp [B, H], and which they are.
+
+    dtype: of the output.
+    """
+
+    scores: Tensor
+    lse: Tensor
+    row: Row
+    dtype: torch.dtype
+
+
+@triton.jit
+def _slots_of(position, part, n_parts, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """The slots [first, last) of one part of a row, in whole blocks."""
+    start = 0
+    if WINDOW:
+        start = tl.maximum(position + 1 - WINDOW, 0)
+    size = tl.cdiv(tl.cdiv(position + 1 - start, BLOCK), n_parts) * BLOCK
+    first = start + part * size
+    return first, tl.minimum(first + size, position + 1)
+
+
+@triton.jit
+def _load(tensor, offsets, mask, dtype: tl.constexpr, FP8: tl.constexpr):
+    """Numbers of a cache in dtype. fp8 (e4m3) comes as bytes: all but its exponent's bias is fp16's own layout."""
+    x = tl.load(tensor + offsets, mask=mask, other=0)
+    if FP8:
+        bits = x.to(tl.uint16)
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        return (half.to(tl.float32) * 256.0).to(dtype)
+    return x.to(dtype)
+
+
+@triton.jit
+def _product(a, b):
+    """a · b in fp32; the interpreter does not multiply bf16, and rounded operands widened give the same."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _lead(
+    q, keys, values, positions, scores, partial, maxima, sums, scale, row_stride, head_stride, length,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
+    WINDOW: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n_kv_heads, n_parts = tl.num_programs(1), tl.num_programs(2)
+    first, last = _slots_of(tl.load(positions + row), part, n_parts, WINDOW, BLOCK)
+    slots, dims, group = tl.arange(0, BLOCK), tl.arange(0, DIMS), tl.arange(0, ROWS)
+    heads = (row * n_kv_heads + kv_head) * GROUP + group  # of all rows
+    is_head, is_dim = group < GROUP, dims < HEAD_DIM
+    query = tl.load(q + heads[:, None] * HEAD_DIM + dims, mask=is_head[:, None] & is_dim, other=0)  # [ROWS, DIMS]
+    memory = row.to(tl.int64) * row_stride + kv_head.to(tl.int64) * head_stride
+    scores_of = scores + heads.to(tl.int64)[:, None] * length
+
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, DIMS], tl.float32)
+    for block in range(first, last, BLOCK):
+        at = block + slots
+        seen = at < last
+        here = memory + at.to(tl.int64)[:, None] * HEAD_DIM + dims  # [BLOCK, DIMS]
+        there = seen[:, None] & is_dim
+        k = _load(keys, here, there, query.dtype, FP8)
+        s = _product(query, tl.trans(k)) * scale
+        s = tl.where(seen, s, float("-inf"))
+        tl.store(scores_of + at, s, mask=is_head[:, None] & seen)
+        higher = tl.maximum(most, tl.max(s, 1))
+        p = tl.exp2(s - higher[:, None])
+        shrink = tl.exp2(most - higher)
+        total = total * shrink + tl.sum(p, 1)
+        v = _load(values, here, there, query.dtype, FP8)
+        mixed = mixed * shrink[:, None] + _product(p.to(v.dtype), v)
+        most = higher
+    parts = heads.to(tl.int64) * n_parts + part
+    tl.store(maxima + parts, most, mask=is_head)
+    tl.store(sums + parts, total, mask=is_head)
+    tl.store(partial + parts[:, None] * HEAD_DIM + dims, mixed, mask=is_head[:, None] & is_dim)
+
+
+@triton.jit
+def _follow(
+    scores, lse, head_map, values, positions, partial, row_stride, head_stride, length,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
+    MAPPED: tl.constexpr, WINDOW: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    row, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n_kv_heads, n_parts = tl.num_programs(1), tl.num_programs(2)
+    first, last = _slots_of(tl.load(positions + row), part, n_parts, WINDOW, BLOCK)
+    slots, dims, group = tl.arange(0, BLOCK), tl.arange(0, DIMS), tl.arange(0, ROWS)
+    is_head, is_dim = group < GROUP, dims < HEAD_DIM
+    source = kv_head * GROUP + group  # the leader's heads
+    if MAPPED:
+        source = tl.load(head_map + source, mask=is_head, other=0).to(tl.int32)
+    sources = row * n_kv_heads * GROUP + source
+    base = tl.load(lse + sources, mask=is_head, other=0)
+    memory = row.to(tl.int64) * row_stride + kv_head.to(tl.int64) * head_stride
+    scores_of = scores + sources.to(tl.int64)[:, None] * length
+
+    mixed = tl.zeros([ROWS, DIMS], tl.float32)
+    for block in range(first, last, BLOCK):
+        at = block + slots
+        seen = at < last
+        s = tl.load(scores_of + at, mask=is_head[:, None] & seen, other=float("-inf"))
+        p = tl.exp2(s - base[:, None])
+        here = memory + at.to(tl.int64)[:, None] * HEAD_DIM + dims
+        v = _load(values, here, seen[:, None] & is_dim, DTYPE, FP8)
+        mixed += _product(p.to(v.dtype), v)
+    heads = (row * n_kv_heads + kv_head) * GROUP + group
+    parts = heads.to(tl.int64) * n_parts + part
+    tl.store(partial + parts[:, None] * HEAD_DIM + dims, mixed, mask=is_head[:, None] & is_dim)
+
+
+@triton.jit
+def _merge(
+    partial, maxima, sums, out, lse, n_parts,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, PARTS: tl.constexpr, NORMALIZED: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    parts, dims = tl.arange(0, PARTS), tl.arange(0, DIMS)
+    is_part, is_dim = parts < n_parts, dims < HEAD_DIM
+    at = head * n_parts + parts
+    mixed = tl.load(partial + at[:, None] * HEAD_DIM + dims, mask=is_part[:, None] & is_dim, other=0)
+    if not NORMALIZED:
+        maximum = tl.load(maxima + at, mask=is_part, other=float("-inf"))
+        most = tl.max(maximum, 0)
+        share = tl.exp2(maximum - most)
+        total = tl.sum(tl.load(sums + at, mask=is_part, other=0) * share, 0)
+        mixed = mixed * (share / total)[:, None]
+        tl.store(lse + head, most + tl.log2(total))
+    tl.store(out + head * HEAD_DIM + dims, tl.sum(mixed, 0).to(out.dtype.element_ty), mask=is_dim)
+
+
+def lead(q: Tensor, keys: Tensor, values: Tensor, row: Row) -> tuple[Tensor, SharedScores]:
+    """q [B, H, 1, D], keys and values [B, Hkv, S, D] → (output [B, H, 1, D], what followers need).
+
+    keys and values are fp32, fp16, bf16 or fp8 (e4m3), with whole slots of D numbers behind each other.
+    """
+    batch, n_heads, _, head_dim = q.shape
+    length = keys.shape[2]
+    n_parts, sizes = _launch(q, keys)
+    scores = torch.empty(batch, n_heads, length, device=q.device)
+    lse = torch.empty(batch, n_heads, device=q.device)
+    partial = torch.empty(batch, n_heads, n_parts, head_dim, device=q.device)
+    maxima, sums = torch.empty(2, batch, n_heads, n_parts, device=q.device)
+    scale = math.log2(math.e) / head_dim**0.5
+    _lead[batch, keys.shape[1], n_parts](
+        q.contiguous(), _bytes(keys), _bytes(values), row.positions, scores, partial, maxima, sums, scale,
+        keys.stride(0), keys.stride(1), length, WINDOW=row.window or 0, FP8=_is_fp8(keys), BLOCK=BLOCK, **sizes,
+    )  # fmt: skip
+    out = _merged(q, partial, maxima, sums, lse)
+    return out, SharedScores(scores, lse, row, q.dtype)
+
+
+def follow(shared: SharedScores, values: Tensor, head_map: Tensor | None) -> Tensor:
+    """The leader's weights on values [B, Hkv, S, D] → output [B, H, 1, D]; head_map [H], None for the identity."""
+    scores, lse, row, dtype = shared
+    batch, n_heads, length = scores.shape
+    out = torch.empty(batch, n_heads, 1, values.shape[-1], device=values.device, dtype=dtype)
+    n_parts, sizes = _launch(out, values)
+    partial = torch.empty(batch, n_heads, n_parts, values.shape[-1], device=values.device)
+    _follow[batch, values.shape[1], n_parts](
+        scores, lse, lse if head_map is None else head_map, _bytes(values), row.positions, partial,
+        values.stride(0), values.stride(1), length, MAPPED=head_map is not None, WINDOW=row.window or 0,
+        FP8=_is_fp8(values), BLOCK=BLOCK, DTYPE=_TRITON_TYPES[dtype], **sizes,
+    )  # fmt: skip
+    return _merged(out, partial, partial, partial, None)
+
+
+def _merged(like: Tensor, partial: Tensor, maxima: Tensor, sums: Tensor, lse: Tensor | None) -> Tensor:
+    """Parts [B, H, n_parts, D] put together; lse None: they have the row's own log-sum-exp in them and only add up."""
+    batch, n_heads, n_parts, head_dim = partial.shape
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    _merge[batch * n_heads,](
+        partial, maxima, sums, out, partial if lse is None else lse, n_parts, HEAD_DIM=head_dim,
+        DIMS=triton.next_power_of_2(head_dim), PARTS=triton.next_power_of_2(n_parts), NORMALIZED=lse is None,
+    )  # fmt: skip
+    return out
+
+
+def _launch(q: Tensor, kv: Tensor) -> tuple[int, dict[str, int]]:
+    """How many parts a row is split into, and the sizes a kernel is compiled for."""
+    batch, n_heads, _, head_dim = q.shape
+    n_kv_heads, length = kv.shape[1:3]
+    if kv.stride()[2:] != (head_dim, 1):
+        raise ValueError(f"the numbers of a slot must lie together: strides {kv.stride()} for head_dim {head_dim}")
+    group = n_heads // n_kv_heads
+    enough = -(-PROGRAMS_PER_PROCESSOR * _processors(q.device) // (batch * n_kv_heads))
+    n_parts = max(1, min(enough, MAX_PARTS, -(-length // BLOCK)))
+    rows = max(LEAST_ROWS, triton.next_power_of_2(group))
+    return n_parts, {"GROUP": group, "ROWS": rows, "HEAD_DIM": head_dim, "DIMS": triton.next_power_of_2(head_dim)}
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Streaming multiprocessors; in the interpreter a few, so that rows are split there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _is_fp8(kv: Tensor) -> bool:
+    return kv.dtype == torch.float8_e4m3fn
+
+
+def _bytes(kv: Tensor) -> Tensor:
+    """fp8 as bytes: not every card that Triton compiles for has instructions for it."""
+    return kv.view(torch.uint8) if _is_fp8(kv) else kv
+
+
+_TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def _visible(positions: Tensor, length: int, window: int | None) -> Visible:
+    return Row(positions[:, 0].contiguous(), window) if positions.shape[1] == 1 else TORCH.visible(positions, length, window)
+
+
+def _lead_any(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Shared]:
+    return lead(q, k, v, visible) if isinstance(visible, Row) else TORCH.lead(q, k, v, visible)
+
+
+def _follow_any(shared: Shared, v: Tensor, head_map: HeadMap | None) -> Tensor:
+    if isinstance(shared, SharedScores):
+        return follow(shared, v, None if head_map is None else head_map.heads)
+    return TORCH.follow(shared, v, head_map)
+
+
+KERNELS = AttentionBackend("kernels", _visible, _lead_any, _follow_any)
