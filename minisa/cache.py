@@ -13,6 +13,8 @@ from minisa.config import ModelConfig
 from minisa.errors import MinisaError
 from minisa.sharing import SharingPlan
 
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
 
 @dataclass(frozen=True, slots=True)
 class StaticCache:
@@ -28,6 +30,8 @@ class StaticCache:
     a view shares the memory, and attention reads exactly the slots of the view it is given: that is how the
     cost of a step grows with the context in use and not with max_seq_len. Slots not yet written hold zeros, or
     what an earlier, longer text left there; no position ever attends to a later slot, so neither is seen.
+
+    Of dtype fp32, fp16, bf16 or fp8 (torch.float8_e4m3fn); what is written is rounded to it.
     """
 
     keys: Tensor
@@ -101,6 +105,18 @@ def _zeros(shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtyp
 
 def _write(stored: Tensor, positions: Tensor, new: Tensor) -> Tensor:
     """Raises torch's own error for a position outside the stored slots (a device assert on CUDA)."""
+    memory, new = stored, to_dtype(new, stored.dtype)
+    if stored.dtype == torch.float8_e4m3fn:  # which torch cannot scatter
+        memory, new = stored.view(torch.uint8), new.view(torch.uint8)
     if len(positions) == 1:
-        return stored.index_copy_(2, positions[0], new)
-    return stored.scatter_(2, positions[:, None, :, None].expand_as(new), new)
+        memory.index_copy_(2, positions[0], new)
+    else:
+        memory.scatter_(2, positions[:, None, :, None].expand_as(new), new)
+    return stored
+
+
+def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in dtype; in fp8 its largest number stands for all beyond, where torch has NaN."""
+    if dtype == torch.float8_e4m3fn:
+        x = x.clamp(-FP8_MAX, FP8_MAX)
+    return x.to(dtype)

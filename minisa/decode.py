@@ -6,23 +6,30 @@ Both take tensors, leave keys and values in the cache and return tensors; neithe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minisa.cache import StaticCache
-from minisa.model import Transformer
+from minisa.model import Layer, Transformer
+from minisa.sampling import Chooser
 
-PREFILL_CHUNK = 512  # tokens at a time: bounds the memory of activations and masks, however long the prompt
-SMALLEST_BUCKET = 256
+# Tokens of a prompt at a time: bounds the memory of activations and masks, however long the prompt. A GPU needs more of
+# them to be busy.
+PREFILL_CHUNK = 512
+PREFILL_CHUNK_CUDA = 2048
+
+# tokens [B] at positions [B], all < in_use slots → the next tokens and their positions
+Step = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def prefill_chunks(model: Transformer, tokens: Tensor, start: int, cache: StaticCache) -> Iterator[Tensor]:
-    """Feed tokens [B, T] at positions start, start + 1, …; yields hidden states [B, ≤ PREFILL_CHUNK, dim].
+    """Feed tokens [B, T] at positions start, start + 1, …; yields hidden states [B, ≤ chunk, dim].
 
     The cache already holds the `start` tokens before them. Raises MinisaError if it is too short.
     """
-    for part in tokens.split(PREFILL_CHUNK, dim=1):
+    for part in tokens.split(PREFILL_CHUNK_CUDA if tokens.is_cuda else PREFILL_CHUNK, dim=1):
         end = start + part.shape[1]
         positions = torch.arange(start, end, device=tokens.device).expand_as(part)
         yield model.hidden(part, positions, cache.view(end))
@@ -41,22 +48,54 @@ def decode_one_token(model: Transformer, tokens: Tensor, positions: Tensor, cach
     return model(tokens[:, None], positions[:, None], cache)[:, 0]
 
 
-class TorchRunner:
-    """Runs a model in PyTorch, eager or compiled.
+def compile_layers(model: Transformer) -> None:
+    """Let torch.compile fuse what surrounds the attention of a decode step.
 
-    Eager, a decode step sees exactly the slots in use. Compiled, it sees a bucket of 256, 512, 1024, … of them, so
-    that the shapes seldom change; the mask hides the rest.
+    Three functions are compiled, once for all layers, in place of a step of n_layers: that takes seconds and not
+    minutes, and the compiler sees neither the cache, whose length changes, nor the kernels. Prompts, each of another
+    length, stay as they are.
     """
+    on_gpu = model.norm.weight.is_cuda
+    for name in ("project", "project_values", "finish"):
+        # Tuned along every axis, products of one row become reductions, which read their weights faster than cuBLAS.
+        compiled = torch.compile(
+            getattr(Layer, name), fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": on_gpu}
+        )
+        for layer in model.layers:
+            setattr(layer, name, _for_one_token(compiled, getattr(Layer, name), layer))
+
+
+def _for_one_token(compiled: Callable[..., Any], eager: Callable[..., Any], layer: Any) -> Callable[..., Any]:
+    def function(x: Tensor, *rest: Any) -> Any:  # x [B, T, dim]
+        return (compiled if x.shape[1] == 1 else eager)(layer, x, *rest)
+
+    return function
+
+
+def plain_step(
+    decode: Callable[[Tensor, Tensor, StaticCache, int], Tensor], cache: StaticCache, choose: Chooser
+) -> Step:
+    """A decode step and the choice after it, one after the other."""
+    rows = cache.view(rows=slice(choose.batch))
+
+    def step(tokens: Tensor, positions: Tensor, in_use: int) -> tuple[Tensor, Tensor]:
+        # A row that has ended stays in the last slot in use: nobody reads what it writes there.
+        positions = positions.clamp(max=in_use - 1)
+        return choose(decode(tokens, positions, rows, in_use), positions), positions + 1
+
+    return step
+
+
+class TorchRunner:
+    """Runs a model in PyTorch, eager or with compiled layers. A decode step sees exactly the slots in use."""
 
     def __init__(self, model: Transformer, *, compile: bool = False) -> None:
         self.model = model
         self.name = "torch.compile" if compile else "eager"
-        self._bucketed = compile
         # Elsewhere a step is not queued but done, and would keep back the token chosen before it.
-        self.queues = model.norm.weight.device.type == "cuda"
-        self._step: Callable[[Transformer, Tensor, Tensor, StaticCache], Tensor] = decode_one_token
+        self.queues = model.norm.weight.is_cuda
         if compile:
-            self._step = torch.compile(decode_one_token, fullgraph=True, dynamic=True)
+            compile_layers(model)
 
     @property
     def weight_bytes(self) -> int:
@@ -67,7 +106,7 @@ class TorchRunner:
         return prefill(self.model, tokens, start, cache)
 
     def all_logits(self, tokens: Tensor, start: int, cache: StaticCache) -> Iterator[Tensor]:
-        """Logits [≤ PREFILL_CHUNK, vocab_size] of every one of tokens [1, T], fed at positions start, start + 1, …"""
+        """Logits [≤ chunk, vocab_size] of every one of tokens [1, T], fed at positions start, start + 1, …"""
         for hidden in prefill_chunks(self.model, tokens, start, cache):
             yield self.model.head(hidden)[0]
 
@@ -76,10 +115,8 @@ class TorchRunner:
 
         Raises MinisaError where in_use is more than the cache holds.
         """
-        return self._step(self.model, tokens, positions, cache.view(self._visible(in_use, cache.length)))
+        return decode_one_token(self.model, tokens, positions, cache.view(in_use))
 
-    def _visible(self, in_use: int, length: int) -> int:
-        if not self._bucketed or in_use > length:
-            return in_use
-        bucket = max(SMALLEST_BUCKET, 1 << (in_use - 1).bit_length())
-        return min(bucket, length)
+    def stepper(self, cache: StaticCache, choose: Chooser) -> Step:
+        """What decodes a generation on the first rows of the cache."""
+        return plain_step(self.decode, cache, choose)

@@ -229,7 +229,7 @@ class LLM:
             self._cached.clear()
         chunks = generate(
             self.runner,
-            self.cache.view(rows=slice(len(rows))),
+            self.cache,
             self.tokenizer,
             rows,
             options,

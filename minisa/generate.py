@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from minisa.cache import StaticCache
-from minisa.device import peak_memory
+from minisa.device import begin_reading, peak_memory
 from minisa.errors import MinisaError
 from minisa.runners import Runner
-from minisa.sampling import Sampling
+from minisa.sampling import Chooser, Sampling
 from minisa.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "context"]
@@ -86,28 +85,16 @@ def generate(
 ) -> Iterator[Chunk]:
     """Yield the chunks of every prompt's continuation, one token of each unfinished row at a time.
 
-    prompts: one row each; each is prefilled by itself, so a row's result is that of the row run alone.
+    prompts: one row of the cache each, from the first on; each is prefilled by itself, so a row's result is that of the
+        row run alone.
     cached: for a single prompt, the tokens that the cache holds; its common prefix with the prompt is not fed again,
         and the list is kept up to date whenever the generator pauses or is closed.
     """
     began = time.perf_counter()
     device = cache.values.device
-    sampling = options.sampling
-    uniforms = sampling.uniforms(len(prompts), cache.length).to(device)
-    seen = _seen(prompts, runner.model.config.vocab_size, device) if sampling.repetition_penalty != 1 else None
+    choose = Chooser.begin(options.sampling, prompts, cache.length, runner.model.config.vocab_size, device)
+    step = runner.stepper(cache, choose)
     rows = [_Row(len(prompt), tokenizer, options, cache.length) for prompt in prompts]
-
-    def choose(logits: Tensor, fed: Tensor) -> Tensor:
-        """Tokens [B] after those fed at positions [B]."""
-        tokens = sampling.choose(logits, uniforms.gather(1, fed[:, None])[:, 0], seen)
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
-        return tokens
-
-    def step(tokens: Tensor, positions: Tensor, in_use: int) -> tuple[Tensor, Tensor]:
-        # A row that has ended stays in the last slot in use: nobody reads what it writes there.
-        positions = positions.clamp(max=in_use - 1)
-        return choose(runner.decode(tokens, positions, cache, in_use), positions), positions + 1
 
     reused = 0 if cached is None else _common_prefix(cached, prompts[0][:-1])
     if cached is not None:
@@ -123,11 +110,12 @@ def generate(
 
     first_token_at = 0.0
     while True:
+        chosen_tokens = begin_reading(tokens)
         ahead = None
         in_use = 1 + max(row.length for row in rows if row.finished is None)
         if runner.queues and in_use <= cache.length:
             ahead = step(tokens, positions, in_use)
-        chosen = tokens.tolist()
+        chosen = chosen_tokens()
         now = time.perf_counter()
         first_token_at = first_token_at or now
         for i, row in enumerate(rows):
@@ -224,11 +212,3 @@ class StopStrings:
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-
-
-def _seen(prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
-    """bool [B, vocab_size]: the tokens of each prompt."""
-    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
-    for row, prompt in zip(seen, prompts, strict=True):
-        row[prompt] = True
-    return seen.to(device)

@@ -73,7 +73,7 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] for hidden states [..., dim]."""
-        return F.linear(hidden, self.tok_embeddings.weight if self.output is None else self.output.weight)
+        return self.tok_embeddings.head(hidden) if self.output is None else self.output(hidden)
 
 
 class Layer(nn.Module):
@@ -195,6 +195,10 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.weight)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """What a tied head computes: each row's product with the hidden states."""
+        return F.linear(hidden, self.weight)
 
 
 class Linear(nn.Module):

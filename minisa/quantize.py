@@ -9,6 +9,7 @@ embedding, which is also the head where they are tied, is int8 in both: four bit
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -28,8 +29,8 @@ Format = Literal["int8", "int4"]
 class Blocks:
     """A quantized matrix [rows, cols].
 
-    quants: int8 [rows, cols], -127..127 for int8 and 0..15 for int4. scales, minimums: fp16 [rows, cols / 32];
-    minimums None for int8.
+    quants: int8 [rows, cols], -127..127 for int8 and 0..15 for int4; packed, int4's are uint8 [rows, cols / 2], the low
+    nibbles the first 16 of each 32 columns. scales, minimums: fp16 [rows, cols / 32]; minimums None for int8.
     """
 
     quants: Tensor
@@ -44,10 +45,20 @@ class Blocks:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[rows, cols]; computed in fp32 and then rounded to dtype."""
-        weight = self.quants.unflatten(-1, (-1, BLOCK)).float() * self.scales.float()[..., None]
+        quants = self.quants.unflatten(-1, (self.scales.shape[-1], -1))  # [rows, blocks, 32], or 16 if packed
+        if quants.dtype == torch.uint8:
+            quants = torch.cat((quants & 15, quants >> 4), dim=-1)
+        weight = quants.float() * self.scales.float()[..., None]
         if self.minimums is not None:
             weight = weight + self.minimums.float()[..., None]
         return weight.flatten(-2).to(dtype)
+
+    def packed(self) -> Blocks:
+        """The same, int4 in half the bytes."""
+        if self.minimums is None or self.quants.dtype == torch.uint8:
+            return self
+        low, high = self.quants.view(torch.uint8).unflatten(-1, (-1, 2, BLOCK // 2)).unbind(-2)
+        return Blocks((low | high << 4).flatten(-2), self.scales, self.minimums)
 
 
 def check_quantization(name: str | None) -> Format | None:
@@ -90,12 +101,33 @@ def _inverse(scales: Tensor) -> Tensor:
     return torch.where(wide > 0, 1 / wide, 0.0)
 
 
-class QuantizedLinear(nn.Module):
-    """x @ weight.T with a quantized weight, which is dequantized at each call: right everywhere, fast nowhere.
+def product(x: Tensor, blocks: Blocks) -> Tensor:
+    """x [..., cols] times a quantized matrix transposed: [..., rows] in x's dtype.
 
-    The C++ step computes with the blocks themselves.
+    On a GPU a few rows are multiplied by the blocks as they are stored, in Triton; the C++ step does so on a CPU.
+    Elsewhere the matrix is dequantized at each call, which is right everywhere and fast nowhere.
     """
+    if x.is_cuda and importlib.util.find_spec("triton") is not None:
+        from minisa.kernels.quantized_product import MOST_ROWS, quantized_product  # not everybody has Triton
 
+        if x.shape[:-1].numel() <= MOST_ROWS:
+            blocks = blocks.packed()
+            return quantized_product(x, blocks.quants, blocks.scales, blocks.minimums)
+    return F.linear(x, blocks.dequantize(x.dtype))
+
+
+def pack(model: nn.Module) -> None:
+    """Put the int4 matrices of a model into half the bytes."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.quants = module.blocks.packed().quants
+
+
+class QuantizedLinear(nn.Module):
+    """x @ weight.T with a quantized weight."""
+
+    quants: Tensor
+    scales: Tensor
     minimums: Tensor | None
 
     def __init__(self, blocks: Blocks, dtype: torch.dtype) -> None:
@@ -107,7 +139,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def blocks(self) -> Blocks:
-        return Blocks(self.get_buffer("quants"), self.get_buffer("scales"), self.minimums)
+        return Blocks(self.quants, self.scales, self.minimums)
 
     @property
     def weight(self) -> Tensor:
@@ -115,13 +147,16 @@ class QuantizedLinear(nn.Module):
         return self.blocks.dequantize(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return product(x, self.blocks)
 
 
 class QuantizedEmbedding(QuantizedLinear):
-    """One dequantized row for each token; its `weight` is what a tied head multiplies."""
+    """One dequantized row for each token."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        blocks = self.blocks
-        assert blocks.minimums is None
-        return Blocks(blocks.quants[tokens], blocks.scales[tokens]).dequantize(self.dtype)
+        assert self.minimums is None
+        return Blocks(self.quants[tokens], self.scales[tokens]).dequantize(self.dtype)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """What a tied head computes."""
+        return product(hidden, self.blocks)

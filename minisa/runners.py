@@ -11,11 +11,12 @@ from torch import Tensor
 
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
-from minisa.decode import TorchRunner
+from minisa.decode import Step, TorchRunner
 from minisa.model import Transformer
 from minisa.native.build import open_library
 from minisa.native.runner import NativeRunner, supports
-from minisa.quantize import QuantizedEmbedding
+from minisa.quantize import QuantizedEmbedding, pack
+from minisa.sampling import Chooser
 
 
 class Runner(Protocol):
@@ -25,6 +26,7 @@ class Runner(Protocol):
     prefill: tokens [B, T] at positions start, start + 1, … → logits [B, vocab_size] after the last.
     all_logits: tokens [1, T] likewise → logits [≤ chunk, vocab_size] of every one, chunk by chunk.
     decode: tokens [B] at positions [B], all < in_use slots of the cache → logits [B, vocab_size].
+    stepper: what decodes and chooses for a generation on the first rows of the cache; one at a time.
     Raises MinisaError where the cache is too short.
     """
 
@@ -39,16 +41,24 @@ class Runner(Protocol):
     def prefill(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor: ...
     def all_logits(self, tokens: Tensor, start: int, cache: StaticCache) -> Iterator[Tensor]: ...
     def decode(self, tokens: Tensor, positions: Tensor, cache: StaticCache, in_use: int) -> Tensor: ...
+    def stepper(self, cache: StaticCache, choose: Chooser) -> Step: ...
 
 
 def choose_runner(model: Transformer, compile: bool | None = None) -> Runner:
     """The fastest runner for a loaded model.
 
-    compile: True for a compiled one, waiting for the compiler if need be: the C++ step where it fits, else
-        torch.compile. False for PyTorch's eager mode. None for what is ready now, as in `native_step`.
+    compile: True for a compiled one, waiting for the compiler if need be: CUDA graphs with Triton's kernels on a GPU;
+        on a CPU the C++ step where it fits, else torch.compile. False for PyTorch's eager mode. None for CUDA graphs
+        on a GPU too, and on a CPU for what is ready now, as in `native_step`.
     Weights move out of the model into a C++ step's own layout.
     """
     weight = model.norm.weight
+    if weight.is_cuda:
+        pack(model)
+        if compile is not False and model.backend.name == "kernels":
+            from minisa.graphs import GraphRunner
+
+            return GraphRunner(model)
     if weight.dtype == torch.bfloat16:
         quantized = isinstance(model.tok_embeddings, QuantizedEmbedding)
         library = native_step(model.config, weight.device, compile=compile, quantized=quantized)

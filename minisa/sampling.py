@@ -67,13 +67,15 @@ class Sampling:
             rows.append(torch.rand(max_seq_len, generator=generator))
         return torch.stack(rows)
 
-    def choose(self, logits: Tensor, uniforms: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Tokens [B] from logits [B, vocab_size]; uniforms [B]; seen [B, vocab_size] bool, the text so far."""
+    def choose(self, logits: Tensor, uniforms: Tensor | None, seen: Tensor | None = None) -> Tensor:
+        """Tokens [B] from logits [B, vocab_size]; uniforms [B], which greedy does without; seen [B, vocab_size] bool,
+        the text so far."""
         logits = logits.float()
         if seen is not None:
             logits = penalize(logits, seen, self.repetition_penalty)
         if self.greedy:
             return logits.argmax(dim=-1)
+        assert uniforms is not None
         for refuse in self.filters():
             logits = refuse(logits)
         return draw(logits.softmax(dim=-1), uniforms)
@@ -88,6 +90,43 @@ class Sampling:
         if self.min_p > 0:
             composed.append(lambda logits: keep_min_p(logits, self.min_p))
         return composed
+
+
+@dataclass(frozen=True, slots=True)
+class Chooser:
+    """A Sampling at work on the rows of one generation, all of its state on the device.
+
+    uniforms [B, max_seq_len], None for greedy: a number for each position. seen [B, vocab_size] bool, kept up to date:
+    each row's text so far, None where repetitions are not penalized.
+    """
+
+    sampling: Sampling
+    batch: int
+    uniforms: Tensor | None
+    seen: Tensor | None
+
+    @classmethod
+    def begin(
+        cls, sampling: Sampling, prompts: Sequence[Sequence[int]], max_seq_len: int, vocab_size: int,
+        device: torch.device,
+    ) -> Chooser:  # fmt: skip
+        """For rows that begin with prompts. Raises MinisaError if a list of seeds is not one a row."""
+        uniforms = sampling.uniforms(len(prompts), max_seq_len)
+        seen = None
+        if sampling.repetition_penalty != 1:
+            seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+            for row, prompt in zip(seen, prompts, strict=True):
+                row[list(prompt)] = True
+            seen = seen.to(device)
+        return cls(sampling, len(prompts), None if sampling.greedy else uniforms.to(device), seen)
+
+    def __call__(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """The tokens [B] to follow those at positions [B], which logits [B, vocab_size] were computed for."""
+        uniforms = None if self.uniforms is None else self.uniforms.gather(1, positions[:, None])[:, 0]
+        tokens = self.sampling.choose(logits, uniforms, self.seen)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        return tokens
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -261,11 +261,11 @@ def compare_compiled_with_eager() -> None:
         expected = tokens(plain.generate(prompt, max_new_tokens=20))
         assert tokens(compiled.generate(prompt, max_new_tokens=20)) == expected
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs <= 2, f"{graphs} graphs: a new length must not compile anew"
+    assert graphs == 3, f"{graphs} graphs: each part of a layer is compiled once, for every layer and every length"
 
 
 def test_compiled_decoding_gives_the_same_text() -> None:
-    """Crossing from bucket 256 to 512, and a second prompt, change nothing and compile nothing.
+    """Other layers, longer contexts and a second prompt compile nothing anew.
 
     In a process of its own: the compiler's import of setuptools does not bear company.
     """

@@ -14,8 +14,9 @@ from minisa.kernels.decode_attention import BLOCK, KERNELS
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 7)
 SLOTS = 6 * BLOCK
-# By dtype, against the reference in float64 on the same rounded numbers: what rounding P and the output costs.
-BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+# Against float64 on the same rounded numbers: what rounding once on the way and once at the end costs. The interpreter
+# makes a bf16 of fp32 by cutting bits off, which is up to two units of 2^-9 in place of one, and always downwards.
+BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3 if DEVICE.type == "cuda" else 8e-3}
 
 
 def heads(
@@ -30,7 +31,13 @@ def heads(
 
 
 def compare(
-    q: Tensor, k: Tensor, v: Tensor, v_own: Tensor, positions: Tensor, head_map: HeadMap | None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    v_own: Tensor,
+    positions: Tensor,
+    head_map: HeadMap | None,
+    window: int | None = None,
 ) -> None:
     visible = KERNELS.visible(positions[:, None], k.shape[2], window)
     mixed, shared = KERNELS.lead(q, k, v, visible)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from minisa.device import dtype_name, peak_memory
 from minisa.engine import LLM, load
 from minisa.measure import timed
 from minisa.model import Transformer
+from minisa.sampling import Chooser, Sampling
 from minisa.sharing import SharingPlan
 from minisa.synthetic import random_checkpoint, random_llm
 
@@ -138,20 +140,18 @@ class Minisa:
 
     @torch.inference_mode()
     def decode(self, context: int, steps: int) -> list[float]:
-        llm = self.llm
-        tokens = torch.ones(llm.cache.batch, dtype=torch.int64, device=llm.device)
+        llm, batch = self.llm, self.llm.cache.batch
+        step = llm.runner.stepper(llm.cache, Chooser(Sampling(), batch, uniforms=None, seen=None))
+        tokens = torch.ones(batch, dtype=torch.int64, device=llm.device)
+        positions = torch.full_like(tokens, context)
+        for _ in range(LEAD_IN):
+            step(tokens, positions, context + 1)
+        step = llm.runner.stepper(llm.cache, Chooser(Sampling(), batch, uniforms=None, seen=None))
         times = []
-        for i in range(-LEAD_IN, steps):
-            position = context + max(i, 0)
-            positions = torch.full_like(tokens, position)
-
-            def step(tokens: Tensor = tokens, positions: Tensor = positions, position: int = position) -> Tensor:
-                return llm.runner.decode(tokens, positions, llm.cache, position + 1)
-
-            seconds, logits = timed(step, llm.device)
-            tokens = logits.argmax(-1)
+        for i in range(steps):
+            seconds, (tokens, positions) = timed(partial(step, tokens, positions, context + i + 1), llm.device)
             times.append(seconds)
-        return times[LEAD_IN:]
+        return times
 
     @torch.inference_mode()
     def greedy(self, tokens: list[int], new_tokens: int) -> list[int]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from typing import NamedTuple
 
 import torch
@@ -30,12 +29,11 @@ import triton.language as tl
 from torch import Tensor
 
 from minisa.attention import TORCH, AttentionBackend, HeadMap, Shared, Visible
+from minisa.kernels.common import LEAST_ROWS, product
 
-BLOCK = 64  # slots a program looks at at once
+BLOCK = 64  # slots a program looks at at once; half of it in fp32, so that a stage of them fits every card
 MAX_PARTS = 64
 PROGRAMS_PER_PROCESSOR = 2  # parts are made until there are so many
-LEAST_ROWS = 16  # of a matrix product in Triton: fewer query heads are padded
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 class Row(NamedTuple):
@@ -80,14 +78,6 @@ def _load(tensor, offsets, mask, dtype: tl.constexpr, FP8: tl.constexpr):
 
 
 @triton.jit
-def _product(a, b):
-    """a · b in fp32; the interpreter does not multiply bf16, and rounded operands widened give the same."""
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
 def _lead(
     q, keys, values, positions, scores, partial, maxima, sums, scale, row_stride, head_stride, length,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
@@ -112,7 +102,7 @@ def _lead(
         here = memory + at.to(tl.int64)[:, None] * HEAD_DIM + dims  # [BLOCK, DIMS]
         there = seen[:, None] & is_dim
         k = _load(keys, here, there, query.dtype, FP8)
-        s = _product(query, tl.trans(k)) * scale
+        s = product(query, tl.trans(k)) * scale
         s = tl.where(seen, s, float("-inf"))
         tl.store(scores_of + at, s, mask=is_head[:, None] & seen)
         higher = tl.maximum(most, tl.max(s, 1))
@@ -120,7 +110,7 @@ def _lead(
         shrink = tl.exp2(most - higher)
         total = total * shrink + tl.sum(p, 1)
         v = _load(values, here, there, query.dtype, FP8)
-        mixed = mixed * shrink[:, None] + _product(p.to(v.dtype), v)
+        mixed = mixed * shrink[:, None] + product(p.to(v.dtype), v)
         most = higher
     parts = heads.to(tl.int64) * n_parts + part
     tl.store(maxima + parts, most, mask=is_head)
@@ -155,7 +145,7 @@ def _follow(
         p = tl.exp2(s - base[:, None])
         here = memory + at.to(tl.int64)[:, None] * HEAD_DIM + dims
         v = _load(values, here, seen[:, None] & is_dim, DTYPE, FP8)
-        mixed += _product(p.to(v.dtype), v)
+        mixed += product(p.to(v.dtype), v)
     heads = (row * n_kv_heads + kv_head) * GROUP + group
     parts = heads.to(tl.int64) * n_parts + part
     tl.store(partial + parts[:, None] * HEAD_DIM + dims, mixed, mask=is_head[:, None] & is_dim)
@@ -196,7 +186,7 @@ def lead(q: Tensor, keys: Tensor, values: Tensor, row: Row) -> tuple[Tensor, Sha
     scale = math.log2(math.e) / head_dim**0.5
     _lead[batch, keys.shape[1], n_parts](
         q.contiguous(), _bytes(keys), _bytes(values), row.positions, scores, partial, maxima, sums, scale,
-        keys.stride(0), keys.stride(1), length, WINDOW=row.window or 0, FP8=_is_fp8(keys), BLOCK=BLOCK, **sizes,
+        keys.stride(0), keys.stride(1), length, WINDOW=row.window or 0, FP8=_is_fp8(keys), **sizes,
     )  # fmt: skip
     out = _merged(q, partial, maxima, sums, lse)
     return out, SharedScores(scores, lse, row, q.dtype)
@@ -212,7 +202,7 @@ def follow(shared: SharedScores, values: Tensor, head_map: Tensor | None) -> Ten
     _follow[batch, values.shape[1], n_parts](
         scores, lse, lse if head_map is None else head_map, _bytes(values), row.positions, partial,
         values.stride(0), values.stride(1), length, MAPPED=head_map is not None, WINDOW=row.window or 0,
-        FP8=_is_fp8(values), BLOCK=BLOCK, DTYPE=_TRITON_TYPES[dtype], **sizes,
+        FP8=_is_fp8(values), DTYPE=_TRITON_TYPES[dtype], **sizes,
     )  # fmt: skip
     return _merged(out, partial, partial, partial, None)
 
@@ -236,9 +226,14 @@ def _launch(q: Tensor, kv: Tensor) -> tuple[int, dict[str, int]]:
         raise ValueError(f"the numbers of a slot must lie together: strides {kv.stride()} for head_dim {head_dim}")
     group = n_heads // n_kv_heads
     enough = -(-PROGRAMS_PER_PROCESSOR * _processors(q.device) // (batch * n_kv_heads))
-    n_parts = max(1, min(enough, MAX_PARTS, -(-length // BLOCK)))
-    rows = max(LEAST_ROWS, triton.next_power_of_2(group))
-    return n_parts, {"GROUP": group, "ROWS": rows, "HEAD_DIM": head_dim, "DIMS": triton.next_power_of_2(head_dim)}
+    block = BLOCK if q.dtype.itemsize < 4 else BLOCK // 2
+    return max(1, min(enough, MAX_PARTS, -(-length // block))), {
+        "GROUP": group,
+        "ROWS": max(LEAST_ROWS, triton.next_power_of_2(group)),
+        "HEAD_DIM": head_dim,
+        "DIMS": triton.next_power_of_2(head_dim),
+        "BLOCK": block,
+    }
 
 
 @functools.cache
@@ -260,7 +255,11 @@ _TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfl
 
 
 def _visible(positions: Tensor, length: int, window: int | None) -> Visible:
-    return Row(positions[:, 0].contiguous(), window) if positions.shape[1] == 1 else TORCH.visible(positions, length, window)
+    return (
+        Row(positions[:, 0].contiguous(), window)
+        if positions.shape[1] == 1
+        else TORCH.visible(positions, length, window)
+    )
 
 
 def _lead_any(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Shared]:

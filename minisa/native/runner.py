@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
+from minisa.decode import Step, plain_step
 from minisa.model import Layer, Transformer
 from minisa.native.packing import FORMATS, LANES, PANEL, Packed, interleave, pack_bf16, pack_int4, pack_int8
 from minisa.rope import rope_angles
+from minisa.sampling import Chooser
 
 CHUNK = 64  # rows of prefill at a time: each keeps a row of attention weights a head for its followers
 
@@ -93,6 +95,10 @@ class NativeRunner:
     def decode(self, tokens: Tensor, positions: Tensor, cache: StaticCache, in_use: int) -> Tensor:
         """As TorchRunner.decode: logits [B, vocab_size] fp32."""
         return self._step(tokens, positions, torch.arange(len(tokens)), cache.view(in_use), len(tokens))
+
+    def stepper(self, cache: StaticCache, choose: Chooser) -> Step:
+        """As TorchRunner.stepper."""
+        return plain_step(self.decode, cache, choose)
 
     def _chunks(self, ids: Tensor, start: int, cache: StaticCache, row: int, *, every: bool) -> Iterator[Tensor]:
         """Logits of each chunk: of every token, or of the whole's last token only."""

@@ -1,0 +1,140 @@
+"""GraphRunner: a decode step and the choice after it as one CUDA graph.
+
+A step of a small batch is hundreds of short kernels, which the host would launch more slowly than the device runs them.
+Recorded once, they are launched as one. A graph replays the same kernels on the same memory, so whatever changes from
+step to step stays on the device: tokens, positions, and through them how far attention reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisa.cache import StaticCache
+from minisa.decode import Step, TorchRunner, decode_one_token
+from minisa.model import Transformer
+from minisa.sampling import Chooser
+
+MOST_GRAPHS = 16  # kept at once, each for a number of rows and a way of sampling; the oldest goes first
+WARM_UP = 3  # runs before recording: compilers, tuners and libraries set themselves up in them
+
+Body = Callable[[], None]
+Record = Callable[[Body], Body]  # runs a body a few times and returns what replays it
+
+
+class GraphRunner(TorchRunner):
+    """Runs a model whose backend is `kernels` with compiled layers, its decode steps as CUDA graphs.
+
+    Numbers of rows come in buckets of 1, 2, 4, …, so that few graphs are recorded; all of them share one pool of
+    memory. The rows that fill a bucket up are of the cache's that no prompt is in.
+    record: how a body becomes a graph; tests give their own.
+    """
+
+    def __init__(self, model: Transformer, *, compile: bool = True, record: Record | None = None) -> None:
+        super().__init__(model, compile=compile)
+        self.name = "CUDA graph"
+        self.queues = True
+        self._record = record or CudaGraphs()
+        self._graphs: dict[object, _Graph] = {}
+
+    def stepper(self, cache: StaticCache, choose: Chooser) -> Step:
+        """As TorchRunner.stepper. The graph is recorded at the first step, when the last slot is still free."""
+        graph: _Graph | None = None
+
+        def step(tokens: Tensor, positions: Tensor, in_use: int) -> tuple[Tensor, Tensor]:
+            nonlocal graph
+            if graph is None:
+                graph = self._graph(cache, choose)
+                graph.begin(tokens, positions, choose)
+            return graph.step(choose.batch)
+
+        return step
+
+    def _graph(self, cache: StaticCache, choose: Chooser) -> _Graph:
+        bucket = min(1 << (choose.batch - 1).bit_length(), cache.batch)
+        sampling = replace(choose.sampling, seed=None)  # the seed is in the uniforms
+        key = (cache.values.data_ptr(), cache.values.stride(), bucket, sampling)
+        if key not in self._graphs:
+            if len(self._graphs) >= MOST_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            self._graphs[key] = _Graph(self.model, cache.view(rows=slice(bucket)), choose, self._record)
+        return self._graphs[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What a graph reads and writes, at addresses that stay: [bucket] each, and the Chooser's."""
+
+    tokens: Tensor
+    positions: Tensor
+    choose: Chooser
+
+
+class _Graph:
+    """One recorded step."""
+
+    def __init__(self, model: Transformer, cache: StaticCache, like: Chooser, record: Record) -> None:
+        device, bucket = cache.values.device, cache.batch
+        last = cache.length - 1
+        # While it warms up every row is at the last slot, which nothing has been written to that will be read.
+        tokens, positions = torch.zeros(2, bucket, dtype=torch.int64, device=device)
+        positions += last
+        self._state = _State(tokens, positions, _widened(like, bucket))
+
+        def body() -> None:
+            state = self._state
+            logits = decode_one_token(model, state.tokens, state.positions, cache)
+            state.tokens.copy_(state.choose(logits, state.positions))
+            # A row that has ended goes on to the end of the cache: nobody reads what it writes there.
+            state.positions.add_(1).clamp_(max=last)
+
+        self._replay = record(body)
+
+    def begin(self, tokens: Tensor, positions: Tensor, choose: Chooser) -> None:
+        """Take over the state of a generation. Rows without a prompt begin at slot 0."""
+        ours, batch = self._state, choose.batch
+        for mine, theirs in (
+            (ours.tokens, tokens),
+            (ours.positions, positions),
+            (ours.choose.uniforms, choose.uniforms),
+            (ours.choose.seen, choose.seen),
+        ):
+            if mine is not None and theirs is not None:
+                mine.zero_()
+                mine[:batch].copy_(theirs)
+
+    def step(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Tokens [batch] of their own, since the next step writes over the graph's, and positions [batch]."""
+        self._replay()
+        return self._state.tokens[:batch].clone(), self._state.positions[:batch]
+
+
+def _widened(choose: Chooser, bucket: int) -> Chooser:
+    def widened(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.new_zeros(bucket, tensor.shape[1])
+
+    return replace(choose, batch=bucket, uniforms=widened(choose.uniforms), seen=widened(choose.seen))
+
+
+class CudaGraphs:
+    """Records bodies as CUDA graphs, whose scratch memory is one pool: only one of them runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, body: Body) -> Body:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                body()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            body()
+        self._pool = graph.pool()
+        return graph.replay
