@@ -45,6 +45,7 @@ def main(
     sa: str | None,
     device: str,
     dtype: str,
+    kv_dtype: str,
     quantize: str | None,
     prompt: str | None,
     system: str | None,
@@ -84,6 +85,7 @@ def main(
     loading = {
         "device": device,
         "dtype": dtype,
+        "kv_dtype": kv_dtype,
         "quantize": quantize,
         "max_seq_len": max_seq_len,
         "compile": compiled,
@@ -121,7 +123,7 @@ def footer(conversation: Conversation) -> str:
     llm, stats = conversation.llm, conversation.last
     assert stats is not None
     used = stats.prompt_tokens + stats.new_tokens
-    held = kv_bytes(llm.config, llm.plan, used, llm.dtype.itemsize)
+    held = kv_bytes(llm.config, llm.plan, used, llm.cache.values.itemsize)
     return (
         f"[{stats.tokens_per_second:.1f} tokens/s · first token {stats.time_to_first_token:.2f} s · "
         f"context {used}/{llm.cache.length} · KV {mebibytes(held)}]"

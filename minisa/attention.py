@@ -171,3 +171,8 @@ def find_backend(name: str) -> AttentionBackend:
     if found is None:
         raise MinisaError(f"backend {name!r} is not one: expected reference, torch or kernels")
     return found
+
+
+def fastest_backend(device: torch.device) -> str:
+    """The name of the one to take on a device."""
+    return "kernels" if device.type == "cuda" and importlib.util.find_spec("triton") is not None else "torch"

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 import torch
 
-from minisa.device import DTYPES
+from minisa.device import DTYPES, KV_DTYPES, dtype_name
 from minisa.download import pull
 from minisa.engine import LLM, load
 from minisa.errors import MinisaError
@@ -30,6 +30,9 @@ MODEL_OPTIONS = [
     ),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
     click.option("--dtype", default="auto", show_default=True, help=f"auto, {', '.join(DTYPES)}."),
+    click.option(
+        "--kv-dtype", default="auto", show_default=True, help=f"Of keys and values: auto, {', '.join(KV_DTYPES)}."
+    ),
     click.option("--quantize", type=click.Choice(QUANTIZATIONS), help="Weights in 8 or 4 bits, in blocks of 32."),
 ]
 
@@ -37,7 +40,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def model_options(command: Command) -> Command:
-    """Decorator: --model --sa --device --dtype --quantize."""
+    """Decorator: --model --sa --device --dtype --kv-dtype --quantize."""
     for option in reversed(MODEL_OPTIONS):
         command = option(command)
     return command
@@ -104,11 +107,12 @@ def fetch(entry: ModelEntry) -> Path:
 def banner(llm: LLM, model: str) -> str:
     """One line: the model, its plan, where it runs."""
     config, plan = llm.config, llm.plan
+    kept = "" if llm.cache.values.dtype == llm.dtype else f" in {dtype_name(llm.cache.values.dtype)}"
     sharing = f"{len(plan.followers)} follow ({plan})" if plan.followers else "plain attention"
     return (
         f"{Path(model).name} · {config.n_layers} layers, {sharing} · "
         f"{llm.weight_format} on {llm.device}, {llm.runner.name} · "
-        f"context {llm.cache.length} · KV cache {mebibytes(llm.cache.bytes())}"
+        f"context {llm.cache.length} · KV cache {mebibytes(llm.cache.bytes())}{kept}"
     )
 
 

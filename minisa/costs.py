@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from minisa.config import ModelConfig
 from minisa.sharing import SharingPlan
 
+SHARED_ITEMSIZE = 4  # the C++ step and the kernels keep the rows that followers read in fp32
+
 
 def parameter_count(config: ModelConfig, plan: SharingPlan) -> int:
     """Weights of the model: a follower has no wq and no wk; a tied head is counted once."""
@@ -56,7 +58,7 @@ def step_cost(
 ) -> StepCost:
     """The cost of one decode step with `context` tokens in the cache.
 
-    weight_bytes: bytes a weight as stored (2 for bf16). Attention weights are passed on in the cache's dtype.
+    weight_bytes: bytes a weight as stored (2 for bf16). Attention weights are passed on in fp32.
     """
     slots = batch * context
     per_kv = config.n_kv_heads * config.head_dim * slots
@@ -66,7 +68,7 @@ def step_cost(
         weights=round(weights_per_token(config, plan) * weight_bytes),
         keys=leaders * per_kv * kv_itemsize,
         values=plan.n_layers * per_kv * kv_itemsize,
-        shared_rows=followers * config.n_heads * slots * kv_itemsize,
+        shared_rows=followers * config.n_heads * slots * SHARED_ITEMSIZE,
         flops=2 * batch * weights_per_token(config, plan) + attention_flops,
     )
 

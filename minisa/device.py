@@ -12,6 +12,7 @@ from torch import Tensor
 from minisa.errors import MinisaError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KV_DTYPES = DTYPES | {"fp8": torch.float8_e4m3fn}
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -54,8 +55,20 @@ def _cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """ "auto" is that of the weights. MinisaError for a format wider than it, which would hold nothing more."""
+    if name == "auto":
+        return dtype
+    if name not in KV_DTYPES:
+        raise MinisaError(f"--kv-dtype {name!r} is not supported: expected auto, {', '.join(KV_DTYPES)}")
+    chosen = KV_DTYPES[name]
+    if chosen.itemsize >= dtype.itemsize and chosen != dtype:
+        raise MinisaError(f"--kv-dtype {name}: keys and values are computed in {dtype_name(dtype)}; take it or fp8")
+    return chosen
+
+
 def dtype_name(dtype: torch.dtype) -> str:
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    return next(name for name, known in KV_DTYPES.items() if known == dtype)
 
 
 def free_memory(device: torch.device) -> int:

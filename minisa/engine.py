@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minisa.attention import fastest_backend
 from minisa.cache import StaticCache
 from minisa.checkpoint import load_weights, open_checkpoint
 from minisa.config import ModelConfig
 from minisa.costs import kv_bytes
-from minisa.device import choose_device, choose_dtype, dtype_name, free_memory
+from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_name, free_memory
 from minisa.dialog import DIALOGS, Dialog, Message, find_dialog
 from minisa.errors import MinisaError
 from minisa.generate import Chunk, Options, generate
@@ -38,8 +39,9 @@ def load(
     max_batch: int = 1,
     *,
     quantize: str | None = None,
+    kv_dtype: str = "auto",
     compile: bool | None = None,
-    backend: str = "torch",
+    backend: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LLM:
     """A model ready to run.
@@ -53,8 +55,10 @@ def load(
         free memory if that is less.
     max_batch: rows of the cache.
     quantize: None, "int8" or "int4": the matrices' format, as in quantize.py.
+    kv_dtype: what keys and values are kept in: auto for the weights' dtype, fp32, bf16, fp16, or fp8 (e4m3).
     compile: True, False or None for what is ready now, as in `choose_runner`.
-    backend: "torch", or "reference" for the attention written out, which runs eager.
+    backend: None for the fastest attention there is for the device, "torch", "kernels" (Triton's), or "reference" for
+        attention written out, which runs eager.
     progress: called with (bytes done, bytes in all) while weights load.
     Raises MinisaError for whatever the caller can put right.
     """
@@ -69,15 +73,16 @@ def load(
         raise MinisaError(f"max_seq_len is {max_seq_len}: expected 1 to {config.max_seq_len}, the model's own context")
     tokenizer = load_tokenizer(path)
     with torch.device("meta"):
-        transformer = Transformer(config, plan, backend)
-    compile = compile if backend == "torch" else False
+        transformer = Transformer(config, plan, backend or fastest_backend(target))
+    compile = False if backend == "reference" else compile
     blocks = check_quantization(quantize)
     native = native_step(config, target, compile=compile, quantized=blocks is not None) is not None
     number_format = choose_dtype(dtype, target, native=native)
     load_weights(transformer, checkpoint, device=target, dtype=number_format, quantize=blocks, progress=progress)
     transformer.to(target)  # the buffers; the weights are there already
-    length = max_seq_len or _affordable_length(config, plan, max_batch, number_format, target)
-    cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=length, device=target, dtype=number_format)
+    kept = choose_kv_dtype(kv_dtype, number_format)
+    length = max_seq_len or _affordable_length(config, plan, max_batch, kept, target)
+    cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=length, device=target, dtype=kept)
 
     def dialog() -> Dialog:
         return DIALOGS[entry.chat] if entry is not None and entry.chat else find_dialog(path, tokenizer)
@@ -157,7 +162,8 @@ class LLM:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.cache.values.dtype
+        """What is computed in; `llm.cache.values.dtype` is what keys and values are kept in."""
+        return self.model.norm.weight.dtype
 
     @property
     def weight_bytes(self) -> int:
@@ -170,7 +176,7 @@ class LLM:
         self._check_ids(token_ids, "token_ids")
         tokens = torch.tensor([list(token_ids)], device=self.device)
         cache = StaticCache.allocate(
-            self.config, self.plan, max_seq_len=len(token_ids), device=self.device, dtype=self.dtype
+            self.config, self.plan, max_seq_len=len(token_ids), device=self.device, dtype=self.cache.values.dtype
         )
         return torch.cat([logits.float() for logits in self.runner.all_logits(tokens, 0, cache)])
 

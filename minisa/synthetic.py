@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from minisa.attention import fastest_backend
 from minisa.cache import StaticCache
 from minisa.checkpoint import Checkpoint, load_weights
 from minisa.config import ModelConfig
@@ -32,16 +33,22 @@ def random_llm(
     max_seq_len: int,
     max_batch: int = 1,
     quantize: str | None = None,
+    kv_dtype: torch.dtype | None = None,
     seed: int = 0,
     **options: Any,
 ) -> LLM:
-    """An LLM with the weights of `random_checkpoint`. It takes token ids, not text. options: those of LLM."""
+    """An LLM with the weights of `random_checkpoint`. It takes token ids, not text.
+
+    kv_dtype: what keys and values are kept in, None for dtype. options: those of LLM.
+    """
     with torch.device("meta"):
-        transformer = Transformer(config, plan)
+        transformer = Transformer(config, plan, fastest_backend(torch.device(device)))
     blocks = check_quantization(quantize)
     load_weights(transformer, random_checkpoint(config, seed), device=device, dtype=dtype, quantize=blocks)
     transformer.to(device)  # the buffers
-    cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=max_seq_len, device=device, dtype=dtype)
+    cache = StaticCache.allocate(
+        config, plan, batch=max_batch, max_seq_len=max_seq_len, device=device, dtype=kv_dtype or dtype
+    )
     tokenizer: Any = _NoTokenizer()
     return LLM(transformer, tokenizer, lambda: DIALOGS["raw"], cache, quantized=blocks, **options)
 

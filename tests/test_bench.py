@@ -308,6 +308,15 @@ class TestFlags:
         assert ran.record["run"]["quantize"] == kind
         assert ran.configuration("plain")["weight_bytes"] < 1.5 * ran.record["model"]["parameters"]
 
+    def test_kv_dtype(self, quick: Bench) -> None:
+        wide, narrow = quick(), quick("--kv-dtype", "fp8")
+        assert (wide.record["run"]["kv_dtype"], narrow.record["run"]["kv_dtype"]) == ("fp32", "fp8")
+        assert "keys and values fp8" in narrow.out
+        for name in ("plain", "shared"):
+            kept, of = narrow.configuration(name), wide.configuration(name)
+            assert kept["kv_bytes"] * 4 == of["kv_bytes"]
+            assert kept["kv_bytes_match"] is True
+
     @pytest.mark.parametrize(
         ("flags", "waited"), [((), True), (("--no-compile",), False), (("--dtype", "fp32"), False)]
     )
@@ -348,6 +357,8 @@ BAD_FLAGS = {
     "--sa 9": "layer 9 is outside",
     "--device tpu": "--device 'tpu' is not a device",
     "--dtype int3": "--dtype 'int3' is not supported",
+    "--kv-dtype int3": "--kv-dtype 'int3' is not supported",
+    "--dtype bf16 --kv-dtype fp32": "--kv-dtype fp32: keys and values are computed in bf16; take it or fp8",
     "--quantize int2": "'int2' is not one of",
     "--batch 0": "--batch",
     "--contexts 5,x": "expected whole numbers from 0 on",

@@ -23,7 +23,7 @@ def config_of(n_heads: int, n_kv_heads: int) -> ModelConfig:
     ("spans", "dtype", "n_kv_heads", "batch"),
     list(
         itertools.product(
-            ["none", "5", "1:2-3,4:5", "1-5"], [torch.float32, torch.bfloat16, torch.float16], [1, 2, 4], [1, 3]
+            ["none", "5", "1:2-3,4:5", "1-5"], [torch.float32, torch.bfloat16, torch.float8_e4m3fn], [1, 2, 4], [1, 3]
         )
     ),
 )
@@ -86,3 +86,16 @@ def test_a_view_shares_memory() -> None:
     view.values.fill_(1)
     assert cache.values[:, 1, :, :4].all()
     assert cache.values.sum() == view.values.sum()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_fp8_rounds_and_keeps_to_its_largest_number(batch: int) -> None:
+    cache = StaticCache.allocate(
+        tiny_config(n_layers=1), SharingPlan.none(1), batch=batch, max_seq_len=4, dtype=torch.float8_e4m3fn
+    )
+    new = torch.full((batch, 2, 1, 16), 0.3)
+    new[..., 0], new[..., 1] = 1e6, -500.0
+    kept = cache.update_values(0, torch.full((batch, 1), 2), new)[:, :, 2].float()
+    assert kept[..., 0].eq(448).all() and kept[..., 1].eq(-448).all()
+    assert kept[..., 2:].eq(0.3125).all()  # 1.25 · 2^-2: three bits of mantissa
+    assert not cache.values[:, :, :, :2].float().any()

@@ -114,6 +114,12 @@ class TestAnswers:
         ran = ask("--prompt", FRANCE, "--dtype", "fp32", "--device", "cpu", "--max-seq-len", 100)
         assert "fp32 on cpu, eager · context 100 · KV cache 4.4 MiB" in ran.err
 
+    def test_kv_dtype(self, ask: Callable[..., Ran]) -> None:
+        plain, narrow = ask("--prompt", FRANCE), ask("--prompt", FRANCE, "--kv-dtype", "fp8")
+        assert "KV cache 11.2 MiB\n" in plain.err
+        assert "KV cache 5.6 MiB in fp8\n" in narrow.err
+        assert "Paris" in narrow.out
+
     def test_compile_and_no_compile(self, ask: Callable[..., Ran]) -> None:
         flags = ("--prompt", FRANCE, "--dtype", "bf16")
         compiled, eager = ask(*flags, "--compile"), ask(*flags, "--no-compile")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisa.cache import StaticCache
+from minisa.cache import StaticCache, to_dtype
 from minisa.config import ModelConfig
 from minisa.costs import parameter_count
 from minisa.decode import TorchRunner
@@ -146,6 +146,34 @@ def test_bf16_cache_and_another_cache_after_it(library: ctypes.CDLL) -> None:
         expected = reference.decode(torch.tensor([7]), torch.tensor([40]), expected_cache, 41)
         found = native.decode(torch.tensor([7]), torch.tensor([40]), cache, 41)
         assert (found - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
+def test_an_fp8_cache_rounds_as_torch_does(scale: float, library: ctypes.CDLL) -> None:
+    """To the bit, tiny and too large numbers too. Of the first layer: what attention made of them is not in there yet."""
+    config, plan = SHAPES["gqa"], plan_of(SHAPES["gqa"], "span", True)
+    model = build_model(config, plan)
+    model.layers[0].attention.wv.weight *= scale  # type: ignore[operator, union-attr]
+    native, tokens = NativeRunner(model, library, n_threads=2), tokens_of(config, 1, 90)
+    wide, narrow = (
+        StaticCache.allocate(config, plan, max_seq_len=90, dtype=dtype)
+        for dtype in (torch.float32, torch.float8_e4m3fn)
+    )
+    for cache in (wide, narrow):
+        native.prefill(tokens, 0, cache)
+    for kept, exact in ((narrow.values[0], wide.values[0]), (narrow.keys[0], wide.keys[0])):
+        assert torch.equal(kept.view(torch.uint8), to_dtype(exact, torch.float8_e4m3fn).view(torch.uint8))
+
+
+def test_attention_over_an_fp8_cache(library: ctypes.CDLL) -> None:
+    config, plan = SHAPES["gqa"], plan_of(SHAPES["gqa"], "span", True)
+    reference, native = pair(config, plan, library)
+    tokens = tokens_of(config, 1, 90)
+    found, expected = (
+        runner.prefill(tokens, 0, StaticCache.allocate(config, plan, max_seq_len=90, dtype=torch.float8_e4m3fn))
+        for runner in (native, reference)
+    )
+    assert (found - expected).norm() / expected.norm() < 0.02
 
 
 def test_what_lies_outside_is_refused_before_it_is_touched(library: ctypes.CDLL) -> None:

@@ -12,7 +12,6 @@ from minisa.quantize import Format, quantize
 from tests.test_kernels import BOUNDS, DEVICE
 
 
-
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("n_rows", [1, 2, 16, MOST_ROWS])
 @pytest.mark.parametrize(("n", "k"), [(64, 256), (33, 32), (70, 416)])

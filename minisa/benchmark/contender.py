@@ -41,6 +41,7 @@ class Opening:
     batch: int = 1
     threads: int = 1
     quantize: str | None = None
+    kv_dtype: torch.dtype | None = None  # what keys and values are kept in; None for dtype
     compile: bool | None = None
 
     def llm(self) -> LLM:
@@ -52,7 +53,9 @@ class Opening:
             "compile": self.compile,
         }
         if self.path is None:
+            options["kv_dtype"] = self.kv_dtype
             return random_llm(self.config, self.plan, device=self.device, dtype=self.dtype, **options)
+        options["kv_dtype"] = dtype_name(self.kv_dtype or self.dtype)
         return load(self.path, sa=self.plan, device=str(self.device), dtype=dtype_name(self.dtype), **options)
 
     def weights(self, dtype: torch.dtype) -> Transformer:
@@ -113,7 +116,7 @@ class Minisa:
         self._facts = Facts(
             weight_bytes=weight_bytes(self.llm),
             memory_before=before,
-            kv_itemsize=self.llm.dtype.itemsize,
+            kv_itemsize=self.llm.cache.values.itemsize,
             load_seconds=time.perf_counter() - began,
             kv_bytes=self.llm.cache.bytes(),
             detail=self.llm.runner.name,

@@ -2,8 +2,8 @@
 
     version, interrupted
     model             name, random_weights, layers, dim, parameters, max_seq_len
-    run               device, device_name, dtype, quantize, batch, threads, compile, new_tokens, repeats,
-                      cache_slots, torch
+    run               device, device_name, dtype, quantize, kv_dtype, batch, threads, compile, new_tokens,
+                      repeats, cache_slots, torch
     ceiling           read_bandwidth (bytes/s) and matrix_rate (operations/s): best and median, at the start and at
                       the end of the run; way and buffer_bytes of the reading
     configurations    one each for plain, shared and the peers:
@@ -68,6 +68,7 @@ def record(benchmark: Benchmark, interrupted: bool = False) -> Record:
             "device_name": device_name(opening.device),
             "dtype": dtype_name(opening.dtype),
             "quantize": opening.quantize,
+            "kv_dtype": dtype_name(opening.kv_dtype or opening.dtype),
             "batch": opening.batch,
             "threads": opening.threads,
             "compile": opening.compile,

@@ -14,7 +14,7 @@ from minisa.benchmark.peers import check_peer
 from minisa.checkpoint import open_checkpoint
 from minisa.checkpoint.files import read_json
 from minisa.config import PRESETS, ModelConfig
-from minisa.device import choose_device, choose_dtype
+from minisa.device import choose_device, choose_dtype, choose_kv_dtype
 from minisa.engine import choose_plan
 from minisa.errors import MinisaError
 from minisa.registry import ModelEntry, registry, resolve
@@ -54,6 +54,7 @@ class Settings:
         device: str = "auto",
         dtype: str = "auto",
         quantize: str | None = None,
+        kv_dtype: str = "auto",
         compile: bool | None = None,
         batch: int = 1,
         threads: int | None = None,
@@ -86,12 +87,14 @@ class Settings:
         native = dtype in ("auto", "bf16") and native_step(
             config, target, compile=compile is not False, quantized=quantize is not None
         )
+        number_format = choose_dtype(dtype, target, native=bool(native))
         opening = Opening(
             path=path,
             config=config,
             plan=SharingPlan.none(config.n_layers),
             device=target,
-            dtype=choose_dtype(dtype, target, native=bool(native)),
+            dtype=number_format,
+            kv_dtype=choose_kv_dtype(kv_dtype, number_format),
             context=min(-(-slots // SLOTS) * SLOTS, limit),
             batch=batch,
             threads=threads or torch.get_num_threads(),

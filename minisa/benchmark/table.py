@@ -20,6 +20,8 @@ def heading(record: Record) -> str:
     if model["random_weights"]:
         lines.append("RANDOM WEIGHTS: the shape alone is the model's; nothing here is about the quality of its text")
     quantize = f", weights {run['quantize']}" if run["quantize"] else ""
+    if run["kv_dtype"] != run["dtype"]:
+        quantize += f", keys and values {run['kv_dtype']}"
     lines.append(
         f"{run['dtype']}{quantize} on {run['device']} ({run['device_name']}), {run['threads']} threads, "
         f"batch {run['batch']}, torch {run['torch']}"

@@ -20,6 +20,7 @@ from minisa.native.packing import FORMATS, LANES, PANEL, Packed, interleave, pac
 from minisa.rope import rope_angles
 from minisa.sampling import Chooser
 
+CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # as in tables.h
 CHUNK = 64  # rows of prefill at a time: each keeps a row of attention weights a head for its followers
 
 
@@ -38,7 +39,7 @@ class _Layer(ctypes.Structure):
 
 _SIZES = (
     *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
-    *("max_seq_len", "sliding_window", "n_slots", "cache_is_bf16"),
+    *("max_seq_len", "sliding_window", "n_slots", "cache_format"),
 )
 
 
@@ -61,8 +62,8 @@ def supports(config: ModelConfig) -> bool:
 class NativeRunner:
     """Runs a model in the C++ step. Its matrices, bf16 or quantized, move out of `model` and into panels, one by one.
 
-    The caches it is given are bf16 or fp32, on the CPU. Before each product activations are rounded to bf16, or for
-    quantized weights to eight bits and a scale for every 32; sums and attention are fp32.
+    The caches it is given are fp32, bf16 or fp8, on the CPU. Before each product activations are rounded to bf16, or
+    for quantized weights to eight bits and a scale for every 32; sums and attention are fp32.
     """
 
     queues = False
@@ -228,7 +229,7 @@ class _Bound:
             max_seq_len=length,
             sliding_window=config.sliding_window or 0,
             n_slots=max(runner._slots) + 1,
-            cache_is_bf16=cache.values.dtype == torch.bfloat16,
+            cache_format=CACHE_FORMATS[cache.values.dtype],
             norm_eps=config.norm_eps,
             embedding=_matrix(weights.embedding),
             head=_matrix(weights.head),

@@ -27,7 +27,8 @@ class Engine {
         weights.reset(new float[(size_t)m.n_slots * max_rows * m.n_heads * row_size()]);
         softmax.resize((size_t)m.n_slots * max_parts() * m.n_heads);
         team = std::make_unique<Team>(n_threads, [this](int thread) {
-            m.cache_is_bf16 ? run<bf16>({thread, this->n_threads}) : run<float>({thread, this->n_threads});
+            Share share{thread, this->n_threads};
+            m.cache_format == 0 ? run<float>(share) : m.cache_format == 1 ? run<bf16>(share) : run<fp8>(share);
         });
     }
 

@@ -23,7 +23,7 @@ struct Model {
     int32_t dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, max_seq_len;
     int32_t sliding_window;   // tokens a query looks back over, itself included; 0: all
     int32_t n_slots;          // spans alive at the same time, at least one
-    int32_t cache_is_bf16;    // else fp32
+    int32_t cache_format;     // 0 fp32, 1 bf16, 2 fp8 (e4m3)
     float norm_eps;
     Matrix embedding, head;   // the same panels where they are tied
     const float* final_norm;  // [dim]

@@ -26,9 +26,13 @@ typedef int32_t i32s __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t u32s __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t u16s __attribute__((vector_size(2 * kLanes)));
 typedef int8_t i8s __attribute__((vector_size(kLanes)));
+typedef uint8_t u8s __attribute__((vector_size(kLanes)));
 
 struct bf16 {
     uint16_t bits;
+};
+struct fp8 {  // e4m3: a sign, four bits of exponent (bias 7), three of mantissa; no infinities
+    uint8_t bits;
 };
 
 template <class V>
@@ -61,6 +65,22 @@ static inline f32s load_half(const uint8_t* p) {  // IEEE fp16, as GGUF's scales
     return v;
 #endif
 }
+static inline f32s load(const fp8* p) {  // its fields moved into those of fp16 or fp32 give the number over 2^8 or 2^120
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    __m256i w = _mm256_cvtepu8_epi16(load_as<__m128i>(p));
+    __m256i sign = _mm256_slli_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0x80)), 8);
+    __m256i rest = _mm256_slli_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0x7f)), 7);
+    return (f32s)_mm512_cvtph_ps(_mm256_or_si256(sign, rest)) * 256.f;
+#elif defined(__AVX2__) && defined(__F16C__)
+    __m128i w = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p));
+    __m128i sign = _mm_slli_epi16(_mm_and_si128(w, _mm_set1_epi16(0x80)), 8);
+    __m128i rest = _mm_slli_epi16(_mm_and_si128(w, _mm_set1_epi16(0x7f)), 7);
+    return (f32s)_mm256_cvtph_ps(_mm_or_si128(sign, rest)) * 256.f;
+#else
+    u32s w = __builtin_convertvector(load_as<u8s>(p), u32s);
+    return (f32s)((w & 0x80) << 24 | (w & 0x7f) << 20) * 0x1p120f;
+#endif
+}
 static inline void store(float* p, f32s v) { memcpy(p, &v, sizeof v); }
 static inline void store(bf16* p, f32s v) {  // to nearest, ties to even
     u32s bits = (u32s)v;
@@ -72,6 +92,15 @@ static inline f32s max(f32s a, f32s b) { return a > b ? a : b; }
 static inline f32s min(f32s a, f32s b) { return a < b ? a : b; }
 static inline f32s round(f32s v) {  // adding 1.5 * 2^23 leaves no bits for the fraction; for |v| < 2^22
     return (v + 12582912.f) - 12582912.f;
+}
+static inline void store(fp8* p, f32s v) {  // to nearest, ties to even; the largest, 448, stands for all beyond
+    u32s sign = ((u32s)v >> 24) & 0x80;
+    f32s size = min((f32s)((u32s)v & 0x7fffffff), f32s{} + 448.f);
+    u32s bits = (u32s)size;
+    u32s normal = ((bits + 0x7ffff + ((bits >> 20) & 1)) >> 20) - (120 << 3);
+    u32s small = (u32s)__builtin_convertvector(round(size * 512.f), i32s);  // below 2^-6 steps are of 2^-9
+    u8s code = __builtin_convertvector(sign | (size < 0x1p-6f ? small : normal), u8s);
+    memcpy(p, &code, sizeof code);
 }
 static inline f32s exp(f32s v) {  // 2^n * e^r, |r| <= ln(2) / 2; relative error about 2e-7
     v = min(max(v, f32s{} - 87.f), f32s{} + 88.f);

@@ -1,0 +1,134 @@
+"""Steps recorded and replayed. Where there is no GPU the recording is a stand-in that runs the body again: what a graph
+needs (memory that stays, nothing on the host that changes) holds or fails just the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux')
+
+from minisa.cache import StaticCache
+from minisa.dialog import DIALOGS
+from minisa.engine import LLM
+from minisa.graphs import WARM_UP, Body, CudaGraphs, GraphRunner
+from minisa.sharing import SharingPlan
+from tests.test_generate import PROMPTS, ByteTokenizer, llm_of, text, tokens
+from tests.test_kernels import DEVICE
+from tests.test_model import CONFIG, PLANS, build
+
+SAMPLED = {"temperature": 0.8, "seed": 5, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3}
+
+
+class Recorder:
+    """Counts what is recorded; on a GPU a real graph, else the body itself, warmed up as CudaGraphs does it."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self._graphs = CudaGraphs() if DEVICE.type == "cuda" else None
+
+    def __call__(self, body: Body) -> Body:
+        self.recorded += 1
+        if self._graphs is not None:
+            return self._graphs(body)
+        for _ in range(WARM_UP):
+            body()
+        return body
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    return Recorder()
+
+
+def graph_llm(
+    recorder: Recorder, plan: SharingPlan = PLANS["head maps"], max_seq_len: int = 96, backend: str = "torch"
+) -> LLM:
+    """The torch backend is as right in a graph as the kernels, which Triton's interpreter takes a hundred times longer
+    for."""
+    model = build(CONFIG, plan, backend).to(DEVICE)
+    cache = StaticCache.allocate(CONFIG, plan, batch=4, max_seq_len=max_seq_len, device=DEVICE)
+    llm = LLM(model, ByteTokenizer(), lambda: DIALOGS["raw"], cache, compile=False)  # type: ignore[arg-type]
+    llm.runner = GraphRunner(model, compile=False, record=recorder)
+    return llm
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("plan", ["none", "interleaved", "head maps"])
+def test_the_same_text_as_eager(plan: str, options: dict[str, Any], recorder: Recorder) -> None:
+    options = options | {"max_new_tokens": 12}
+    plain, graphs = llm_of(PLANS[plan]), graph_llm(recorder, PLANS[plan])
+    for prompt in ("x", "a second, longer prompt"):
+        assert text(graphs.generate(prompt, **options)) == text(plain.generate(prompt, **options))
+    assert recorder.recorded == 1  # another length, the same graph
+
+
+def test_with_the_kernels(recorder: Recorder) -> None:
+    options = {"max_new_tokens": 4, "stop_ids": [7, 70, 170]}
+    plain, graphs = llm_of(), graph_llm(recorder, backend="kernels")
+    found = list(graphs.generate(PROMPTS[:3], **options))
+    for row, prompt in enumerate(PROMPTS[:3]):
+        assert tokens(found, row) == tokens(plain.generate(prompt, **options))
+
+
+def test_rows_of_a_batch_are_rows_alone_whatever_fills_the_bucket(recorder: Recorder) -> None:
+    """Three prompts in a bucket of four; rows end at different times; a batch after it, in the other rows' leavings."""
+    plain, graphs = llm_of(), graph_llm(recorder)
+    options = SAMPLED | {"max_new_tokens": 14, "stop_ids": [7, 70, 170]}
+    for prompts in (PROMPTS[:3], [PROMPTS[2]], PROMPTS[1:]):
+        found = list(graphs.generate(prompts, **options))
+        for row, prompt in enumerate(prompts):
+            assert tokens(found, row) == tokens(plain.generate(prompt, **options))
+    assert recorder.recorded == 2  # a bucket of four and one of one
+
+
+def test_one_graph_for_each_number_of_rows_and_way_of_sampling(recorder: Recorder) -> None:
+    llm = graph_llm(recorder)
+    for options in ({}, {"temperature": 1.0, "seed": 1}, {"temperature": 1.0, "seed": 2}, {}):
+        list(llm.generate("x", max_new_tokens=3, **options))
+    assert recorder.recorded == 2
+
+
+def test_the_context_s_end_and_the_cache_that_was_kept(recorder: Recorder) -> None:
+    """Warming up writes to the last slot: neither a prompt that fills the context nor a conversation may notice."""
+    plain, graphs = llm_of(max_seq_len=24), graph_llm(recorder, max_seq_len=24)
+    for prompt in ("y" * 24, "y" * 20, "y" * 24, "y" * 23 + "z"):
+        expected, found = list(plain.generate(prompt)), list(graphs.generate(prompt))
+        assert tokens(found) == tokens(expected)
+        assert found[-1].finish_reason == "context"
+        assert found[-1].stats is not None and expected[-1].stats is not None
+        assert found[-1].stats.reused_tokens == expected[-1].stats.reused_tokens
+
+
+def test_an_answer_broken_off_and_another_begun(recorder: Recorder) -> None:
+    plain, graphs = llm_of(), graph_llm(recorder)
+    for llm in (plain, graphs):
+        chunks = llm.generate("begun and left", max_new_tokens=20)
+        for _ in range(5):
+            next(chunks)
+        chunks.close()  # type: ignore[attr-defined]
+    assert text(graphs.generate("begun and left alone", max_new_tokens=8)) == text(
+        plain.generate("begun and left alone", max_new_tokens=8)
+    )
+
+
+def test_another_cache_gets_a_graph_of_its_own(recorder: Recorder) -> None:
+    llm = graph_llm(recorder)
+    first = text(llm.generate("one", max_new_tokens=6))
+    llm.cache = StaticCache.allocate(CONFIG, llm.plan, batch=2, max_seq_len=64, device=DEVICE)
+    llm._cached.clear()
+    assert text(llm.generate("one", max_new_tokens=6)) == first
+    assert recorder.recorded == 2
+
+
+def test_compiled_layers_inside(recorder: Recorder) -> None:
+    """Fused, and the numbers stay: one prompt's logits after each of its tokens, step by step."""
+    llm = graph_llm(recorder)
+    expected = text(llm.generate("compiled", max_new_tokens=6))
+    llm.runner = GraphRunner(llm.model, record=recorder)
+    llm._cached.clear()
+    torch._dynamo.reset()
+    assert text(llm.generate("compiled", max_new_tokens=6)) == expected
