@@ -98,9 +98,12 @@ def _zeros(shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtyp
 
     On the CPU by way of numpy, whose zeros take no memory until they are written to: torch's own are resident at once.
     """
-    if torch.device(device).type != "cpu":
-        return torch.zeros(shape, device=device, dtype=dtype)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type == "cpu":
+        memory = torch.from_numpy(np.zeros(n_bytes, np.uint8))
+    else:
+        memory = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
+    return memory.view(dtype).view(shape)
 
 
 def _write(stored: Tensor, positions: Tensor, new: Tensor) -> Tensor:

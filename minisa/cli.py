@@ -1,20 +1,25 @@
-"""python -m minisa: fetch models, look at plans."""
+"""python -m minisa: fetch models, look at plans, check a machine."""
 
 from __future__ import annotations
 
 import click
+import torch
 
+from minisa.benchmark.report import device_name
+from minisa.benchmark.short import short_bench
 from minisa.checkpoint import open_checkpoint
 from minisa.console import fetch
 from minisa.costs import kv_bytes, parameter_count
+from minisa.device import choose_device
 from minisa.engine import choose_plan
 from minisa.registry import DEFAULT_MODEL, find, local_path, registry, resolve
+from minisa.selfcheck import run_checks
 from minisa.sharing import SharingPlan
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Fetch models and look at sharing plans. To talk to a model: chat.py; to measure one: bench.py."""
+    """Fetch models, look at sharing plans, check a machine. To talk to a model: chat.py; to measure one: bench.py."""
 
 
 @main.command()
@@ -55,3 +60,25 @@ def plan(spans: str, model: str, save: str | None) -> None:
     click.echo(f"weights    {weights:,} of {plain_weights:,} ({weights / plain_weights - 1:+.1%})")
     if save is not None:
         chosen.save(save)
+
+
+@main.command()
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--bench/--no-bench", default=True, show_default=True, help="Measure a large shape too, plain and shared."
+)
+def selfcheck(device: str, bench: bool) -> int:
+    """Check that this machine's kernels, compiled steps and models compute what the reference computes.
+
+    Exit status 1 if anything does not. Ends with the record of a short benchmark as JSON.
+    """
+    target = choose_device(device)
+    click.echo(f"{target} ({device_name(target)}), torch {torch.__version__}")
+    failed = False
+    for outcome in run_checks(target):
+        verdict = {True: "passed", False: "FAILED", None: "left out"}[outcome.passed]
+        click.echo(f"{outcome.name:<20}{verdict:<10}{outcome.seconds:>4.0f} s  {outcome.detail}")
+        failed |= outcome.passed is False
+    if bench:
+        click.echo(short_bench(target))
+    return int(failed)

@@ -35,6 +35,9 @@ class GraphRunner(TorchRunner):
     """
 
     def __init__(self, model: Transformer, *, compile: bool = True, record: Record | None = None) -> None:
+        for layer in model.layers:
+            if hasattr(layer.attention, "wq"):
+                layer.attention.join()  # type: ignore[operator, union-attr]
         super().__init__(model, compile=compile)
         self.name = "CUDA graph"
         self.queues = True

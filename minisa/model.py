@@ -133,11 +133,14 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, follows: bool, head_map: tuple[int, ...] | None) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        n_queries, n_keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         if not follows:
-            self.wq = Linear(config.dim, config.n_heads * config.head_dim)
-            self.wk = Linear(config.dim, config.n_kv_heads * config.head_dim)
-        self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim)
-        self.wo = Linear(config.n_heads * config.head_dim, config.dim)
+            self.wq = Linear(config.dim, n_queries)
+            self.wk = Linear(config.dim, n_keys)
+        self.wv = Linear(config.dim, n_keys)
+        self.wo = Linear(n_queries, config.dim)
+        self.wqkv: nn.Module | None = None
+        self.widths = (n_queries, n_keys, n_keys)
         # On the CPU even under torch.device("meta"): it is data of the plan and no weight will fill it.
         identity = head_map is None or head_map == tuple(range(config.n_heads))
         heads, keys = (None, None) if identity else HeadMap.of(head_map or (), config.n_kv_heads, device="cpu")
@@ -150,7 +153,20 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A leader's q, k and v, before RoPE."""
-        return self._heads(self.wq(x)), self._heads(self.wk(x)), self._heads(self.wv(x))
+        if self.wqkv is None:
+            q, k, v = self.wq(x), self.wk(x), self.wv(x)
+        else:
+            q, k, v = self.wqkv(x).split(self.widths, dim=-1)
+        return self._heads(q), self._heads(k), self._heads(v)
+
+    def join(self) -> None:
+        """Make a leader's wq, wk and wv one matrix: of three products two would be too small to keep a GPU busy."""
+        parts = [self.wq, self.wk, self.wv]
+        for name, first in (*parts[0].named_parameters(), *parts[0].named_buffers()):
+            rows = torch.cat([getattr(part, name) for part in parts])
+            setattr(parts[0], name, nn.Parameter(rows, False) if isinstance(first, nn.Parameter) else rows)
+        self.wqkv = parts[0]
+        del self.wq, self.wk, self.wv
 
     def values(self, x: Tensor) -> Tensor:
         return self._heads(self.wv(x))

@@ -9,8 +9,7 @@ embedding, which is also the head where they are tied, is int8 in both: four bit
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,30 +100,22 @@ def _inverse(scales: Tensor) -> Tensor:
     return torch.where(wide > 0, 1 / wide, 0.0)
 
 
-def product(x: Tensor, blocks: Blocks) -> Tensor:
-    """x [..., cols] times a quantized matrix transposed: [..., rows] in x's dtype.
+def use_kernels(model: nn.Module) -> None:
+    """Let the quantized matrices of a model multiply few rows in Triton; int4 goes into half the bytes for it."""
+    from minisa.kernels.quantized_product import MOST_ROWS, quantized_product  # not everybody has Triton
 
-    On a GPU a few rows are multiplied by the blocks as they are stored, in Triton; the C++ step does so on a CPU.
-    Elsewhere the matrix is dequantized at each call, which is right everywhere and fast nowhere.
-    """
-    if x.is_cuda and importlib.util.find_spec("triton") is not None:
-        from minisa.kernels.quantized_product import MOST_ROWS, quantized_product  # not everybody has Triton
-
-        if x.shape[:-1].numel() <= MOST_ROWS:
-            blocks = blocks.packed()
-            return quantized_product(x, blocks.quants, blocks.scales, blocks.minimums)
-    return F.linear(x, blocks.dequantize(x.dtype))
-
-
-def pack(model: nn.Module) -> None:
-    """Put the int4 matrices of a model into half the bytes."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.quants = module.blocks.packed().quants
+            module.multiply_few, module.most_rows = quantized_product, MOST_ROWS
 
 
 class QuantizedLinear(nn.Module):
-    """x @ weight.T with a quantized weight."""
+    """x @ weight.T with a quantized weight.
+
+    The C++ step computes with the blocks themselves, and so does Triton after `use_kernels`, for few rows. Else the
+    weight is dequantized at each call, which is right everywhere and fast nowhere.
+    """
 
     quants: Tensor
     scales: Tensor
@@ -136,6 +127,8 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scales", blocks.scales)
         self.register_buffer("minimums", blocks.minimums)
         self.dtype = dtype
+        self.multiply_few: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
+        self.most_rows = 0
 
     @property
     def blocks(self) -> Blocks:
@@ -147,7 +140,13 @@ class QuantizedLinear(nn.Module):
         return self.blocks.dequantize(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.blocks)
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., cols] → [..., rows]."""
+        if self.multiply_few is not None and x.shape[:-1].numel() <= self.most_rows:
+            return self.multiply_few(x, self.quants, self.scales, self.minimums)
+        return F.linear(x, self.weight)
 
 
 class QuantizedEmbedding(QuantizedLinear):
@@ -159,4 +158,4 @@ class QuantizedEmbedding(QuantizedLinear):
 
     def head(self, hidden: Tensor) -> Tensor:
         """What a tied head computes."""
-        return product(hidden, self.blocks)
+        return self.product(hidden)

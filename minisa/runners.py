@@ -12,10 +12,11 @@ from torch import Tensor
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
 from minisa.decode import Step, TorchRunner
+from minisa.graphs import GraphRunner
 from minisa.model import Transformer
 from minisa.native.build import open_library
 from minisa.native.runner import NativeRunner, supports
-from minisa.quantize import QuantizedEmbedding, pack
+from minisa.quantize import QuantizedEmbedding, use_kernels
 from minisa.sampling import Chooser
 
 
@@ -53,11 +54,9 @@ def choose_runner(model: Transformer, compile: bool | None = None) -> Runner:
     Weights move out of the model into a C++ step's own layout.
     """
     weight = model.norm.weight
-    if weight.is_cuda:
-        pack(model)
-        if compile is not False and model.backend.name == "kernels":
-            from minisa.graphs import GraphRunner
-
+    if model.backend.name == "kernels":
+        use_kernels(model)
+        if weight.is_cuda and compile is not False:
             return GraphRunner(model)
     if weight.dtype == torch.bfloat16:
         quantized = isinstance(model.tok_embeddings, QuantizedEmbedding)

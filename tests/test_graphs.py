@@ -15,6 +15,7 @@ from minisa.cache import StaticCache
 from minisa.dialog import DIALOGS
 from minisa.engine import LLM
 from minisa.graphs import WARM_UP, Body, CudaGraphs, GraphRunner
+from minisa.quantize import Format, quantize, replace_matrix, use_kernels
 from minisa.sharing import SharingPlan
 from tests.test_generate import PROMPTS, ByteTokenizer, llm_of, text, tokens
 from tests.test_kernels import DEVICE
@@ -124,11 +125,19 @@ def test_another_cache_gets_a_graph_of_its_own(recorder: Recorder) -> None:
     assert recorder.recorded == 2
 
 
-def test_compiled_layers_inside(recorder: Recorder) -> None:
-    """Fused, and the numbers stay: one prompt's logits after each of its tokens, step by step."""
+@pytest.mark.parametrize("quantized", [None, "int8", "int4"])
+def test_compiled_layers_inside(quantized: Format | None, recorder: Recorder) -> None:
+    """The same text as the layers uncompiled; quantized products stay one operation of Triton's within them."""
     llm = graph_llm(recorder)
-    expected = text(llm.generate("compiled", max_new_tokens=6))
+    if quantized:
+        for name, weight in list(llm.model.named_parameters()):
+            if weight.ndim == 2:
+                format = "int8" if name.startswith("tok_") else quantized
+                replace_matrix(llm.model, name, quantize(weight, format), torch.float32)
+    options = {"max_new_tokens": 4}
+    expected = text(llm.generate("compiled", **options))  # dequantized
+    use_kernels(llm.model)
+    torch._dynamo.reset()
     llm.runner = GraphRunner(llm.model, record=recorder)
     llm._cached.clear()
-    torch._dynamo.reset()
-    assert text(llm.generate("compiled", max_new_tokens=6)) == expected
+    assert text(llm.generate("compiled", **options)) == expected

@@ -8,76 +8,51 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux')
 
-from minisa.attention import REFERENCE, HeadMap, visible_slots
+from minisa.attention import HeadMap
 from minisa.kernels.decode_attention import BLOCK, KERNELS
+from minisa.selfcheck import BOUNDS, attention_errors, attention_tensors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 7)
-SLOTS = 6 * BLOCK
-# Against float64 on the same rounded numbers: what rounding once on the way and once at the end costs. The interpreter
-# makes a bf16 of fp32 by cutting bits off, which is up to two units of 2^-9 in place of one, and always downwards.
-BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3 if DEVICE.type == "cuda" else 8e-3}
-
-
-def heads(
-    batch: int, n_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q; a leader's keys and values and a follower's values, as slices of a larger cache, as the model has them."""
-    generator = torch.Generator().manual_seed(n_heads * 1000 + head_dim)
-    q = torch.randn(batch, n_heads, 1, head_dim, generator=generator).to(DEVICE, dtype)
-    memory = torch.randn(3, batch + 1, n_kv_heads, SLOTS, head_dim, generator=generator).to(DEVICE, kv_dtype or dtype)
-    k, v, v_own = memory[:, :batch].unbind()
-    return q, k, v, v_own
 
 
 def compare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    v_own: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
     positions: Tensor,
     head_map: HeadMap | None,
     window: int | None = None,
 ) -> None:
-    visible = KERNELS.visible(positions[:, None], k.shape[2], window)
-    mixed, shared = KERNELS.lead(q, k, v, visible)
-    followed = KERNELS.follow(shared, v_own, head_map)
-    mask = visible_slots(positions[:, None], k.shape[2], window)
-    wide = [x.double() for x in (q, k, v, v_own)]
-    expected, weights = REFERENCE.lead(*wide[:3], mask)
-    for found, right in ((mixed, expected), (followed, REFERENCE.follow(weights, wide[3], head_map))):
-        assert found.dtype == q.dtype and found.shape == q.shape
-        assert (found.double() - right).norm() / right.norm() < BOUNDS[q.dtype]
+    assert max(attention_errors(*tensors, positions, head_map, window)) < BOUNDS[tensors[0].dtype]
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["identity", "head map"])
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 96), (8, 1, 128), (20, 1, 64)])
 def test_lengths_and_groups(n_heads: int, n_kv_heads: int, head_dim: int, length: int, mapped: bool) -> None:
-    q, k, v, v_own = heads(1, n_heads, n_kv_heads, head_dim, torch.float32)
+    tensors = attention_tensors(1, n_heads, n_kv_heads, head_dim, torch.float32, DEVICE)
     heads_of = [(head * 5 + 2) % n_heads for head in range(n_heads)]
     head_map = HeadMap.of(heads_of, n_kv_heads, DEVICE) if mapped else None
-    compare(q, k, v, v_own, torch.tensor([length - 1], device=DEVICE), head_map)
+    compare(tensors, torch.tensor([length - 1], device=DEVICE), head_map)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("window", [None, 1, BLOCK + 3])
 def test_dtypes_ragged_rows_and_windows(dtype: torch.dtype, window: int | None) -> None:
-    q, k, v, v_own = heads(5, 6, 2, 64, dtype)
+    tensors = attention_tensors(5, 6, 2, 64, dtype, DEVICE)
     head_map = HeadMap.of([5, 0, 3, 3, 1, 2], 2, DEVICE)
-    compare(q, k, v, v_own, torch.tensor(LENGTHS, device=DEVICE) - 1, head_map, window)
+    compare(tensors, torch.tensor(LENGTHS, device=DEVICE) - 1, head_map, window)
 
 
 def test_slots_beyond_the_position_are_never_seen() -> None:
     """Whatever an earlier text left there, NaN included."""
-    q, k, v, v_own = heads(2, 6, 2, 64, torch.float32)
+    q, k, v, v_own = attention_tensors(2, 6, 2, 64, torch.float32, DEVICE)
     positions = torch.tensor([10, 2 * BLOCK], device=DEVICE)
-    clean, shared = KERNELS.lead(q, k, v, KERNELS.visible(positions[:, None], SLOTS, None))
+    clean, shared = KERNELS.lead(q, k, v, KERNELS.visible(positions[:, None], k.shape[2], None))
     followed = KERNELS.follow(shared, v_own, None)
     for row, position in enumerate(positions.tolist()):
         for kv in (k, v, v_own):
             kv[row, :, position + 1 :] = float("nan")
-    again, shared = KERNELS.lead(q, k, v, KERNELS.visible(positions[:, None], SLOTS, None))
+    again, shared = KERNELS.lead(q, k, v, KERNELS.visible(positions[:, None], k.shape[2], None))
     assert torch.equal(again, clean)
     assert torch.equal(KERNELS.follow(shared, v_own, None), followed)
 
@@ -85,8 +60,8 @@ def test_slots_beyond_the_position_are_never_seen() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_fp8_cache(dtype: torch.dtype) -> None:
     """The same as a cache of the numbers that were rounded to."""
-    q, k, v, v_own = heads(2, 6, 2, 64, dtype, torch.float8_e4m3fn)
-    visible = KERNELS.visible(torch.tensor([[3], [200]], device=DEVICE), SLOTS, None)
+    q, k, v, v_own = attention_tensors(2, 6, 2, 64, dtype, DEVICE, torch.float8_e4m3fn)
+    visible = KERNELS.visible(torch.tensor([[3], [200]], device=DEVICE), k.shape[2], None)
     narrow, narrow_shared = KERNELS.lead(q, k, v, visible)
     wide, wide_shared = KERNELS.lead(q, k.to(dtype), v.to(dtype), visible)
     assert torch.equal(narrow, wide)

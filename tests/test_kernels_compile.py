@@ -1,4 +1,4 @@
-"""The kernels compiled to machine code for cards that need not be there: what the interpreter lets pass, ptxas may not."""
+"""The kernels compiled for cards that need not be there: what the interpreter lets pass, the compiler may not."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def test_bf16_cache_and_another_cache_after_it(library: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
 def test_an_fp8_cache_rounds_as_torch_does(scale: float, library: ctypes.CDLL) -> None:
-    """To the bit, tiny and too large numbers too. Of the first layer: what attention made of them is not in there yet."""
+    """To the bit, tiny and too large numbers too; of the first layer, which no attention has been before."""
     config, plan = SHAPES["gqa"], plan_of(SHAPES["gqa"], "span", True)
     model = build_model(config, plan)
     model.layers[0].attention.wv.weight *= scale  # type: ignore[operator, union-attr]

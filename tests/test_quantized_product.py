@@ -9,7 +9,8 @@ pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux
 
 from minisa.kernels.quantized_product import MOST_ROWS, quantized_product
 from minisa.quantize import Format, quantize
-from tests.test_kernels import BOUNDS, DEVICE
+from minisa.selfcheck import BOUNDS, product_error
+from tests.test_kernels import DEVICE
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -17,13 +18,14 @@ from tests.test_kernels import BOUNDS, DEVICE
 @pytest.mark.parametrize(("n", "k"), [(64, 256), (33, 32), (70, 416)])
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_equals_the_dequantized_product(format: Format, n: int, k: int, n_rows: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(n * k + n_rows)
-    blocks = quantize(torch.randn(n, k, generator=generator).to(DEVICE), format).packed()
-    x = torch.randn(1, n_rows, k, generator=generator).to(DEVICE, dtype)
-    expected = x.double() @ blocks.dequantize(torch.float64).T
-    found = quantized_product(x, blocks.quants, blocks.scales, blocks.minimums)
-    assert (found.shape, found.dtype) == ((1, n_rows, n), dtype)
-    assert (found.double() - expected).norm() / expected.norm() < BOUNDS[dtype]
+    assert product_error(format, n, k, n_rows, dtype, DEVICE) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_shapes_and_dtypes_come_back(dtype: torch.dtype) -> None:
+    blocks = quantize(torch.randn(7, 64).to(DEVICE), "int8")
+    found = quantized_product(torch.randn(2, 3, 64).to(DEVICE, dtype), blocks.quants, blocks.scales, None)
+    assert (found.shape, found.dtype) == ((2, 3, 7), dtype)
 
 
 def test_packed_blocks_are_the_same_in_half_the_bytes() -> None:
