@@ -60,8 +60,7 @@ Shared = Any  # what a leader leaves for its followers; likewise
 class AttentionBackend:
     """Three functions.
 
-    visible(positions [B, T], length, window) -> what lead() takes as `visible`. Several queries a row are those of the
-        last T of `length` slots; a single one may be anywhere.
+    visible(positions [B, T], length, window) -> what lead() takes as `visible`
     lead(q, k, v, visible) -> (output [B, H, T, D], what followers need)
     follow(shared, v, head_map) -> output [B, H, T, D]; head_map None is the identity
     """
@@ -75,15 +74,15 @@ class AttentionBackend:
 def visible_slots(positions: Tensor, length: int, window: int | None = None) -> Tensor | None:
     """Which of `length` cache slots each query may attend to: bool [B, 1, T, length], True for visible.
 
-    positions [B, T] ascend along T. None stands for plain causal attention of T queries over T slots, which
-    fused kernels know without a mask; on a GPU, where they know it of the last T of S slots too, so does a CausalBias.
-    window: tokens a query looks back over, itself included.
+    positions [B, T] ascend along T; several of a row by itself are the last T of the slots. None stands for plain
+    causal attention of T queries over T slots, which fused kernels know without a mask; those of a GPU know it of the
+    last T of more slots too, which a CausalBias stands for. window: tokens a query looks back over, itself included.
     """
     n_queries = positions.shape[1]
     if window is None or window >= length:
         if n_queries == length:
             return None
-        if n_queries > 1 and positions.is_cuda:
+        if n_queries > 1 and len(positions) == 1 and positions.is_cuda:
             from torch.nn.attention.bias import causal_lower_right  # takes a second to import
 
             return causal_lower_right(n_queries, length)

@@ -51,8 +51,8 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
         """The final hidden states [B, T, dim], after the last norm; keys and values go to the cache.
 
-        positions ascend along T and lie inside the cache, whose earlier slots they attend to. A single one a row may be
-        anywhere; several are those of the cache's last slots.
+        positions ascend along T and lie inside the cache, whose earlier slots they attend to; several of a row by
+        itself are the cache's last.
         """
         angles = rope_angles(self.rope_frequencies, positions)
         visible = self.backend.visible(positions, cache.length, self.config.sliding_window)

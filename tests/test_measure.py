@@ -158,10 +158,12 @@ class TestContender:
     def test_flags_reach_load(self, flag: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
         given: dict[str, object] = {}
         monkeypatch.setattr("minisa.benchmark.contender.load", lambda path, **options: given.update(options))
-        opening(path=Path("model.gguf"), compile=flag, quantize="int8", batch=3, plan=SHARED).llm()
+        opening(
+            path=Path("model.gguf"), compile=flag, quantize="int8", kv_dtype=torch.float8_e4m3fn, batch=3, plan=SHARED
+        ).llm()
         assert given == {
             "sa": SHARED, "device": "cpu", "dtype": "fp32", "max_seq_len": 128, "max_batch": 3, "quantize": "int8",
-            "compile": flag,
+            "kv_dtype": "fp8", "compile": flag,
         }  # fmt: skip
 
 
