@@ -154,9 +154,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A leader's q, k and v, before RoPE."""
         if self.wqkv is None:
-            q, k, v = self.wq(x), self.wk(x), self.wv(x)
-        else:
-            q, k, v = self.wqkv(x).split(self.widths, dim=-1)
+            return self.queries(x), self.keys(x), self.values(x)
+        q, k, v = self.wqkv(x).split(self.widths, dim=-1)
         return self._heads(q), self._heads(k), self._heads(v)
 
     def join(self) -> None:
@@ -167,6 +166,12 @@ class Attention(nn.Module):
             setattr(parts[0], name, nn.Parameter(rows, False) if isinstance(first, nn.Parameter) else rows)
         self.wqkv = parts[0]
         del self.wq, self.wk, self.wv
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self._heads(self.wq(x))
+
+    def keys(self, x: Tensor) -> Tensor:
+        return self._heads(self.wk(x))
 
     def values(self, x: Tensor) -> Tensor:
         return self._heads(self.wv(x))
