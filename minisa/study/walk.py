@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minisa.attention import BACKENDS, Queries, visible_slots
@@ -77,6 +78,12 @@ class Walk:
         """x after layer i, from x after its attention half."""
         layer = self._layer(i)
         return x + layer.feed_forward(layer.ffn_norm(x))
+
+    def gated(self, i: int, x: Tensor) -> Tensor:
+        """What goes into w2 of layer i [N, T, hidden_dim], for x after its attention half."""
+        layer = self._layer(i)
+        feed_forward, normed = layer.feed_forward, layer.ffn_norm(x)
+        return F.silu(feed_forward.w1(normed)) * feed_forward.w3(normed)
 
     def lead_or_follow(self, i: int, x: Tensor, shared: dict[int, Queries]) -> Queries:
         """The queries layer i uses. A leader's go to `shared` for its followers, which take them from there."""
