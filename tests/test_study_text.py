@@ -11,7 +11,7 @@ import torch
 from minisa.errors import MinisaError
 from minisa.sharing import SharingPlan
 from minisa.study.loss import losses_of, perplexity, token_losses
-from minisa.study.text import read_text, sha256_of, windows
+from minisa.study.text import read_text, sample, sha256_of, windows
 from tests.test_model import CONFIG, PLANS, build, in_one_go, tokens_of
 
 
@@ -82,3 +82,16 @@ def test_losses_of_given_states() -> None:
     model = build(CONFIG, PLANS["none"])
     losses = losses_of(model, torch.zeros(2, 5, CONFIG.dim), tokens_of(CONFIG, 2, 5))
     assert torch.allclose(losses, torch.tensor(CONFIG.vocab_size).log().expand(2, 4))
+
+
+def test_a_sample_is_drawn_by_its_seed_and_nothing_twice(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(range(32, 96)))
+    (tmp_path / "b").write_bytes(bytes(range(96, 120)))
+    paths = [tmp_path / "a", tmp_path / "b"]
+    one, other = sample(TinyLLM(), paths, 8, (4, 7), seed=1)
+    assert one.shape == (4, 8) and other.shape == (7, 8)
+    assert sorted(torch.cat((one, other)).flatten().tolist()) == list(range(32, 120))
+    assert torch.equal(one, sample(TinyLLM(), paths, 8, (4, 7), seed=1)[0])
+    assert not torch.equal(one, sample(TinyLLM(), paths, 8, (4, 7), seed=2)[0])
+    with pytest.raises(MinisaError, match="11 windows of 8 tokens, 12 are needed"):
+        sample(TinyLLM(), paths, 8, (4, 8), seed=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +29,21 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
         raise MinisaError(f"{path}: cannot read the file: {error.strerror}") from error
+
+
+def sample(llm: LLM, paths: Sequence[str | Path], length: int, counts: Sequence[int], seed: int) -> list[Tensor]:
+    """Windows [count, length] for each of counts, drawn by the seed from all the texts together, none drawn twice.
+
+    Raises MinisaError where the texts have not so many.
+    """
+    pool = torch.cat([windows(llm, path, length) for path in paths])
+    if sum(counts) > len(pool):
+        raise MinisaError(
+            f"{', '.join(map(str, paths))}: {len(pool)} windows of {length} tokens, {sum(counts)} are needed: "
+            "give more text or ask for fewer tokens"
+        )
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    return [pool[drawn] for drawn in order[: sum(counts)].split(list(counts))]
 
 
 def windows(llm: LLM, path: str | Path, length: int, limit: int | None = None, skip: int = 0) -> Tensor:
