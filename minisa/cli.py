@@ -10,6 +10,8 @@ from minisa.costs import kv_bytes, parameter_count
 from minisa.engine import choose_plan
 from minisa.registry import DEFAULT_MODEL, find, local_path, registry, resolve
 from minisa.sharing import SharingPlan
+from minisa.study.eval_command import evaluate
+from minisa.study.isotropy_command import isotropy
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,3 +57,7 @@ def plan(spans: str, model: str, save: str | None) -> None:
     click.echo(f"weights    {weights:,} of {plain_weights:,} ({weights / plain_weights - 1:+.1%})")
     if save is not None:
         chosen.save(save)
+
+
+main.add_command(evaluate)
+main.add_command(isotropy)
