@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,32 +25,11 @@ from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from minisa.study.calibrate import best_map, head_errors, pair_errors
+from minisa.study.findings import Findings, Heads, Point
 from minisa.study.judge import Judge
 from minisa.study.walk import Walk, share
 
 WIDTH = 4  # candidates measured at every step of the greedy search
-Heads = tuple[int, ...]
-
-
-@dataclass(slots=True)
-class Findings:
-    """What has been found out so far. JSON-able by way of `minisa.study.state`.
-
-    pairs: {(leader, follower): (error, head map)}. measured: {plan's key: divergence}. maps: {spans: head maps made
-    with the errors before them seen, by follower}.
-    """
-
-    pairs: dict[tuple[int, int], tuple[float, Heads]] = field(default_factory=dict)
-    measured: dict[str, float] = field(default_factory=dict)
-    maps: dict[str, dict[int, Heads]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A plan and its divergence, nats a token."""
-
-    plan: SharingPlan
-    divergence: float
 
 
 class Search:
@@ -115,7 +93,8 @@ class Search:
         for follower in range(1, self.n_layers):
             for leader in range(follower):
                 found = errors[leader, follower]
-                self.findings.pairs[leader, follower] = (found.min(0).values.sum().item(), best_map(found))
+                error = max(found.min(0).values.sum().item(), 1e-9)  # it divides
+                self.findings.pairs[leader, follower] = (error, best_map(found))
         self.saved()
 
     def _forecast(self) -> None:
