@@ -20,9 +20,10 @@ class Progress:
         self._began = self._shown = time.monotonic()
         self._terminal = sys.stderr.isatty()
 
-    def update(self, done: float) -> None:
-        """`done` of the total units."""
+    def update(self, done: float, total: float | None = None) -> None:
+        """`done` of the total units; total: where it is known better by now."""
         now = time.monotonic()
+        self._total = total or self._total
         if done <= 0 or now - self._shown < (0.2 if self._terminal else EVERY):
             return
         self._shown = now

@@ -64,6 +64,15 @@ class Rival:
             raise MinisaError(f"--rival {text}: only kv-int8 goes with another: expected {NOTATION}")
         return cls(dropped, borrowed, int8)
 
+    def __str__(self) -> str:
+        """The notation; parse() of it gives this rival again."""
+        parts = []
+        if self.dropped:
+            parts.append("drop:" + ",".join(map(str, sorted(self.dropped))))
+        if self.borrowed:
+            parts.append("cla:" + ",".join(f"{source}:{layer}" for layer, source in sorted(self.borrowed.items())))
+        return "+".join(parts + ["kv-int8"] * self.int8) or "none"
+
 
 def slot_bytes(config: ModelConfig, plan: SharingPlan, rival: Rival | None = None, itemsize: int = 2) -> int:
     """Bytes of keys and values that one token takes in the cache, over all layers.
@@ -109,6 +118,7 @@ class WithoutAttention(Layer):
     def __init__(self, layer: nn.Module) -> None:
         nn.Module.__init__(self)
         assert isinstance(layer, Layer)  # for the type checker
+        self.backend = layer.backend
         self.ffn_norm, self.feed_forward = layer.ffn_norm, layer.feed_forward
 
     def lead(
