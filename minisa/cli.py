@@ -13,7 +13,6 @@ from minisa.sharing import SharingPlan
 from minisa.study.eval_command import evaluate
 from minisa.study.isotropy_command import isotropy
 from minisa.study.rivals_command import rivals
-from minisa.study.rivals_command import rivals
 from minisa.study.search_command import search
 
 
@@ -64,6 +63,5 @@ def plan(spans: str, model: str, save: str | None) -> None:
 
 main.add_command(evaluate)
 main.add_command(isotropy)
-main.add_command(rivals)
 main.add_command(rivals)
 main.add_command(search)
