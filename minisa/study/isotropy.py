@@ -70,8 +70,8 @@ def similarity(
             block = range(start, min(start + BLOCK, length))
             weights = _weights(queries, torch.tensor(block, device=device)).flatten(0, 1)  # [L·H, rows, T]
             rest, sink = weights[:, :, 1:].flatten(1), weights[:, :, 0]
-            sums[0].add_((rest @ rest.T).double().cpu())
-            sums[1].add_((sink @ sink.T).double().cpu())
+            sums[0].add_((rest @ rest.T).cpu().double())
+            sums[1].add_((sink @ sink.T).cpu().double())
         for t in _spread(length, JS_POSITIONS):
             weights = _weights(queries, torch.tensor([t], device=device))[:, :, 0, : t + 1]  # [L, H, t + 1]
             divergences[0] += _divergences(weights)
@@ -112,7 +112,7 @@ def _divergences(weights: Tensor) -> Tensor:
         followers = weights[leader:]  # [F, H, S]
         middle = (weights[leader][:, None, None] + followers) / 2  # [H, F, H, S]
         between = _entropy(middle) - (entropies[leader][:, None, None] + entropies[leader:]) / 2
-        found[leader, :, leader:] = between.clamp(min=0).double().cpu()
+        found[leader, :, leader:] = between.clamp(min=0).cpu().double()
     return found
 
 

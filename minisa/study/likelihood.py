@@ -154,7 +154,7 @@ def _log_probabilities(model: Transformer, hidden: Tensor, targets: Tensor) -> t
     for part, wanted in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
         logits = model.head(part).float()
         chosen = logits.gather(1, wanted[:, None])[:, 0]
-        found.append((chosen - logits.logsumexp(1)).double().cpu())
+        found.append((chosen - logits.logsumexp(1)).cpu().double())
         likeliest.append((logits.argmax(1) == wanted).cpu())
     return torch.cat(found), torch.cat(likeliest)
 
