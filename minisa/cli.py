@@ -11,7 +11,9 @@ from minisa.engine import choose_plan
 from minisa.registry import DEFAULT_MODEL, find, local_path, registry, resolve
 from minisa.sharing import SharingPlan
 from minisa.study.eval_command import evaluate
+from minisa.study.heal_command import heal
 from minisa.study.isotropy_command import isotropy
+from minisa.study.refit_command import refit
 from minisa.study.rivals_command import rivals
 from minisa.study.search_command import search
 
@@ -65,3 +67,5 @@ main.add_command(evaluate)
 main.add_command(isotropy)
 main.add_command(rivals)
 main.add_command(search)
+main.add_command(refit)
+main.add_command(heal)

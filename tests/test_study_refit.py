@@ -7,8 +7,8 @@ import torch
 
 from minisa.sharing import SharingPlan
 from minisa.study.loss import final_hidden
-from minisa.study.refit import LAMBDAS, refit, replace
-from minisa.study.walk import Walk, share
+from minisa.study.refit import LAMBDAS, refit
+from minisa.study.walk import Walk, replace, share
 from tests.test_model import CONFIG, N_LAYERS, PLANS, build, tokens_of
 
 PLAN = SharingPlan.following(N_LAYERS, {3: 2, 5: 4}, {5: [1, 0, 3, 2]})

@@ -88,7 +88,7 @@ def test_a_sample_is_drawn_by_its_seed_and_nothing_twice(tmp_path: Path) -> None
     (tmp_path / "a").write_bytes(bytes(range(32, 96)))
     (tmp_path / "b").write_bytes(bytes(range(96, 120)))
     paths = [tmp_path / "a", tmp_path / "b"]
-    one, other = sample(TinyLLM(), paths, 8, (4, 7), seed=1)
+    one, other = sample(TinyLLM(), paths, 8, (4,), seed=1)
     assert one.shape == (4, 8) and other.shape == (7, 8)
     assert sorted(torch.cat((one, other)).flatten().tolist()) == list(range(32, 120))
     assert torch.equal(one, sample(TinyLLM(), paths, 8, (4, 7), seed=1)[0])

@@ -7,12 +7,14 @@ window far less than the loss itself: a few thousand tokens tell plans apart.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
-from minisa.study.walk import Walk, share
+from minisa.study.walk import Walk, layer_of, replace, share
 
 ROWS = 256  # positions whose predictions are held at once
 
@@ -50,10 +52,14 @@ class Judge:
         self.plan = plan
 
     @torch.inference_mode()
-    def divergence(self, plan: SharingPlan) -> float:
-        """Mean KL(plain ‖ shared) in nats a token."""
+    def divergence(self, plan: SharingPlan, weights: Mapping[str, Tensor] | None = None) -> float:
+        """Mean KL(plain ‖ shared) in nats a token. weights: in the place of the model's, by parameter name."""
         start = first_difference(self.plan, plan)
-        walk = Walk(share(self.plain, plan))
+        model = share(self.plain, plan)
+        if weights:
+            replace(model, weights)
+            start = min(start, *(layer_of(name) for name in weights))
+        walk = Walk(model)
         total, count = 0.0, 0
         for states, target, entropy in zip(self._states, self._targets, self._entropy, strict=True):
             last = walk.onward(states, start)[-1] if start < plan.n_layers else states[-1]

@@ -8,12 +8,32 @@ from typing import Any
 
 from torch import Tensor
 
-from minisa.checkpoint import write_delta
+from minisa.checkpoint import open_checkpoint, with_delta, write_delta
+from minisa.checkpoint.safetensors import read_safetensors
 from minisa.config import ModelConfig
 from minisa.costs import kv_bytes, parameter_count
+from minisa.engine import choose_plan
 from minisa.errors import MinisaError
+from minisa.registry import resolve
 from minisa.sharing import SharingPlan
 from minisa.study.text import sha256_of
+
+
+def read_plan(model: str, sa: str) -> tuple[SharingPlan, dict[str, Tensor]]:
+    """What --sa names for --model, and the weights it brings, in fp32 by parameter name.
+
+    Raises MinisaError where it does not fit, or where nothing follows.
+    """
+    path, entry = resolve(model)
+    checkpoint = open_checkpoint(path)
+    plan = choose_plan(sa, checkpoint.config, entry)
+    if not plan.followers:
+        raise MinisaError(f"--sa {sa}: no layer follows, so there is nothing to make up for: name a plan")
+    if plan.delta is None:
+        return plan, {}
+    stored = with_delta(checkpoint, plan.delta).tensors
+    names = read_safetensors(plan.delta.path)
+    return plan, {name: stored[name].read_rows(0, stored[name].shape[0]).float() for name in names}
 
 
 def save_plan(plan: SharingPlan, path: Path, made: Mapping[str, Any], weights: Mapping[str, Tensor] | None) -> None:

@@ -23,8 +23,9 @@ from torch import Tensor
 from minisa.attention import Queries
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
-from minisa.study.walk import Walk, share
+from minisa.study.walk import Walk, replace, share
 
+WHICH = ("followers", "wo", "all")
 LAMBDAS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # times the mean square of F's columns, a token
 
 
@@ -46,17 +47,18 @@ def refit(
     held_out: Tensor,
     *,
     which: str = "followers",
-    start_from: Mapping[str, Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Tensor], list[Correction]]:
     """Replacements for the plan's weights, by parameter name, and what each did.
 
     plain: without followers. windows, held_out [N, T] of the same length. which: "followers" (their wo), "wo" (that
-    of every layer from the first follower on) or "all" (w2 as well). start_from: weights replaced before.
+    of every layer from the first follower on) or "all" (w2 as well). weights: what
+    the plan brings already, in the place of the model's.
     progress: called with (layers done, in all).
     """
-    shared = replace(share(plain, plan), start_from or {})
+    shared = replace(share(plain, plan), weights or {})
     theirs, ours = Walk(plain), Walk(shared)
     parts = [*windows.split(batch), *held_out.split(batch)]
     n_train = -(-len(windows) // batch)
@@ -92,13 +94,7 @@ def refit(
             pairs = streams
         if progress:
             progress(i + 1, plan.n_layers)
-    return dict(start_from or {}) | replaced, corrections
-
-
-def replace(model: Transformer, weights: Mapping[str, Tensor]) -> Transformer:
-    """model, with these parameters in the place of its own; whoever shares the old ones keeps them."""
-    model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, strict=False, assign=True)
-    return model.requires_grad_(False)
+    return dict(weights or {}) | replaced, corrections
 
 
 def _solve(

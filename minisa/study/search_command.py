@@ -72,10 +72,10 @@ def search(
     llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
     n_calibration, n_held_out = (max(tokens // length, 1) for tokens in (calibration_tokens, held_out_tokens))
     if validation is None:
-        held_out, calibration = sample(llm, texts, length, (n_held_out, n_calibration), seed)
+        held_out, calibration, _ = sample(llm, texts, length, (n_held_out, n_calibration), seed)
     else:
-        [calibration] = sample(llm, texts, length, (n_calibration,), seed)
-        [held_out] = sample(llm, [validation], length, (n_held_out,), seed)
+        calibration, _ = sample(llm, texts, length, (n_calibration,), seed)
+        held_out, _ = sample(llm, [validation], length, (n_held_out,), seed)
 
     def report(line: str) -> None:
         minutes = (time.monotonic() - began) / 60

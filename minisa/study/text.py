@@ -32,7 +32,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def sample(llm: LLM, paths: Sequence[str | Path], length: int, counts: Sequence[int], seed: int) -> list[Tensor]:
-    """Windows [count, length] for each of counts, drawn by the seed from all the texts together, none drawn twice.
+    """Windows [count, length] for each of counts, drawn by the seed from all the texts together, and all the rest.
 
     Raises MinisaError where the texts have not so many.
     """
@@ -43,7 +43,7 @@ def sample(llm: LLM, paths: Sequence[str | Path], length: int, counts: Sequence[
             "give more text or ask for fewer tokens"
         )
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-    return [pool[drawn] for drawn in order[: sum(counts)].split(list(counts))]
+    return [pool[drawn] for drawn in order.split([*counts, len(pool) - sum(counts)])]
 
 
 def windows(llm: LLM, path: str | Path, length: int, limit: int | None = None, skip: int = 0) -> Tensor:

@@ -5,7 +5,7 @@ The same arithmetic as Transformer.hidden for windows that begin at position 0, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,17 @@ def share(model: Transformer, plan: SharingPlan) -> Transformer:
     weights = model.state_dict()
     shared.load_state_dict({name: weights[name] for name in shared.state_dict()}, assign=True)
     return shared.to(model.norm.weight.device).requires_grad_(False)  # the buffers move, the weights are there
+
+
+def replace(model: Transformer, weights: Mapping[str, Tensor]) -> Transformer:
+    """model, with these parameters in the place of its own; whoever shares the old ones keeps them."""
+    model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, strict=False, assign=True)
+    return model.requires_grad_(False)
+
+
+def layer_of(name: str) -> int:
+    """The layer a parameter belongs to: 21 for layers.21.attention.wo.weight."""
+    return int(name.split(".")[1])
 
 
 class Walk:
