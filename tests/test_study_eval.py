@@ -312,6 +312,7 @@ class TestLikelihoods:
     def test_a_text_too_long_loses_its_beginning(self, llm: LLM) -> None:
         whole, cut = (encode(llm.tokenizer, some_text(50, 1), " red roof", length) for length in (2048, 40))
         assert cut.ids == whole.ids[-40:] and cut.answer_tokens == whole.answer_tokens
+        assert cut.cut and not whole.cut
 
     def test_item_by_item_against_transformers(self, llm: LLM, tmp_path: Path) -> None:
         """Every task's choices, written out over another implementation: texts, token ids and log-likelihoods."""
@@ -523,8 +524,10 @@ class TestTheCommand:
         assert value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
 
     def test_accuracies_and_paired_differences(self, run_eval: Run, piqa: Path, tmp_path: Path) -> None:
-        ran = run_eval("--task", "piqa", "--data", piqa, "--sa", "1:2-3", "--json", tmp_path / "r.json")
+        output = ("--json", tmp_path / "r.json", "--plot", tmp_path / "r.png")
+        ran = run_eval("--task", "piqa", "--data", piqa, "--sa", "1:2-3", *output)
         assert ran.status == 0, ran.err
+        assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
         lines = [json.loads(line) for line in (tmp_path / "r.items.jsonl").read_text().splitlines()]
         items = {(line["variant"], line["item"]): line for line in lines if "item" in line}
         assert len(items) == 24
@@ -605,6 +608,15 @@ class TestTheCommand:
             line = json.loads(file.with_suffix(".items.jsonl").read_text().splitlines()[-1])
             totals.append(line["log_likelihoods"][0])
         assert totals[0] != pytest.approx(totals[1], abs=1e-3)
+
+    @pytest.mark.parametrize("task", ["piqa", "gsm8k"])
+    def test_items_that_are_cut_are_counted(self, task: str, run_eval: Run, tmp_path: Path) -> None:
+        long = {"goal" if task == "piqa" else "question": some_text(700, 1)}
+        data = write_rows(tmp_path / "rows", ROWS[task], ROWS[task] | long)
+        ran = run_eval("--task", task, "--data", data, "--shots", 0, "--json", tmp_path / "r.json")
+        assert ran.status == 0, ran.err
+        assert "1 items are cut at the beginning to fit the model's 2048 tokens" in ran.err
+        assert json.loads((tmp_path / "r.json").read_text())["cut"] == 1
 
     @pytest.mark.parametrize("sa", [[], ["--sa", "1:2-3"], ["--rival", "cla:1:2"], ["--rival", "drop:0+kv-int8"]])
     def test_generated_answers_are_greedy_text(

@@ -113,6 +113,9 @@ def evaluate(
         settings["shots_data_sha256"] = sha256_of(shots_data) if shots and shots_data else None
         questions = read_questions(TASKS[task], data, shots, shots_data, limit)
         evaluation = questions_for(plain, TASKS[task], questions, batch_tokens)
+    if evaluation.cut:
+        context = plain.config.max_seq_len
+        click.echo(f"{evaluation.cut} items are cut at the beginning to fit the model's {context} tokens", err=True)
     del plain
     results = Results(None if json_file is None else Path(json_file).with_suffix(".items.jsonl"), settings)
     try:
@@ -124,7 +127,7 @@ def evaluate(
     finally:
         results.close()
     config = checkpoint.config
-    summary = summarize(settings, evaluation.metrics, config, variants, records)
+    summary = summarize(settings, evaluation.metrics, config, variants, records) | {"cut": evaluation.cut}
     click.echo(f"{settings['model']} · {task} · {summary['items']} items · {settings['dtype']}")
     click.echo(table(summary))
     if json_file is not None:

@@ -30,12 +30,15 @@ class Evaluation(Protocol):
     """Items, numbered from 0, and how a model is scored on them.
 
     metrics: names of the scores in every record, the one that matters most first.
+    cut: items too long for the model, whose beginnings are left out.
     cost: about how many tokens an item takes. batches: the items that go through a model together.
     run: one record for each item of a batch.
     """
 
     @property
     def metrics(self) -> tuple[str, ...]: ...
+    @property
+    def cut(self) -> int: ...
     def __len__(self) -> int: ...
     def cost(self, item: int) -> int: ...
     def batches(self, items: Sequence[int]) -> list[list[int]]: ...
@@ -49,6 +52,7 @@ class Perplexity:
     windows: Tensor
     max_tokens: int
     metrics: tuple[str, ...] = ("perplexity",)
+    cut: int = 0
 
     @classmethod
     def of(cls, llm: LLM, path: str | Path, length: int, limit: int | None, max_tokens: int) -> Perplexity:
@@ -95,6 +99,10 @@ class Choices:
     def metrics(self) -> tuple[str, ...]:
         return self.task.metrics
 
+    @property
+    def cut(self) -> int:
+        return sum(any(choice.cut for choice in item.choices) for item in self.items)
+
     def __len__(self) -> int:
         return len(self.items)
 
@@ -123,14 +131,16 @@ class Generation:
     questions: tuple[Question, ...]
     prompts: tuple[list[int], ...]
     max_tokens: int
+    cut: int
 
     @classmethod
     def of(cls, llm: LLM, task: Task, questions: Sequence[Question], max_tokens: int) -> Generation:
         tokenizer = llm.tokenizer
         bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
         room = max(llm.config.max_seq_len - ANSWER_TOKENS, 1)
-        prompts = tuple((bos + tokenizer.encode(question.prompts[0]))[-room:] for question in questions)
-        return cls(task, tuple(questions), prompts, max_tokens)
+        prompts = [bos + tokenizer.encode(question.prompts[0]) for question in questions]
+        cut = sum(len(prompt) > room for prompt in prompts)
+        return cls(task, tuple(questions), tuple(prompt[-room:] for prompt in prompts), max_tokens, cut)
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -25,10 +25,14 @@ from minisa.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Token ids of a prompt and its answer; the last `answer_tokens` of them are the answer's."""
+    """Token ids of a prompt and its answer; the last `answer_tokens` of them are the answer's.
+
+    cut: whether the text was too long for the model and has lost its beginning.
+    """
 
     ids: tuple[int, ...]
     answer_tokens: int
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,8 @@ def encode(tokenizer: Tokenizer, prompt: str, answer: str, max_length: int) -> S
     ids = bos + tokenizer.encode(prompt + answer)
     # Should a merge across the border leave the answer without a token, its last one is scored all the same.
     answer_tokens = max(len(ids) - len(start), 1)
-    return Scored(tuple(ids[-max_length:]), min(answer_tokens, max_length - 1, len(ids) - 1))
+    answer_tokens = min(answer_tokens, max_length - 1, len(ids) - 1)
+    return Scored(tuple(ids[-max_length:]), answer_tokens, cut=len(ids) > max_length)
 
 
 def batches(items: Sequence[Item], max_tokens: int) -> Iterator[list[int]]:
