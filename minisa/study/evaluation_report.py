@@ -72,27 +72,22 @@ def _finite(value: float) -> float | None:
 
 def table(summary: Record) -> str:
     """One line a variant: bytes saved, each metric, and its paired difference from (or ratio to) the first variant."""
-    rows = summary["variants"]
-    header = ["", "KV saved"]
-    for metric in rows[0]["metrics"]:
-        header += [metric, "× plain" if metric in EXPONENTIAL else "− plain"]
-    lines = [header]
+    plain, *_ = rows = summary["variants"]
+    lines = [["", "KV saved"]]
+    for metric in plain["metrics"]:
+        lines[0] += [metric, "× plain" if metric in EXPONENTIAL else "− plain"]
     for row in rows:
         line = [row["variant"], f"{row['kv_saved']:.1%}"]
         for metric, found in row["metrics"].items():
             if metric in EXPONENTIAL:
-                line += [_with_error(found, "value", ".2f"), _with_error(found, "ratio", ".3f")]
+                value, compared = _with_error(found, "value", ".2f"), _with_error(found, "ratio", ".3f")
             else:
-                line += [_with_error(found, "value", ".3f"), _with_error(found, "difference", "+.3f")]
-        lines.append(
-            line if row is not rows[0] else line[:2] + [v if i % 2 == 0 else "" for i, v in enumerate(line[2:])]
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+                value, compared = _with_error(found, "value", ".3f"), _with_error(found, "difference", "+.3f")
+            line += [value, "" if row is plain else compared]
+        lines.append(line)
+    first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
+        f"{line[0]:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], others, strict=True))
         for line in lines
     )
 
