@@ -30,6 +30,8 @@ def test_one_follower_is_refitted_by_the_formula() -> None:
     theirs = walk.mixed(2, states[2], walk.queries(1, states[1])).flatten(0, 1).double()
     weight = plain.layers[2].attention.wo.weight.double()
     rest = (own - theirs) @ weight.T
+    share_of = 1 / (states[2].flatten(0, 1) + own.float() @ plain.layers[2].attention.wo.weight.T).norm(dim=-1)
+    theirs, rest = theirs * share_of[:, None], rest * share_of[:, None]
     gram = theirs.T @ theirs
     ridge = correction.ridge * gram.diagonal().mean() * torch.eye(len(gram))
     expected = weight + torch.linalg.solve(gram + ridge, theirs.T @ rest).T

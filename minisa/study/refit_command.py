@@ -77,7 +77,7 @@ def refit(
 
 
 def table(corrections: list[Correction]) -> str:
-    """What each matrix left of the difference to the plain stream, on held-out text."""
+    """How far the stream is from the plain one after each half, as a share of its square length, on held-out text."""
     rows = [f"{'matrix':<34}{'λ':>8}{'error before':>14}{'after':>9}"]
     for correction in corrections:
         ridge = f"{correction.ridge:g}" if correction.ridge < float("inf") else "left"
