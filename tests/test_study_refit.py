@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 
 from minisa.sharing import SharingPlan
+from minisa.study.calibrate import attention_weights
+from minisa.study.fitted_map import fitted_map
 from minisa.study.loss import final_hidden
 from minisa.study.refit import LAMBDAS, refit
 from minisa.study.walk import Walk, replace, share
@@ -19,7 +23,9 @@ def test_one_follower_is_refitted_by_the_formula() -> None:
     plain = build(CONFIG, PLANS["none"])
     text, held_out = tokens_of(CONFIG, 40, 32), tokens_of(CONFIG, 10, 32).flip(0)
     plan = SharingPlan.following(N_LAYERS, {2: 1})
-    found, [correction] = refit(plain, plan, text, held_out, batch=7)
+    refitted = refit(plain, plan, text, held_out, batch=7)
+    found, [correction] = refitted.weights, refitted.corrections
+    assert refitted.plan == plan
     assert correction.name == "layers.2.attention.wo.weight" == next(iter(found))
     assert correction.after < correction.before
     assert correction.ridge in LAMBDAS
@@ -50,7 +56,8 @@ def test_it_brings_the_stream_nearer_on_text_it_has_not_seen(which: str, names: 
     plain = build(CONFIG, PLANS["none"])
     generator = torch.Generator().manual_seed(1)
     text, held_out, unseen = (torch.randint(256, (n, 48), generator=generator) for n in (60, 20, 20))
-    found, corrections = refit(plain, PLAN, text, held_out, which=which)
+    refitted = refit(plain, PLAN, text, held_out, which=which)
+    found, corrections = refitted.weights, refitted.corrections
     assert [correction.name for correction in corrections] == [f"layers.{name}.weight" for name in names]
     wanted = final_hidden(plain, unseen)
     shared = share(plain, PLAN)
@@ -65,5 +72,44 @@ def test_what_only_fits_the_noise_is_left_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, 3, (1, 4), generator=generator)
     held_out = torch.randint(100, 256, (12, 4), generator=generator)
-    found, [correction] = refit(plain, SharingPlan.following(N_LAYERS, {2: 1}), text, held_out)
-    assert found == {} and correction.after == correction.before and correction.ridge == float("inf")
+    refitted = refit(plain, SharingPlan.following(N_LAYERS, {2: 1}), text, held_out)
+    [correction] = refitted.corrections
+    assert refitted.weights == {} and correction.after == correction.before and correction.ridge == float("inf")
+
+
+def test_a_fitted_map_leaves_the_least_of_all_maps() -> None:
+    """By trying them all, in so many words: least squares over the blocks a map picks."""
+    plain = build(CONFIG, PLANS["none"])
+    text = tokens_of(CONFIG, 30, 32)
+    walk = Walk(plain)
+    states = [walk.embed(text)]
+    states += walk.onward(states, 0, keep=True)
+    queries, x = walk.queries(1, states[1]), states[3]
+    wanted = walk.add_attention(3, x, walk.mixed(3, x, walk.queries(3, x)))
+    rows = 1 / wanted.norm(dim=-1, keepdim=True).flatten(0, 1)
+    goal = ((wanted - x).flatten(0, 1) * rows).double()
+
+    def left(heads: tuple[int, ...]) -> float:
+        kv = walk.values(3, x)
+        blocks = [(attention_weights(queries)[:, j] @ kv[:, h // 2]).flatten(0, 1) for h, j in enumerate(heads)]
+        features = (torch.cat(blocks, -1) * rows).double()
+        solution = torch.linalg.lstsq(features, goal, driver="gelsd").solution
+        return (goal - features @ solution).square().sum().item() / goal.square().sum().item()
+
+    found, before, after = fitted_map(walk, 3, [(x, wanted, queries)], (0, 1, 2, 3))
+    assert before == pytest.approx(left((0, 1, 2, 3)), abs=0.02)
+    assert after == pytest.approx(left(found), abs=0.02)
+    assert after <= before
+    distinct = [(a, b, c, d) for a, b in combinations(range(4), 2) for c, d in combinations(range(4), 2)]
+    assert left(found) <= min(map(left, distinct)) + 0.02
+
+
+def test_maps_chosen_for_matrices_to_come() -> None:
+    """The matrix of the first follower leaves less of the difference with the map that was chosen for it."""
+    plain = build(CONFIG, PLANS["none"])
+    generator = torch.Generator().manual_seed(1)
+    text, held_out = (torch.randint(256, (n, 48), generator=generator) for n in (60, 20))
+    plan = SharingPlan.following(N_LAYERS, {5: 2}, {5: [0, 0, 0, 0]})
+    as_it_was, chosen = (refit(plain, plan, text, held_out, heads=heads) for heads in (False, True))
+    assert as_it_was.plan == plan != chosen.plan
+    assert chosen.corrections[0].after < as_it_was.corrections[0].after

@@ -37,6 +37,13 @@ def replace(model: Transformer, weights: Mapping[str, Tensor]) -> Transformer:
     return model.requires_grad_(False)
 
 
+def set_head_map(model: Transformer, i: int, heads: tuple[int, ...]) -> None:
+    """Give follower i another head map; the model's plan keeps its own."""
+    layer = model.layers[i]
+    assert isinstance(layer, Layer)  # for the type checker
+    layer.attention.head_map = torch.tensor(heads, device=model.norm.weight.device)
+
+
 def layer_of(name: str) -> int:
     """The layer a parameter belongs to: 21 for layers.21.attention.wo.weight."""
     return int(name.split(".")[1])
