@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
-from minisa.study.calibrate import best_map, head_errors, pair_errors
+from minisa.study.calibrate import best_map, pair_errors
 from minisa.study.judge import Judge, first_difference
 from minisa.study.loss import final_hidden
 from minisa.study.walk import Walk, share
@@ -77,9 +77,6 @@ def test_errors_of_pairs_are_those_of_the_formula() -> None:
             assert errors[leader, f, j, h].item() == pytest.approx(error / scale, rel=1e-3)
     assert errors[2, 2].isinf().all() and errors[3, 2].isinf().all()
     assert pair_errors(model, tokens, reach=2)[0, 3].isinf().all()
-    queries = [walk.queries(i, states[i]) for i in (1, 4)]
-    absolute = head_errors(walk, 4, states[4], *queries)
-    assert torch.allclose(absolute / absolute.sum(), errors[1, 4] / errors[1, 4].sum(), rtol=1e-4)
 
 
 def test_a_permuted_copy_of_a_layer_is_recognized() -> None:

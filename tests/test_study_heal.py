@@ -189,6 +189,7 @@ def test_flags_of_refit(folder: Path, tmp_path: Path) -> None:
     assert run("held", held_out_tokens=160)[0]["held_out_tokens"] == 160
     assert run("long", length=32)[0]["length"] == 32
     assert [t["file"] for t in run("both", "--text", folder.parent / "b.txt")[0]["texts"]] == ["a.txt", "b.txt"]
+    assert run("none", "--heads", matrices="none")[1] == ["matrix", "divergence", f"{tmp_path / 'none.json'}:"]
     assert len(run("all", matrices="all")[1]) == len(rows) + 3  # wo and w2 of layers 3 and 4
     run("heads", "--heads")
     assert SharingPlan.load(tmp_path / "heads.json") != SharingPlan.load(tmp_path / "base.json")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from collections.abc import Sequence
+from itertools import combinations, product
 
 import pytest
 import torch
 
 from minisa.sharing import SharingPlan
 from minisa.study.calibrate import attention_weights
-from minisa.study.fitted_map import fitted_map
+from minisa.study.head_maps import Outputs, descend
 from minisa.study.loss import final_hidden
 from minisa.study.refit import LAMBDAS, refit
 from minisa.study.walk import Walk, replace, share
@@ -77,8 +78,8 @@ def test_what_only_fits_the_noise_is_left_alone() -> None:
     assert refitted.weights == {} and correction.after == correction.before and correction.ridge == float("inf")
 
 
-def test_a_fitted_map_leaves_the_least_of_all_maps() -> None:
-    """By trying them all, in so many words: least squares over the blocks a map picks."""
+def test_head_maps_leave_the_least_of_all_maps() -> None:
+    """By trying them all, in so many words: the blocks a map picks, under wo as it is and under least squares."""
     plain = build(CONFIG, PLANS["none"])
     text = tokens_of(CONFIG, 30, 32)
     walk = Walk(plain)
@@ -88,20 +89,39 @@ def test_a_fitted_map_leaves_the_least_of_all_maps() -> None:
     wanted = walk.add_attention(3, x, walk.mixed(3, x, walk.queries(3, x)))
     rows = 1 / wanted.norm(dim=-1, keepdim=True).flatten(0, 1)
     goal = ((wanted - x).flatten(0, 1) * rows).double()
+    weights, kv = attention_weights(queries), walk.values(3, x)
+    blocks = {
+        (j, h): ((weights[:, j] @ kv[:, h // 2]).flatten(0, 1) * rows).double() for j in range(4) for h in range(4)
+    }
+    wo = plain.layers[3].attention.wo.weight.double()
 
-    def left(heads: tuple[int, ...]) -> float:
-        kv = walk.values(3, x)
-        blocks = [(attention_weights(queries)[:, j] @ kv[:, h // 2]).flatten(0, 1) for h, j in enumerate(heads)]
-        features = (torch.cat(blocks, -1) * rows).double()
-        solution = torch.linalg.lstsq(features, goal, driver="gelsd").solution
+    def left(heads: Sequence[int], solution: torch.Tensor | None) -> float:
+        features = torch.cat([blocks[j, h] for h, j in enumerate(heads)], -1)
+        if solution is None:
+            solution = torch.linalg.lstsq(features, goal, driver="gelsd").solution
         return (goal - features @ solution).square().sum().item() / goal.square().sum().item()
 
-    found, before, after = fitted_map(walk, 3, [(x, wanted, queries)], (0, 1, 2, 3))
-    assert before == pytest.approx(left((0, 1, 2, 3)), abs=0.02)
-    assert after == pytest.approx(left(found), abs=0.02)
-    assert after <= before
-    distinct = [(a, b, c, d) for a, b in combinations(range(4), 2) for c, d in combinations(range(4), 2)]
-    assert left(found) <= min(map(left, distinct)) + 0.02
+    outputs = Outputs(walk, 3, [(x, wanted, queries)])
+    for heads in ((0, 1, 2, 3), (2, 2, 0, 3)):
+        assert outputs.left_as_it_is()(list(heads)) == pytest.approx(left(heads, wo.T), rel=1e-3)
+        assert outputs.left_fitted()(list(heads)) == pytest.approx(left(heads, None), abs=0.02)
+    found, lowest = descend(outputs.left_as_it_is(), (0, 1, 2, 3))
+    assert lowest == pytest.approx(left(found, wo.T), rel=1e-3)
+    assert lowest <= min(left(heads, wo.T) for heads in product(range(4), repeat=4)) + 0.02
+    found, lowest = descend(outputs.left_fitted(), (0, 0, 0, 0))
+    pairs = list(combinations(range(4), 2))
+    assert left(found, None) <= min(left((*one, *other), None) for one, other in product(pairs, pairs)) + 0.02
+
+
+def test_maps_alone_are_chosen_from_what_the_followers_see() -> None:
+    """No matrix is replaced, and the stream comes nearer than by the maps it had."""
+    plain = build(CONFIG, PLANS["none"])
+    text, unseen = tokens_of(CONFIG, 30, 32), tokens_of(CONFIG, 20, 31)
+    refitted = refit(plain, PLAN, text, text[:1], which="none", heads=True)
+    assert (refitted.weights, refitted.corrections) == ({}, [])
+    wanted = final_hidden(plain, unseen)
+    before, after = ((final_hidden(share(plain, plan), unseen) - wanted).norm() for plan in (PLAN, refitted.plan))
+    assert after < before
 
 
 def test_maps_chosen_for_matrices_to_come() -> None:

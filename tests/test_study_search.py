@@ -20,7 +20,7 @@ from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from minisa.study.findings import Findings, read_findings
 from minisa.study.judge import Judge
-from minisa.study.search import Search, remap
+from minisa.study.search import Search
 from minisa.study.text import sha256_of
 from tests.test_model import CONFIG, N_LAYERS, PLANS, build, tokens_of
 from tests.tiny import random_weights, tiny_config, write_hf
@@ -102,13 +102,6 @@ def test_broken_off_it_goes_on_and_finds_the_same() -> None:
 def test_so_many_cannot_follow() -> None:
     with pytest.raises(MinisaError, match="--followers is 6: expected 1 to 5, layer 0 must lead"):
         search(build(CONFIG, PLANS["none"]), Findings()).run(N_LAYERS)
-
-
-def test_maps_are_made_again_from_what_the_followers_see() -> None:
-    """Where no follower comes before, that is the plain model's stream; the twins' maps are found either way."""
-    model = twins()
-    plan = SharingPlan.following(N_LAYERS, {3: 2, 5: 4})
-    assert remap(model, plan, TOKENS[:6]) == {3: (2, 3, 0, 1), 5: (2, 3, 0, 1)}
 
 
 # The command line

@@ -57,20 +57,6 @@ def pair_errors(
     return torch.where(possible[:, :, None, None], errors / scale[None, :, None, None], torch.inf)
 
 
-@torch.inference_mode()
-def head_errors(walk: Walk, f: int, x: Tensor, leader: Queries, own: Queries) -> Tensor:
-    """error[j, h] of one follower whose input is x [N, T, dim], given both layers' queries: fp64 [H, H], unscaled."""
-    values = walk.values(f, x)
-    roots = output_roots(walk.model, f)
-    total = torch.zeros(walk.model.config.n_heads, walk.model.config.n_heads, dtype=torch.float64)
-    for row in range(len(x)):
-        theirs, mine = (
-            attention_weights(Queries(q.q[row : row + 1], q.k[row : row + 1], q.mask))[0] for q in (leader, own)
-        )
-        total += _errors(theirs, values[row], roots, _own(mine, values[row]) @ roots)
-    return total
-
-
 def best_map(errors: Tensor) -> tuple[int, ...]:
     """For errors [H, H] of (leader head, follower head): each follower head's best leader head."""
     return tuple(errors.argmin(dim=0).tolist())

@@ -24,10 +24,10 @@ from torch import Tensor
 from minisa.attention import Queries
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
-from minisa.study.fitted_map import fitted_map
+from minisa.study.head_maps import Outputs, descend
 from minisa.study.walk import Walk, layer_of, replace, set_head_map, share
 
-WHICH = ("followers", "wo", "all")
+WHICH = ("followers", "wo", "all", "none")
 LAMBDAS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)  # times the mean diagonal of FᵀF
 
 
@@ -66,9 +66,9 @@ def refit(
     """Replacements for the plan's weights, and what each did.
 
     plain: without followers. windows, held_out [N, T] of the same length. which: "followers" (their wo), "wo" (that
-    of every layer from the first follower on) or "all" (w2 as well). heads: whether to choose followers' head maps
-    anew, for the matrices to come (fitted_map.py). weights: what the plan brings already, in the
-    place of the model's. progress: called with (layers done, in all).
+    of every layer from the first follower on), "all" (w2 as well) or "none". heads: whether to choose followers'
+    head maps anew (head_maps.py), for the matrices to come or, with "none", for those there are. weights: what the
+    plan brings already, in the place of the model's. progress: called with (layers done, in all).
     """
     weights = dict(weights or {})
     shared = replace(share(plain, plan), weights)
@@ -97,13 +97,17 @@ def refit(
                 used = [ours.lead_or_follow(i, x, span) for (_, x), span in zip(pairs, spans, strict=True)]
                 if heads and i in plan.followers:
                     seen = ((x, wanted, queries) for (wanted, x), queries in zip(pairs[:n_train], used, strict=False))
-                    maps[i] = fitted_map(ours, i, seen, maps.get(i) or tuple(range(plain.config.n_heads)))[0]
+                    outputs = Outputs(ours, i, seen)
+                    left = outputs.left_as_it_is() if which == "none" else outputs.left_fitted()
+                    maps[i], _ = descend(left, maps.get(i) or tuple(range(plain.config.n_heads)))
                     set_head_map(shared, i, maps[i])
                 inputs = [ours.mixed(i, x, queries) for (_, x), queries in zip(pairs, used, strict=True)]
             else:
                 inputs = [ours.gated(i, x) for _, x in pairs]
             name = f"layers.{i}.{half}.weight"
-            if which == "all" or (half == "attention.wo" and (which == "wo" or i in plan.followers)):
+            if which == "all" or (
+                half == "attention.wo" and (which == "wo" or (which == "followers" and i in plan.followers))
+            ):
                 found, correction = _corrected(shared.get_parameter(name), pairs, inputs, n_train, name)
                 corrections.append(correction)
                 if found is not None:

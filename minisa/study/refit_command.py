@@ -27,9 +27,9 @@ FILE = click.Path(dir_okay=False)
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
 @click.option(
     "--matrices", type=click.Choice(WHICH), default=WHICH[0], show_default=True,
-    help="wo of the followers; wo of every layer from the first on; or w2 too.",
+    help="wo of the followers; wo of every layer from the first on; w2 too; or none, for head maps alone.",
 )  # fmt: skip
-@click.option("--heads", is_flag=True, help="Choose head maps anew, for the matrices to come.")
+@click.option("--heads", is_flag=True, help="Choose head maps anew, to go with the matrices.")
 @click.option("--seed", default=0, show_default=True, help="Draws the windows.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--out", type=FILE, default="refitted.json", show_default=True, help="The plan file to write.")

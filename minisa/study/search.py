@@ -6,7 +6,8 @@
 3. Greedy: of the candidates with the lowest forecasts, the plan takes the one that measures best; what was measured
    becomes the forecast of the ones not taken.
 4. While time remains: a follower's leader is changed, or a follower exchanged for another layer, where that measures
-   better. At the end head maps are made again with the errors before each layer seen.
+   better. At the end each follower's map is chosen again, its heads together, from what it sees
+   once those before it follow.
 
 Every measurement is kept in `Findings`, so that a search that is broken off goes on where it was, and is the same
 search: time decides how far it gets, nothing else.
@@ -17,17 +18,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-import torch
 from torch import Tensor
 
-from minisa.attention import Queries
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
-from minisa.study.calibrate import best_map, head_errors, pair_errors
-from minisa.study.findings import Findings, Heads, Point
+from minisa.study.calibrate import best_map, pair_errors
+from minisa.study.findings import Findings, Point
 from minisa.study.judge import Judge
-from minisa.study.walk import Walk, share
+from minisa.study.refit import refit
 
 WIDTH = 4  # candidates measured at every step of the greedy search
 
@@ -178,7 +177,9 @@ class Search:
         """With head maps made again in the plan itself, where that measures better."""
         spans = str(point.plan)
         if spans not in self.findings.maps:
-            self.findings.maps[spans] = remap(self.plain, point.plan, self.calibration)
+            again = refit(self.plain, point.plan, self.calibration, self.held_out, which="none", heads=True)
+            maps = again.plan.head_maps
+            self.findings.maps[spans] = {i: heads for i in point.plan.followers if (heads := maps[i]) is not None}
             self.saved()
         plan = SharingPlan.following(self.n_layers, _leaders(point.plan), self.findings.maps[spans])
         found = Point(plan, self._measure(plan))
@@ -203,29 +204,6 @@ class Search:
         if self._base != self._judge.plan:
             self._judge.rebase(self._base)  # what is measured next differs little from it
         return self._judge
-
-
-@torch.inference_mode()
-def remap(plain: Transformer, plan: SharingPlan, windows: Tensor, batch: int = 2) -> dict[int, Heads]:
-    """Head maps by follower, each made from what the layer sees once those before it follow by their new maps."""
-    maps: dict[int, Heads] = {}
-    needs_own = Walk(plain)
-    walk = Walk(share(plain, plan))
-    streams = [walk.embed(part) for part in windows.split(batch)]
-    spans: list[dict[int, Queries]] = [{} for _ in streams]
-    for i in range(plan.n_layers):
-        if i in plan.followers:
-            parts = zip(streams, spans, strict=True)
-            errors = sum(
-                (head_errors(needs_own, i, x, shared[plan.sources[i]], needs_own.queries(i, x)) for x, shared in parts),
-                start=torch.zeros(plain.config.n_heads, plain.config.n_heads, dtype=torch.float64),
-            )
-            maps[i] = best_map(errors)
-            made = {layer: maps.get(layer, plan.head_maps[layer]) for layer in plan.followers}
-            known = {layer: heads for layer, heads in made.items() if heads is not None}
-            walk = Walk(share(plain, SharingPlan.following(plan.n_layers, _leaders(plan), known)))
-        streams = [walk.layer(i, x, shared) for x, shared in zip(streams, spans, strict=True)]
-    return maps
 
 
 def _leaders(plan: SharingPlan) -> dict[int, int]:
