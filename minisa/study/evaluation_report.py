@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from minisa.benchmark.plot import check_matplotlib
@@ -102,32 +103,38 @@ def _with_error(found: Record, name: str, form: str) -> str:
 def plot(summary: Record, path: str) -> None:
     """Write a PNG: the first metric against the share of the KV cache saved, one colour for each kind of variant.
 
-    Bars are standard errors, of the ratio to plain for a perplexity. MinisaError where matplotlib is missing or the
-    file cannot be written.
+    Bars are standard errors, of the ratio to plain for a perplexity; a line joins the best of a kind at each share.
+    MinisaError where matplotlib is missing or the file cannot be written.
     """
     check_matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
-    rows = summary["variants"]
+    rows = [row for row in summary["variants"] if all(found["value"] is not None for found in row["metrics"].values())]
     metric = next(iter(rows[0]["metrics"]))
-    name = "ratio" if metric in EXPONENTIAL else "value"
+    name, best = ("ratio", min) if metric in EXPONENTIAL else ("value", max)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes: Any = figure.subplots()
     by_kind: dict[str, list[Record]] = {}
     for row in rows:
         by_kind.setdefault(row["kind"], []).append(row)
     for number, (kind, members) in enumerate(by_kind.items()):
-        members = sorted(members, key=lambda row: row["kv_saved"])
-        axes.errorbar(
-            [100 * row["kv_saved"] for row in members],
-            [row["metrics"][metric][name] for row in members],
-            [row["metrics"][metric][f"{name}_stderr"] or 0.0 for row in members],
-            marker="o",
-            linestyle="-" if len(members) > 1 else "none",
-            capsize=3,
-            label=kind,
-            color=COLOURS.get(kind, f"C{4 + number}"),
-        )
+        colour = COLOURS.get(kind, f"C{4 + number}")
+        saved = [100 * row["kv_saved"] for row in members]
+        values = [row["metrics"][metric][name] for row in members]
+        errors = [row["metrics"][metric][f"{name}_stderr"] or 0.0 for row in members]
+        axes.errorbar(saved, values, errors, marker="o", linestyle="none", capsize=3, label=kind, color=colour)
+        curve = {x: best(y for other, y in zip(saved, values, strict=True) if other == x) for x in sorted(saved)}
+        axes.plot(list(curve), list(curve.values()), color=colour, alpha=0.5)
+        for row, x, y in zip(members, saved, values, strict=True):
+            if kind == "sa":  # the others' layers say little; a plan's name says which it is
+                label = Path(row["variant"]).stem[:28]
+                axes.annotate(label, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=7)
+    if metric in EXPONENTIAL:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(MaxNLocator(10))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:.2f}")
     axes.axhline(rows[0]["metrics"][metric][name], color="black", linewidth=0.8, alpha=0.5)
     settings = summary["settings"]
     axes.set(

@@ -50,7 +50,7 @@ def plot(title: str, whole: Similarity, rest: Similarity, path: str) -> None:
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(MEASURES), 7.5), layout="constrained")
+    figure = Figure(figsize=(4 * len(MEASURES), 8), layout="constrained")
     grid: Any = figure.subplots(len(PARTS), len(MEASURES))
     for row, found, part in zip(grid, (whole, rest), PARTS.values(), strict=True):
         for axes, name in zip(row, MEASURES, strict=True):
@@ -64,7 +64,11 @@ def plot(title: str, whole: Similarity, rest: Similarity, path: str) -> None:
             )
             figure.colorbar(image, ax=axes, shrink=0.8)
             label = "Jensen–Shannon, bits" if divergence else f"cosine, {name.replace('_', ' ')}"
-            axes.set(title=f"{label}\n{part}", xlabel="follower", ylabel="leader")
+            axes.set_title(f"{label}\n{part}")
+    for axes in grid[-1]:
+        axes.set_xlabel("follower")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("leader")
     figure.suptitle(title)
     try:
         figure.savefig(path, format="png", dpi=120)
