@@ -672,6 +672,8 @@ class TestTheCommand:
             (("--task", "piqa", "--sa", "2", "--sa", "2"), "2 is there twice"),
             (("--task", "piqa", "--rival", "sa:2+drop:1"), "only kv-int8 goes with a plan"),
             (("--task", "piqa", "--json", "no/such/r.json"), "cannot keep results there"),
+            (("--task", "piqa", "--device", "tpu"), "tpu"),
+            (("--task", "piqa", "--model", "no-such-model"), "no-such-model"),
         ],
     )
     def test_bad_flags_are_one_line_and_status_2(self, flags: Any, message: str, run_eval: Run, piqa: Path) -> None:

@@ -183,6 +183,9 @@ def test_the_command(run_isotropy: Callable[..., tuple[int, str, str]], tiny_ggu
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     rounded = run_isotropy("--text", text, "--length", 40, "--limit", 3, "--quantize", "int4", "--dtype", "fp32")
     assert rounded[0] == 0 and rounded[1] != out
+    assert "· fp32" in out and "· bf16" in run_isotropy("--text", text, "--length", 40, "--dtype", "bf16")[1]
+    status, _, err = run_isotropy("--text", text, "--device", "tpu")
+    assert status == 2 and "tpu" in err
     status, _, err = run_isotropy("--text", text, "--length", 100_000)
     assert status == 2 and "windows of 100000 tokens: expected 2 to 128" in err
     status, _, err = run_isotropy("--text", tmp_path / "none.txt", "--length", 40)

@@ -246,7 +246,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyt
     text.write_text("the cat sat on a quiet red roof in town. " * 20)
 
     def run(*flags: object) -> tuple[int, str, str]:
-        arguments = ["minisa", "rivals", *flags, "--model", model, "--device", "cpu", "--dtype", "fp32"]
+        arguments = ["minisa", "rivals", "--model", model, "--device", "cpu", "--dtype", "fp32", *flags]
         monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
@@ -261,12 +261,19 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyt
         assert status == 0, err
         plain, *steps = cheapest(llm.model, ids, kind, 2)
         record = json.loads((tmp_path / "r.json").read_text())
-        assert record["windows"] == 3 and record["length"] == 40
+        assert (record["settings"]["windows"], record["settings"]["length"]) == (3, 40)
         assert [step["rival"] for step in record["steps"]] == [str(step.rival) for step in steps]
         assert [step["kv_saved"] for step in record["steps"]] == [0.25, 0.5]
         ratios = [math.exp(step.loss - plain.loss) for step in steps]
         assert [step["ratio"] for step in record["steps"]] == pytest.approx(ratios, rel=1e-5)
         for line, step, ratio in zip(out.splitlines(), steps, ratios, strict=True):
             assert line.startswith(f"{step.rival}  KV saved") and line.endswith(f"× {ratio:.3f}")
-    status, _, err = run("prune", 2, "--text", text)
-    assert status == 2 and "'prune' is not one of" in err
+    rounded = ("--dtype", "bf16", "--quantize", "int8", "--json", tmp_path / "rounded.json")
+    status, _, err = run("drop", 1, "--text", text, "--length", 40, "--limit", 3, *rounded)
+    assert status == 0, err
+    found = json.loads((tmp_path / "rounded.json").read_text())
+    assert (found["settings"]["dtype"], found["settings"]["quantize"]) == ("bf16", "int8")
+    assert found["steps"][0]["ratio"] != pytest.approx(math.exp(next(iter(steps)).loss - plain.loss), rel=1e-6)
+    for flags, message in (((), "'prune' is not one of"), (("--device", "tpu"), "tpu")):
+        status, _, err = run("drop" if flags else "prune", 2, "--text", text, *flags)
+        assert status == 2 and message in err

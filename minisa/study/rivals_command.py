@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from minisa.console import MODEL_OPTIONS, open_model
+from minisa.device import dtype_name
+from minisa.registry import resolve
 from minisa.study.cheapest import cheapest
 from minisa.study.eval_command import write_json
 from minisa.study.progress import Progress
@@ -61,4 +63,13 @@ def rivals(
         if bar:
             bar[0].close()
     if json_file is not None:
-        write_json(json_file, {"text_sha256": sha256_of(text), "length": length, "windows": len(cut), "steps": steps})
+        path, entry = resolve(model)
+        settings = {
+            "model": entry.name if entry is not None else path.name,
+            "dtype": dtype_name(llm.dtype),
+            "quantize": load["quantize"],
+            "text_sha256": sha256_of(text),
+            "windows": len(cut),
+            "length": length,
+        }
+        write_json(json_file, {"settings": settings, "steps": steps})
