@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
-from minisa.study.calibrate import best_map, pair_errors
+from minisa.study.calibrate import attention_weights, best_map, pair_errors
+from minisa.study.head_maps import Outputs, descend, remap
 from minisa.study.judge import Judge, first_difference
 from minisa.study.loss import final_hidden
 from minisa.study.walk import Walk, share
 from tests.test_model import CONFIG, N_LAYERS, PLANS, build, in_one_go, tokens_of
 from tests.tiny import tiny_config
 
+PLAN = SharingPlan.following(N_LAYERS, {3: 2, 5: 4}, {5: [1, 0, 3, 2]})
 WINDOWED = tiny_config(n_layers=N_LAYERS, sliding_window=7)
 
 
@@ -117,3 +122,43 @@ def test_where_plans_part() -> None:
     assert first_difference(one, SharingPlan.following(6, {3: 2, 5: 4})) == 3
     assert first_difference(one, SharingPlan.following(6, {3: 1, 5: 4}, {3: [1, 0, 0, 0]})) == 3
     assert first_difference(one, one) == 6
+
+
+def test_head_maps_leave_the_least_of_all_maps() -> None:
+    """By trying them all, in so many words: the blocks a map picks."""
+    plain = build(CONFIG, PLANS["none"])
+    text = tokens_of(CONFIG, 30, 32)
+    walk = Walk(plain)
+    states = [walk.embed(text)]
+    states += walk.onward(states, 0, keep=True)
+    queries, x = walk.queries(1, states[1]), states[3]
+    wanted = walk.add_attention(3, x, walk.mixed(3, x, walk.queries(3, x)))
+    rows = 1 / wanted.norm(dim=-1, keepdim=True).flatten(0, 1)
+    goal = ((wanted - x).flatten(0, 1) * rows).double()
+    weights, kv = attention_weights(queries), walk.values(3, x)
+    blocks = {
+        (j, h): ((weights[:, j] @ kv[:, h // 2]).flatten(0, 1) * rows).double() for j in range(4) for h in range(4)
+    }
+    wo = plain.layers[3].attention.wo.weight.double()
+
+    def left(heads: Sequence[int]) -> float:
+        features = torch.cat([blocks[j, h] for h, j in enumerate(heads)], -1)
+        return (goal - features @ wo.T).square().sum().item() / goal.square().sum().item()
+
+    outputs = Outputs(walk, 3, [(x, wanted, queries)])
+    for heads in ((0, 1, 2, 3), (2, 2, 0, 3)):
+        assert outputs.left()(list(heads)) == pytest.approx(left(heads), rel=1e-3)
+    found, lowest = descend(outputs.left(), (0, 1, 2, 3))
+    assert lowest == pytest.approx(left(found), rel=1e-3)
+    assert lowest <= min(left(heads) for heads in product(range(4), repeat=4)) + 0.02
+
+
+def test_maps_are_made_again_from_what_the_followers_see() -> None:
+    """The stream comes nearer than by the maps it had."""
+    plain = build(CONFIG, PLANS["none"])
+    text, unseen = tokens_of(CONFIG, 30, 32), tokens_of(CONFIG, 20, 31)
+    found = remap(plain, PLAN, text, batch=4)
+    assert found.sources == PLAN.sources and found != PLAN
+    wanted = final_hidden(plain, unseen)
+    before, after = ((final_hidden(share(plain, plan), unseen) - wanted).norm() for plan in (PLAN, found))
+    assert after < before

@@ -1,9 +1,8 @@
-"""Head maps of a follower in its place: chosen together, for wo as it is or for a wo to be fitted.
+"""Head maps made again, in the plan: a follower's heads together, from what it sees once others follow before it.
 
-A map by calibrate.py asks of each follower head alone which leader head is most like it. But errors of heads add up, or
-cancel; and where wo is fitted anew the question is which H blocks of inputs explain the wanted output best: two that
-are alike help little more than one. What either map leaves follows from inner products of all leader heads' outputs on
-all value heads, which are summed up over the text once.
+A map by calibrate.py asks of each follower head alone which leader head is most like it, in the plain model. But errors
+of heads add up or cancel, and so do those of layers. Here plain and shared model walk the same text side by side, and
+each follower's map is the one that leaves least of the difference between their streams.
 """
 
 from __future__ import annotations
@@ -14,18 +13,47 @@ import torch
 from torch import Tensor
 
 from minisa.attention import Queries
+from minisa.model import Transformer
+from minisa.sharing import SharingPlan
 from minisa.study.calibrate import attention_weights
 from minisa.study.findings import Heads
-from minisa.study.walk import Walk
+from minisa.study.walk import Walk, set_head_map, share
 
-RIDGE = 1e-3  # times the mean diagonal: what a few thousand tokens cannot tell is not believed
 SWEEPS = 4
 
 Left = Callable[[list[int]], float]  # the share of the wanted output that a map leaves
 
 
+@torch.inference_mode()
+def remap(plain: Transformer, plan: SharingPlan, windows: Tensor, batch: int = 2) -> SharingPlan:
+    """The plan with every follower's map made again, first to last. plain: without followers. windows [N, T]."""
+    theirs, ours = Walk(plain), Walk(share(plain, plan))
+    pairs = [(x := theirs.embed(part), x) for part in windows.split(batch)]  # plain and shared stream
+    spans: list[dict[int, Queries]] = [{} for _ in pairs]
+    maps: dict[int, Heads] = {}
+    for i in range(plan.n_layers):
+        pairs = [
+            (theirs.add_attention(i, wanted, theirs.mixed(i, wanted, theirs.queries(i, wanted))), x)
+            for wanted, x in pairs
+        ]
+        used = [ours.lead_or_follow(i, x, span) for (_, x), span in zip(pairs, spans, strict=True)]
+        if i in plan.followers:
+            parts = ((x, wanted, queries) for (wanted, x), queries in zip(pairs, used, strict=True))
+            left = Outputs(ours, i, parts).left()
+            maps[i], _ = descend(left, plan.head_maps[i] or tuple(range(plain.config.n_heads)))
+            set_head_map(ours.model, i, maps[i])
+        pairs = [
+            (
+                theirs.add_feed_forward(i, wanted),
+                ours.add_feed_forward(i, ours.add_attention(i, x, ours.mixed(i, x, queries))),
+            )
+            for (wanted, x), queries in zip(pairs, used, strict=True)
+        ]
+    return SharingPlan.following(plan.n_layers, {i: plan.sources[i] for i in maps}, maps)
+
+
 class Outputs:
-    """What every leader head gives on every value head of follower i, over some text.
+    """Inner products, over some text, of what every leader head gives on every value head of follower i.
 
     parts: (x before the layer [N, T, dim], the wanted stream after its attention half, the leader's queries). Tokens
     count as in refit.py.
@@ -51,8 +79,8 @@ class Outputs:
         assert gram is not None and cross is not None  # there is text
         self.gram, self.cross = gram.double(), cross.double()
 
-    def left_as_it_is(self) -> Left:
-        """Maps compared under the layer's own wo."""
+    def left(self) -> Left:
+        """Maps compared: ‖what is wanted - what a map gives‖² as a share of ‖what is wanted‖²."""
         n, size = self.config.n_heads, self.config.head_dim
         slices = self.wo.unflatten(1, (n, size)).transpose(0, 1)  # [H, dim, D]
         products = torch.einsum("gad,hae->ghde", slices, slices)  # W_gᵀ W_h
@@ -71,20 +99,6 @@ class Outputs:
             h, j = torch.arange(n), torch.tensor(heads)
             together = inner[h, j][:, h, j].sum()
             return 1 + (together - 2 * along[h, j].sum()).item() / self.square
-
-        return left
-
-    def left_fitted(self) -> Left:
-        """Maps compared under the wo that least squares would give them."""
-        gram = self.gram + RIDGE * self.gram.diagonal().mean() * torch.eye(len(self.gram)).to(self.gram)
-
-        def left(heads: list[int]) -> float:
-            # A block that stands there twice counts once.
-            blocks = sorted({(j, h // self.config.group_size): (j, h) for h, j in enumerate(heads)}.values())
-            rows = torch.cat([self._rows(j, h) for j, h in blocks])
-            factor = torch.linalg.cholesky(gram[rows][:, rows])
-            won = torch.linalg.solve_triangular(factor, self.cross[rows], upper=False).square().sum().item()
-            return 1 - won / self.square
 
         return left
 

@@ -24,10 +24,9 @@ from torch import Tensor
 from minisa.attention import Queries
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
-from minisa.study.head_maps import Outputs, descend
-from minisa.study.walk import Walk, layer_of, replace, set_head_map, share
+from minisa.study.walk import Walk, layer_of, replace, share
 
-WHICH = ("followers", "wo", "all", "none")
+WHICH = ("followers", "wo", "all")
 LAMBDAS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)  # times the mean diagonal of FᵀF
 
 
@@ -41,15 +40,6 @@ class Correction:
     after: float
 
 
-@dataclass(frozen=True, slots=True)
-class Refitted:
-    """A plan, the weights that go with it by parameter name, and what each did."""
-
-    plan: SharingPlan
-    weights: dict[str, Tensor]
-    corrections: list[Correction]
-
-
 @torch.inference_mode()
 def refit(
     plain: Transformer,
@@ -58,17 +48,15 @@ def refit(
     held_out: Tensor,
     *,
     which: str = "followers",
-    heads: bool = False,
     weights: Mapping[str, Tensor] | None = None,
     batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
-) -> Refitted:
-    """Replacements for the plan's weights, and what each did.
+) -> tuple[dict[str, Tensor], list[Correction]]:
+    """Replacements for the plan's weights, by parameter name, and what each did.
 
     plain: without followers. windows, held_out [N, T] of the same length. which: "followers" (their wo), "wo" (that
-    of every layer from the first follower on), "all" (w2 as well) or "none". heads: whether to choose followers'
-    head maps anew (head_maps.py), for the matrices to come or, with "none", for those there are. weights: what the
-    plan brings already, in the place of the model's. progress: called with (layers done, in all).
+    of every layer from the first follower on) or "all" (w2 as well). weights: what the plan brings already, in the
+    place of the model's. progress: called with (layers done, in all).
     """
     weights = dict(weights or {})
     shared = replace(share(plain, plan), weights)
@@ -84,7 +72,6 @@ def refit(
             progress(i + 1, plan.n_layers)
     pairs = [(x, x) for x in streams]  # plain and shared stream of each part
     corrections = []
-    maps = {layer: found for layer, found in enumerate(plan.head_maps) if found is not None}
     for i in range(first, plan.n_layers):
         for half in ("attention.wo", "feed_forward.w2"):
             for n, (wanted, x) in enumerate(pairs):
@@ -94,20 +81,13 @@ def refit(
                     wanted = theirs.add_feed_forward(i, wanted)
                 pairs[n] = (wanted, x)
             if half == "attention.wo":
-                used = [ours.lead_or_follow(i, x, span) for (_, x), span in zip(pairs, spans, strict=True)]
-                if heads and i in plan.followers:
-                    seen = ((x, wanted, queries) for (wanted, x), queries in zip(pairs[:n_train], used, strict=False))
-                    outputs = Outputs(ours, i, seen)
-                    left = outputs.left_as_it_is() if which == "none" else outputs.left_fitted()
-                    maps[i], _ = descend(left, maps.get(i) or tuple(range(plain.config.n_heads)))
-                    set_head_map(shared, i, maps[i])
-                inputs = [ours.mixed(i, x, queries) for (_, x), queries in zip(pairs, used, strict=True)]
+                inputs = [
+                    ours.mixed(i, x, ours.lead_or_follow(i, x, span)) for (_, x), span in zip(pairs, spans, strict=True)
+                ]
             else:
                 inputs = [ours.gated(i, x) for _, x in pairs]
             name = f"layers.{i}.{half}.weight"
-            if which == "all" or (
-                half == "attention.wo" and (which == "wo" or (which == "followers" and i in plan.followers))
-            ):
+            if which == "all" or (half == "attention.wo" and (which == "wo" or i in plan.followers)):
                 found, correction = _corrected(shared.get_parameter(name), pairs, inputs, n_train, name)
                 corrections.append(correction)
                 if found is not None:
@@ -117,8 +97,7 @@ def refit(
             pairs = [(wanted, x + F.linear(f, weight)) for (wanted, x), f in zip(pairs, inputs, strict=True)]
         if progress:
             progress(i + 1, plan.n_layers)
-    leaders = {layer: plan.sources[layer] for layer in plan.followers}
-    return Refitted(SharingPlan.following(plan.n_layers, leaders, maps), weights, corrections)
+    return weights, corrections
 
 
 def _corrected(

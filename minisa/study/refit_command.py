@@ -27,9 +27,8 @@ FILE = click.Path(dir_okay=False)
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
 @click.option(
     "--matrices", type=click.Choice(WHICH), default=WHICH[0], show_default=True,
-    help="wo of the followers; wo of every layer from the first on; w2 too; or none, for head maps alone.",
+    help="wo of the followers; wo of every layer from the first on; or w2 too.",
 )  # fmt: skip
-@click.option("--heads", is_flag=True, help="Choose head maps anew, to go with the matrices.")
 @click.option("--seed", default=0, show_default=True, help="Draws the windows.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--out", type=FILE, default="refitted.json", show_default=True, help="The plan file to write.")
@@ -41,7 +40,6 @@ def refit(
     held_out_tokens: int,
     length: int,
     matrices: str,
-    heads: bool,
     seed: int,
     device: str,
     out: str,
@@ -55,34 +53,32 @@ def refit(
     counts = [max(number // length, 1) for number in (held_out_tokens, tokens)]
     held_out, windows, _ = sample(llm, texts, length, counts, seed)
     bar = Progress("refit", plan.n_layers)
-    found = refit_weights(
+    found, corrections = refit_weights(
         llm.model,
         plan,
         windows,
         held_out,
         which=matrices,
-        heads=heads,
         weights=weights,
         progress=lambda done, _: bar.update(done),
     )
     bar.close()
     judge = Judge(llm.model, held_out)
-    before, after = judge.divergence(plan, weights), judge.divergence(found.plan, found.weights)
+    before, after = judge.divergence(plan, weights), judge.divergence(plan, found)
     figures = {
         "length": length,
         "seed": seed,
         "tokens": windows.numel(),
         "held_out_tokens": held_out.numel(),
         "matrices": matrices,
-        "heads": heads,
         "divergence": round(after, 5),
         "divergence_before": round(before, 5),
     }
-    save_plan(found.plan, Path(out), provenance(model, texts, **figures), found.weights)
-    click.echo(table(found.corrections))
+    save_plan(plan, Path(out), provenance(model, texts, **figures), found)
+    click.echo(table(corrections))
     click.echo(
         f"divergence on {held_out.numel():,} held-out tokens: {before:.4f} nats a token before, {after:.4f} after\n"
-        f"{out}: {plan}, {len(found.weights)} matrices of its own"
+        f"{out}: {plan}, {len(found)} matrices of its own"
     )
 
 

@@ -25,8 +25,8 @@ from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from minisa.study.calibrate import best_map, pair_errors
 from minisa.study.findings import Findings, Point
+from minisa.study.head_maps import remap
 from minisa.study.judge import Judge
-from minisa.study.refit import refit
 
 WIDTH = 4  # candidates measured at every step of the greedy search
 
@@ -177,8 +177,7 @@ class Search:
         """With head maps made again in the plan itself, where that measures better."""
         spans = str(point.plan)
         if spans not in self.findings.maps:
-            again = refit(self.plain, point.plan, self.calibration, self.held_out, which="none", heads=True)
-            maps = again.plan.head_maps
+            maps = remap(self.plain, point.plan, self.calibration).head_maps
             self.findings.maps[spans] = {i: heads for i in point.plan.followers if (heads := maps[i]) is not None}
             self.saved()
         plan = SharingPlan.following(self.n_layers, _leaders(point.plan), self.findings.maps[spans])
