@@ -15,6 +15,12 @@ from minisa.engine import choose_plan
 from minisa.registry import DEFAULT_MODEL, find, local_path, registry, resolve
 from minisa.selfcheck import run_checks
 from minisa.sharing import SharingPlan
+from minisa.study.eval_command import evaluate
+from minisa.study.heal_command import heal
+from minisa.study.isotropy_command import isotropy
+from minisa.study.refit_command import refit
+from minisa.study.rivals_command import rivals
+from minisa.study.search_command import search
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -82,3 +88,11 @@ def selfcheck(device: str, bench: bool) -> int:
     if bench:
         click.echo(short_bench(target))
     return int(failed)
+
+
+main.add_command(evaluate)
+main.add_command(isotropy)
+main.add_command(rivals)
+main.add_command(search)
+main.add_command(refit)
+main.add_command(heal)

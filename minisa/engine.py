@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minisa.attention import fastest_backend
 from minisa.cache import StaticCache
-from minisa.checkpoint import load_weights, open_checkpoint
+from minisa.checkpoint import load_weights, open_checkpoint, with_delta
 from minisa.config import ModelConfig
 from minisa.costs import kv_bytes
 from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_name, free_memory
@@ -21,7 +21,7 @@ from minisa.errors import MinisaError
 from minisa.generate import Chunk, Options, generate
 from minisa.model import Transformer
 from minisa.quantize import check_quantization
-from minisa.registry import ModelEntry, resolve
+from minisa.registry import ModelEntry, resolve, shipped_plan
 from minisa.runners import choose_runner, may_become_native, native_step
 from minisa.sampling import Sampling
 from minisa.sharing import SharingPlan
@@ -67,6 +67,8 @@ def load(
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
     plan = choose_plan(sa, config, entry)
+    if plan.delta is not None:
+        checkpoint = with_delta(checkpoint, plan.delta)
     if max_batch < 1:
         raise MinisaError(f"max_batch is {max_batch}: expected 1 or more")
     if max_seq_len is not None and not 1 <= max_seq_len <= config.max_seq_len:
@@ -100,6 +102,8 @@ def choose_plan(
         return sa.check(config)
     if sa == "default":
         spans = entry.sa if entry is not None else None
+        if spans is not None and spans.endswith(".json"):
+            return SharingPlan.load(shipped_plan(spans)).check(config)
         if spans is None and config.n_layers == 32 and config.dim == 4096:
             spans = "23-26"  # the authors' choice for 7B and 8B models
         if spans is None:

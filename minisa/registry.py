@@ -56,7 +56,7 @@ class ModelEntry:
     homepage: str  # where the licence is read and accepted
     kind: Literal["base", "instruct"]
     chat: str | None = None  # dialog format; None is plain text
-    sa: str | None = None  # the plan that a bare --sa takes, in span notation
+    sa: str | None = None  # the plan that a bare --sa takes: span notation, or a file such as plans/NAME.json
     gated: bool = False  # the publisher wants the licence accepted first
 
     @property
@@ -118,6 +118,11 @@ def weights_dir() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification has relative paths ignored.
     return (Path(cache) if os.path.isabs(cache) else _expanduser("~/.cache")) / "minisa"
+
+
+def shipped_plan(name: str) -> Path:
+    """Where a plan file that models.toml names lies: beside it."""
+    return _models_toml().parent / name
 
 
 def required_files(entry: ModelEntry, folder: Path) -> tuple[ModelFile, ...]:

@@ -21,7 +21,16 @@ from minisa.config import MAX_LAYERS, ModelConfig
 from minisa.errors import MinisaError
 
 PLAN_VERSION = 1
+_SHA256 = re.compile("[0-9a-f]{64}")
 _GROUP = re.compile(r"(?:(?P<leader>\d+)\s*:\s*)?(?P<first>\d+)(?:\s*-\s*(?P<last>\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A safetensors file of weights made for a plan: they take the place of the checkpoint's (checkpoint/delta.py)."""
+
+    path: Path
+    sha256: str  # of the file's bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +40,13 @@ class SharingPlan:
     sources: one entry a layer; a leader names itself.
     head_maps: one entry a layer; for a follower, the leader's query head whose weights each of its query heads
         uses, or None for the identity. Always None for a leader.
+    delta: weights that go with the plan, or None for the checkpoint's own.
     Raises MinisaError when a layer cannot do what it is asked.
     """
 
     sources: tuple[int, ...]
     head_maps: tuple[tuple[int, ...] | None, ...]
+    delta: Delta | None = None
 
     def __post_init__(self) -> None:
         if len(self.head_maps) != self.n_layers:
@@ -63,7 +74,11 @@ class SharingPlan:
 
     @classmethod
     def following(
-        cls, n_layers: int, leaders: Mapping[int, int], head_maps: Mapping[int, Iterable[int]] | None = None
+        cls,
+        n_layers: int,
+        leaders: Mapping[int, int],
+        head_maps: Mapping[int, Iterable[int]] | None = None,
+        delta: Delta | None = None,
     ) -> SharingPlan:
         """From {follower: leader} and, where it is not the identity, {follower: head map}."""
         if not 0 < n_layers <= MAX_LAYERS:
@@ -79,6 +94,7 @@ class SharingPlan:
         return cls(
             tuple(leaders.get(layer, layer) for layer in range(n_layers)),
             tuple(maps.get(layer) for layer in range(n_layers)),
+            delta,
         )
 
     @classmethod
@@ -136,7 +152,7 @@ class SharingPlan:
         }
 
     def __str__(self) -> str:
-        """Span notation with every leader named; parse() of it gives this plan again, head maps aside."""
+        """Span notation with every leader named; parse() of it gives this plan again, head maps and delta aside."""
         groups = []
         for leader, followers in self.spans.items():
             start = previous = followers[0]
@@ -181,23 +197,34 @@ class SharingPlan:
                 )
         return self
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON (the format is what `load` reads)."""
+    def save(self, path: str | Path, made: Mapping[str, Any] | None = None) -> None:
+        """Write the plan as JSON (the format is what `load` reads). made: how it came to be, for people.
+
+        Raises MinisaError where the delta lies in another folder: a plan names a file beside it.
+        """
         followers = {}
         for layer in self.followers:
             entry: dict[str, Any] = {"leader": self.sources[layer]}
             if self.head_maps[layer] is not None:
                 entry["heads"] = self.head_maps[layer]
             followers[str(layer)] = entry
-        record = {"version": PLAN_VERSION, "n_layers": self.n_layers, "followers": followers}
-        Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record: dict[str, Any] = {"version": PLAN_VERSION, "n_layers": self.n_layers, "followers": followers}
+        if self.delta is not None:
+            if self.delta.path.parent.resolve() != Path(path).parent.resolve():
+                raise MinisaError(f"{path}: the plan's weights are {self.delta.path}: save it beside them")
+            record |= {"delta": self.delta.path.name, "delta_sha256": self.delta.sha256}
+        if made is not None:
+            record["made"] = made
+        Path(path).write_text(_json(record) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> SharingPlan:
         """Read a plan written by `save`:
 
-        {"version": 1, "n_layers": 30, "followers": {"6": {"leader": 3, "heads": [0, 1, ...]}, ...}}
+        {"version": 1, "n_layers": 30, "followers": {"6": {"leader": 3, "heads": [0, 1, ...]}, ...},
+         "delta": "plan.safetensors", "delta_sha256": "...", "made": {...}}
 
+        The last three are optional: a file of weights beside the plan, and how the plan was made, which is not read.
         Raises MinisaError for a file that is missing, of another version, or not of this form.
         """
         try:
@@ -209,9 +236,9 @@ class SharingPlan:
         if not isinstance(record, dict) or record.get("version") != PLAN_VERSION:
             version = record.get("version") if isinstance(record, dict) else None
             raise MinisaError(f"{path}: plan version {version!r} is not supported: expected {PLAN_VERSION}")
-        unknown = sorted(set(record) - {"version", "n_layers", "followers"})
+        unknown = sorted(set(record) - set(_KEYS))
         if unknown:
-            raise MinisaError(f"{path}: unknown key {unknown[0]!r}: expected version, n_layers, followers")
+            raise MinisaError(f"{path}: unknown key {unknown[0]!r}: expected {', '.join(_KEYS)}")
         n_layers, followers = record.get("n_layers"), record.get("followers")
         if not isinstance(n_layers, int) or not isinstance(followers, dict):
             raise MinisaError(f"{path}: expected a whole number n_layers and an object followers")
@@ -229,7 +256,27 @@ class SharingPlan:
             leaders[int(layer)] = entry["leader"]
             if heads is not None:
                 head_maps[int(layer)] = heads
-        return cls.following(n_layers, leaders, head_maps)
+        return cls.following(n_layers, leaders, head_maps, _delta(Path(path), record))
+
+
+_KEYS = ("version", "n_layers", "followers", "delta", "delta_sha256", "made")
+
+
+def _delta(plan: Path, record: Mapping[str, Any]) -> Delta | None:
+    name, sha256 = record.get("delta"), record.get("delta_sha256")
+    if name is None and sha256 is None:
+        return None
+    if not isinstance(name, str) or name in ("", "..") or "\\" in name or Path(name).name != name:
+        raise MinisaError(f"{plan}: delta is {name!r}: expected the name of a safetensors file beside the plan")
+    if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        raise MinisaError(f"{plan}: delta_sha256 is {sha256!r}: expected 64 lower-case hexadecimal digits")
+    return Delta(plan.resolve().parent / name, sha256)
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    """Indented JSON, but lists of numbers on one line."""
+    text = json.dumps(record, indent=1)
+    return re.sub(r"\[[\d\s,]*\]", lambda match: " ".join(match[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
 
 
 def _is_index(value: object) -> bool:

@@ -6,9 +6,19 @@
 Opening reads no weight; loading reads each file front to back, a few rows at a time.
 """
 
+from minisa.checkpoint.delta import with_delta, write_delta
 from minisa.checkpoint.files import StoredTensor
 from minisa.checkpoint.gguf import GGUFFile, read_gguf
 from minisa.checkpoint.layouts import Checkpoint, open_checkpoint
 from minisa.checkpoint.load import load_weights
 
-__all__ = ["Checkpoint", "GGUFFile", "StoredTensor", "load_weights", "open_checkpoint", "read_gguf"]
+__all__ = [
+    "Checkpoint",
+    "GGUFFile",
+    "StoredTensor",
+    "load_weights",
+    "open_checkpoint",
+    "read_gguf",
+    "with_delta",
+    "write_delta",
+]

@@ -7,8 +7,9 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,27 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
             f"{path}: the header describes {end} bytes, the file has {file.size}: truncated or corrupt, fetch it again"
         )
     return {tensor.name: tensor for tensor in tensors}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors to one file, which has its name only once it is whole. Raises OSError where it cannot be."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    described = json.dumps(header).encode()
+    described += b" " * (-len(described) % 8)  # the elements begin at a multiple of 8
+    partial = path.with_name(path.name + ".part")
+    with partial.open("wb") as file:
+        file.write(len(described).to_bytes(8, "little") + described)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    partial.replace(path)
 
 
 def _tensor(name: str, entry: Any, file: DataFile, data: int) -> FileTensor:

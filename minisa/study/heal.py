@@ -1,0 +1,149 @@
+"""Heal: the shared model learns to predict as the plain one does.
+
+Distillation: the plain model's predictions are the targets, the loss is KL(plain ‖ shared), the optimizer Adam. Only
+some weights of the layers from the first follower on are trained, so nothing before it is run twice or kept for the
+backward pass; both models share every weight that is not trained.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisa.model import Transformer
+from minisa.sharing import SharingPlan
+from minisa.study.judge import Judge
+from minisa.study.walk import Walk, layer_of, replace, share
+
+ROWS = 256  # positions whose predictions are held at once
+WARM_UP = 10  # steps over which the rate rises; it falls in a straight line to the end of the run
+_PARTS = {
+    "followers": ("attention.wv", "attention.wo", "attention_norm", "ffn_norm"),
+    "attention": ("attention.wv", "attention.wo", "attention_norm", "ffn_norm"),
+    "all": ("attention.wv", "attention.wo", "attention_norm", "ffn_norm", *(f"feed_forward.w{i}" for i in (1, 2, 3))),
+}
+TRAINABLE = tuple(_PARTS)
+
+
+def trainable(plan: SharingPlan, which: str) -> list[str]:
+    """Parameter names: wv, wo and norms of the followers, of every layer from the first follower on ("attention"),
+    or those layers' feed-forward matrices too ("all")."""
+    first = min(plan.followers, default=plan.n_layers)
+    layers = plan.followers if which == "followers" else range(first, plan.n_layers)
+    return [f"layers.{i}.{part}.weight" for i in layers for part in _PARTS[which]]
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a healing is; what a run that is broken off leaves for the next."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = float("inf")  # divergence on held-out text, nats a token
+    history: list[tuple[int, float]] = field(default_factory=list)  # (step, divergence)
+    weights: dict[str, Tensor] = field(default_factory=dict)  # as trained so far
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+
+def heal(
+    plain: Transformer,
+    plan: SharingPlan,
+    windows: Tensor,
+    held_out: Tensor,
+    progress: Progress,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    which: str = "followers",
+    minutes: float | None = None,
+    steps: int | None = None,
+    rate: float = 3e-4,
+    batch: int = 2,
+    checks: int = 8,
+    report: Callable[[str], None] = lambda line: None,
+    saved: Callable[[], None] = lambda: None,
+) -> None:
+    """Train until minutes or steps are over; `progress` is filled, and goes on from where it is.
+
+    plain: without followers. windows [N, T] are taken in order, batch at a time, again from the first after the last.
+    weights: what the plan brings already, in the place of the model's. which: as in `trainable`. rate: Adam's, at its
+    height. checks: how often in the run held_out is measured; the best weights there are kept in progress.best_weights,
+    which stays empty if nothing is better than the start. saved: called after every check, and when interrupted.
+    """
+    names = trainable(plan, which)
+    student = replace(share(plain, plan), {**(weights or {}), **progress.weights})
+    own = {name: student.get_parameter(name) for name in names}
+    replace(student, own)  # copies: the plain model's must not be trained
+    parameters = {name: student.get_parameter(name).requires_grad_() for name in names}
+    optimizer = torch.optim.Adam(parameters.values(), lr=rate, betas=(0.9, 0.99))
+    if progress.optimizer:
+        optimizer.load_state_dict(progress.optimizer)
+    judge = Judge(plain, held_out)
+    fixed = {name: tensor for name, tensor in (weights or {}).items() if name not in parameters}
+    first = min(map(layer_of, [*names, *fixed]))
+    teacher, learner = Walk(plain), Walk(student)
+    began = time.monotonic() - progress.seconds
+
+    def share_done() -> float:
+        """Of the run, 0 to 1."""
+        by_steps = progress.step / steps if steps else 0.0
+        by_time = (time.monotonic() - began) / (60 * minutes) if minutes else 0.0
+        return min(max(by_steps, by_time), 1.0)
+
+    def keep() -> None:
+        progress.seconds = time.monotonic() - began
+        progress.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        progress.optimizer = optimizer.state_dict()
+        saved()
+
+    def check() -> None:
+        now = {name: parameter.detach() for name, parameter in parameters.items()}
+        divergence = judge.divergence(plan, {**fixed, **now})
+        progress.history.append((progress.step, divergence))
+        report(f"step {progress.step}: {divergence:.4f} nats a token from plain")
+        if divergence < progress.best:
+            progress.best = divergence
+            if progress.step:
+                progress.best_weights = {name: tensor.clone() for name, tensor in now.items()}
+        keep()
+
+    if not progress.history:
+        check()
+    try:
+        while (done := share_done()) < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min((progress.step + 1) / WARM_UP, 1) * (1 - done)
+            start = progress.step * batch % len(windows)
+            _step(teacher, learner, windows[start : start + batch], first, optimizer)
+            progress.step += 1
+            if share_done() * checks >= len(progress.history):
+                check()
+    except KeyboardInterrupt:
+        keep()
+        raise
+
+
+def _step(teacher: Walk, learner: Walk, windows: Tensor, first: int, optimizer: torch.optim.Optimizer) -> None:
+    """One step of Adam on the mean divergence of some windows' predictions; layers before `first` are run once."""
+    with torch.no_grad():
+        states = [teacher.embed(windows)]
+        for i in range(first):
+            states.append(teacher.layer(i, states[-1], {}))
+        wanted = teacher.model.norm(teacher.onward(states, first)[-1]).flatten(0, 1)
+    found = learner.model.norm(learner.onward(states, first)[-1]).flatten(0, 1)
+    cut = found.detach().requires_grad_()  # so that the logits of a few positions are held at a time
+    for theirs, ours in zip(wanted.split(ROWS), cut.split(ROWS), strict=True):
+        with torch.no_grad():
+            target = teacher.model.head(theirs).float().softmax(-1)
+        logits = learner.model.head(ours).float()
+        # The plain model's own entropy is no function of what is trained.
+        loss = (logits.logsumexp(-1) - torch.einsum("nv,nv->n", logits, target)).sum() / len(cut)
+        loss.backward()
+    found.backward(cut.grad)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

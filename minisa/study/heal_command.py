@@ -1,0 +1,143 @@
+"""python -m minisa heal: the shared model learns to predict as the plain one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from minisa.console import open_model
+from minisa.errors import MinisaError
+from minisa.registry import DEFAULT_MODEL
+from minisa.study.heal import TRAINABLE, Progress
+from minisa.study.heal import heal as train
+from minisa.study.plans import provenance, read_plan, save_plan
+from minisa.study.text import sample, sha256_of
+
+FILE = click.Path(dir_okay=False)
+
+
+@click.command()
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path.")
+@click.option("--sa", required=True, metavar="SPANS|PLAN.json", help="The plan, as everywhere.")
+@click.option("--text", "texts", type=FILE, multiple=True, required=True, help="UTF-8 text; may be given repeatedly.")
+@click.option("--minutes", type=click.FloatRange(0), help="Time to train.")
+@click.option("--steps", type=click.IntRange(1), help="Steps to train, in place of --minutes: the same every time.")
+@click.option(
+    "--train", "which", type=click.Choice(TRAINABLE), default=TRAINABLE[0], show_default=True,
+    help="wv, wo and norms of the followers; those of every layer from the first on; or all of their weights.",
+)  # fmt: skip
+@click.option("--rate", type=click.FloatRange(0, min_open=True), default=3e-4, show_default=True, help="Adam's.")
+@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
+@click.option("--held-out-tokens", type=click.IntRange(1), default=4096, show_default=True, help="To choose by.")
+@click.option("--seed", default=0, show_default=True, help="Draws the windows.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--out", type=FILE, default="healed.json", show_default=True, help="The plan file to write.")
+def heal(
+    model: str,
+    sa: str,
+    texts: tuple[str, ...],
+    minutes: float | None,
+    steps: int | None,
+    which: str,
+    rate: float,
+    length: int,
+    held_out_tokens: int,
+    seed: int,
+    device: str,
+    out: str,
+) -> None:
+    """Distil the plain model into the shared one, and write the plan with its weights beside it.
+
+    Of the weights along the way those stay that predict best on held-out text. Broken off, the same command goes on
+    where it was, from OUT.heal.
+    """
+    if (minutes is None) == (steps is None):
+        raise MinisaError("heal: say how long to train, by either --minutes or --steps")
+    state = Path(f"{out}.heal")
+    settings = {
+        "model": Path(model).name,
+        "texts": [sha256_of(text) for text in texts],
+        "train": which,
+        "rate": rate,
+        "length": length,
+        "held_out_tokens": held_out_tokens,
+        "seed": seed,
+    }
+    plan, weights = read_plan(model, sa)
+    settings["plan"] = f"{plan} {plan.head_maps} {plan.delta.sha256 if plan.delta else ''}"
+    progress = read_progress(state, settings)
+    if progress.step:
+        click.echo(f"going on from {state}: {progress.step} steps, {progress.seconds / 60:.1f} min", err=True)
+    llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
+    n_held_out = max(held_out_tokens // length, 1)
+    held_out, windows = sample(llm, texts, length, (n_held_out,), seed)
+    if not len(windows):
+        raise MinisaError(f"--text: {n_held_out} windows of {length} tokens are held out, none is left: give more text")
+
+    def report(line: str) -> None:
+        limit = f"{minutes:g} min" if minutes is not None else f"{steps} steps"
+        click.echo(f"[{progress.seconds / 60:5.1f} min of {limit}] {line}", err=True)
+
+    train(
+        llm.model,
+        plan,
+        windows,
+        held_out,
+        progress,
+        weights=weights,
+        which=which,
+        minutes=minutes,
+        steps=steps,
+        rate=rate,
+        report=report,
+        saved=lambda: write_progress(state, settings, progress),
+    )
+    before = progress.history[0][1]
+    figures = {
+        "length": length,
+        "seed": seed,
+        "steps": progress.step,
+        "minutes": round(progress.seconds / 60, 1),
+        "train": which,
+        "rate": rate,
+        "held_out_tokens": held_out.numel(),
+        "divergence": round(progress.best, 5),
+        "divergence_before": round(before, 5),
+    }
+    save_plan(plan, Path(out), provenance(model, texts, **figures), {**weights, **progress.best_weights})
+    click.echo(
+        f"divergence on {held_out.numel():,} held-out tokens: {before:.4f} nats a token before, "
+        f"{progress.best:.4f} after {progress.step} steps\n{out}: {plan}"
+    )
+
+
+def read_progress(path: Path, settings: dict[str, Any]) -> Progress:
+    """What an earlier run left. MinisaError if that was of other settings, naming one, or if the file is broken."""
+    if not path.exists():
+        return Progress()
+    try:
+        record = torch.load(path, weights_only=True)
+        before = record.pop("settings")
+        progress = Progress(**record)
+    except Exception as error:  # torch.load raises whatever its formats do
+        raise MinisaError(f"{path}: not what a healing leaves ({error}): remove it to begin again") from error
+    for key, value in settings.items():
+        if before.get(key) != value:
+            raise MinisaError(
+                f"{path}: begun with {key} {before.get(key)}, now it is {value}: remove the file, or give another --out"
+            )
+    return progress
+
+
+def write_progress(path: Path, settings: dict[str, Any], progress: Progress) -> None:
+    """Keep where the training is, whole at every moment."""
+    record = {name: getattr(progress, name) for name in Progress.__slots__}
+    partial = path.with_name(path.name + ".part")
+    try:
+        torch.save({"settings": settings, **record}, partial)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise MinisaError(f"{path}: cannot keep the state of the training: {error}") from error

@@ -1,0 +1,66 @@
+"""python -m minisa isotropy: which layers attend alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from minisa.benchmark.plot import check_matplotlib
+from minisa.console import MODEL_OPTIONS, open_model
+from minisa.device import dtype_name
+from minisa.registry import resolve
+from minisa.study.eval_command import write_json
+from minisa.study.isotropy import similarity
+from minisa.study.isotropy_report import as_record, plot, table
+from minisa.study.progress import Progress
+from minisa.study.text import sha256_of, windows
+
+_model, _, _device, _dtype, _quantize = MODEL_OPTIONS  # all but --sa: it is the plain model that is looked at
+
+
+@click.command()
+@_model
+@click.option("--text", required=True, metavar="FILE", help="UTF-8 text to look at.")
+@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
+@click.option("--limit", type=click.IntRange(1), default=8, show_default=True, help="Only so many windows.")
+@click.option("--json", "json_file", metavar="FILE.json", help="Write every matrix there.")
+@click.option("--plot", "plot_file", metavar="FILE.png", help="Draw the matrices.")
+@_device
+@_dtype
+@_quantize
+def isotropy(
+    model: str, text: str, length: int, limit: int, json_file: str | None, plot_file: str | None, **load: Any
+) -> None:
+    """Measure how alike the attention of a model's layers is: for each layer, the earlier one most like it.
+
+    pooled: cosine, heads averaged. same head, best head: cosine head by head. js: Jensen-Shannon divergence of each
+    head from the one least unlike it, in bits. Each with the first token's column (the "sink") and without. It is a
+    look at the model, not advice: layers that look alike are not always those that can share.
+    """
+    if plot_file is not None:
+        check_matplotlib()
+    llm = open_model(model, max_seq_len=1, compile=False, **load)
+    path, entry = resolve(model)
+    cut = windows(llm, text, length, limit)
+    progress = Progress("isotropy", len(cut))
+    try:
+        whole, rest = similarity(llm.model, cut, lambda done, total: progress.update(done))
+    finally:
+        progress.close()
+    name = entry.name if entry is not None else path.name
+    title = f"{name} · {len(cut)} windows of {length} tokens · {dtype_name(llm.dtype)}"
+    click.echo(title)
+    click.echo(table(whole, rest))
+    if json_file is not None:
+        settings = {
+            "model": name,
+            "dtype": dtype_name(llm.dtype),
+            "quantize": load["quantize"],
+            "text_sha256": sha256_of(text),
+            "windows": len(cut),
+            "length": length,
+        }
+        write_json(json_file, as_record(settings, whole, rest))
+    if plot_file is not None:
+        plot(title, whole, rest, plot_file)

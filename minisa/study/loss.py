@@ -1,0 +1,61 @@
+"""What a model makes of text: the loss of every token, and perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minisa.cache import StaticCache
+from minisa.model import Transformer
+
+ROWS = 512  # positions whose logits are held at once: 100 MB for a vocabulary of 49,152
+
+
+@torch.inference_mode()
+def token_losses(
+    model: Transformer, windows: Tensor, batch: int = 4, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """-log p(token | the window before it), in nats: fp32 [N, length - 1] on the CPU, for windows [N, length].
+
+    batch: windows run together. progress: called with (windows done, windows in all).
+    """
+    losses = []
+    for part in windows.split(batch):
+        hidden = final_hidden(model, part)
+        losses.append(losses_of(model, hidden, part).cpu())
+        if progress:
+            progress(sum(map(len, losses)), len(windows))
+    return torch.cat(losses)
+
+
+def perplexity(losses: Tensor) -> float:
+    """exp of the mean loss."""
+    return losses.double().mean().exp().item()
+
+
+def final_hidden(model: Transformer, windows: Tensor) -> Tensor:
+    """The final hidden states [N, length, dim] of windows [N, length], each from position 0, after the last norm."""
+    weight = model.norm.weight
+    tokens = windows.to(weight.device)
+    batch, length = tokens.shape
+    cache = StaticCache.allocate(
+        model.config, model.plan, batch=batch, max_seq_len=length, device=weight.device, dtype=weight.dtype
+    )
+    positions = torch.arange(length, device=weight.device).expand(batch, -1)
+    return model.hidden(tokens, positions, cache)
+
+
+def losses_of(model: Transformer, hidden: Tensor, windows: Tensor) -> Tensor:
+    """The losses fp32 [N, length - 1] of windows [N, length] whose final hidden states are [N, length, dim].
+
+    The logits are never held for more than ROWS positions.
+    """
+    flat, targets = hidden[:, :-1].flatten(0, 1), windows[:, 1:].flatten().to(hidden.device)
+    losses = [
+        F.cross_entropy(model.head(rows).float(), wanted, reduction="none")
+        for rows, wanted in zip(flat.split(ROWS), targets.split(ROWS), strict=True)
+    ]
+    return torch.cat(losses).view(len(windows), -1)

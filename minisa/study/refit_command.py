@@ -1,0 +1,91 @@
+"""python -m minisa refit: output matrices that make up for what a plan changed, in closed form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from minisa.console import open_model
+from minisa.registry import DEFAULT_MODEL
+from minisa.study.judge import Judge
+from minisa.study.plans import provenance, read_plan, save_plan
+from minisa.study.progress import Progress
+from minisa.study.refit import WHICH, Correction
+from minisa.study.refit import refit as refit_weights
+from minisa.study.text import sample
+
+FILE = click.Path(dir_okay=False)
+
+
+@click.command()
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path.")
+@click.option("--sa", required=True, metavar="SPANS|PLAN.json", help="The plan, as everywhere.")
+@click.option("--text", "texts", type=FILE, multiple=True, required=True, help="UTF-8 text; may be given repeatedly.")
+@click.option("--tokens", type=click.IntRange(1), default=32768, show_default=True, help="Tokens to fit to.")
+@click.option("--held-out-tokens", type=click.IntRange(1), default=8192, show_default=True, help="To choose λ on.")
+@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
+@click.option(
+    "--matrices", type=click.Choice(WHICH), default=WHICH[0], show_default=True,
+    help="wo of the followers; wo of every layer from the first on; or w2 too.",
+)  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="Draws the windows.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--out", type=FILE, default="refitted.json", show_default=True, help="The plan file to write.")
+def refit(
+    model: str,
+    sa: str,
+    texts: tuple[str, ...],
+    tokens: int,
+    held_out_tokens: int,
+    length: int,
+    matrices: str,
+    seed: int,
+    device: str,
+    out: str,
+) -> None:
+    """Fit the plan's matrices to what the plain model computes, layer by layer, and write plan and weights.
+
+    The weights stand in a .safetensors file beside the plan. A matrix is left alone where held-out text says so.
+    """
+    plan, weights = read_plan(model, sa)
+    llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
+    counts = [max(number // length, 1) for number in (held_out_tokens, tokens)]
+    held_out, windows, _ = sample(llm, texts, length, counts, seed)
+    bar = Progress("refit", plan.n_layers)
+    found, corrections = refit_weights(
+        llm.model,
+        plan,
+        windows,
+        held_out,
+        which=matrices,
+        weights=weights,
+        progress=lambda done, _: bar.update(done),
+    )
+    bar.close()
+    judge = Judge(llm.model, held_out)
+    before, after = judge.divergence(plan, weights), judge.divergence(plan, found)
+    figures = {
+        "length": length,
+        "seed": seed,
+        "tokens": windows.numel(),
+        "held_out_tokens": held_out.numel(),
+        "matrices": matrices,
+        "divergence": round(after, 5),
+        "divergence_before": round(before, 5),
+    }
+    save_plan(plan, Path(out), provenance(model, texts, **figures), found)
+    click.echo(table(corrections))
+    click.echo(
+        f"divergence on {held_out.numel():,} held-out tokens: {before:.4f} nats a token before, {after:.4f} after\n"
+        f"{out}: {plan}, {len(found)} matrices of its own"
+    )
+
+
+def table(corrections: list[Correction]) -> str:
+    """How far the stream is from the plain one after each half, as a share of its square length, on held-out text."""
+    rows = [f"{'matrix':<34}{'λ':>8}{'error before':>14}{'after':>9}"]
+    for correction in corrections:
+        ridge = f"{correction.ridge:g}" if correction.ridge < float("inf") else "left"
+        rows.append(f"{correction.name:<34}{ridge:>8}{correction.before:>14.4%}{correction.after:>9.4%}")
+    return "\n".join(rows)

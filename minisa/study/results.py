@@ -1,0 +1,95 @@
+"""Results item by item in a file of JSON lines, so that an evaluation goes on where it was interrupted.
+
+{"settings": {"task": "piqa", "model": …, "data_sha256": …, …}}
+{"variant": "plain", "identity": "none"}
+{"variant": "plain", "item": 12, "scores": {"acc": [1.0, 1.0], …}, …}
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import IO, Any
+
+from minisa.errors import MinisaError
+
+Record = dict[str, Any]
+
+
+class Results:
+    """Records by variant and item. With a path, everything added is in the file at once.
+
+    settings: what all records of a file have in common. Raises MinisaError for a file of other settings, naming the
+    first that differs, and for one that is no such file.
+    """
+
+    def __init__(self, path: Path | None, settings: Record) -> None:
+        self._path = path
+        self._identities: dict[str, str] = {}
+        self._records: dict[str, dict[int, Record]] = {}
+        self._file: IO[str] | None = None
+        if path is None:
+            return
+        try:
+            lines = path.read_text("utf-8").split("\n") if path.exists() else []
+            whole = lines[:-1]  # what follows the last newline is empty, or a line that was cut
+            for number, line in enumerate(whole, 1):
+                self._read(line, number, settings)
+            if lines and lines[-1]:
+                path.write_text("".join(line + "\n" for line in whole), "utf-8")
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise MinisaError(f"{path}: cannot keep results there: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise self._foreign(1) from error
+        if not whole:
+            self._write({"settings": settings})
+
+    def variant(self, name: str, identity: str) -> dict[int, Record]:
+        """What is known of a variant, by item. identity: what the name stands for, e.g. a plan file's sha256.
+
+        Raises MinisaError where the name stood for something else.
+        """
+        if name not in self._identities:
+            self._identities[name] = identity
+            self._write({"variant": name, "identity": identity})
+        elif self._identities[name] != identity:
+            raise MinisaError(f"{self._path}: {name} has changed since: delete the file or take another --json")
+        return self._records.setdefault(name, {})
+
+    def add(self, variant: str, item: int, record: Record) -> None:
+        self._records[variant][item] = record
+        self._write({"variant": variant, "item": item, **record})
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, line: Record) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def _read(self, line: str, number: int, settings: Record) -> None:
+        try:
+            record = json.loads(line)
+            if number == 1:
+                self._check(record["settings"], settings)
+            elif "identity" in record:
+                self._identities[record["variant"]] = record["identity"]
+            else:
+                name, item = record.pop("variant"), record.pop("item")
+                self._records.setdefault(name, {})[item] = record
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._foreign(number) from error
+
+    def _check(self, found: Record, settings: Record) -> None:
+        for key, value in settings.items():
+            if found.get(key) != value:
+                raise MinisaError(
+                    f"{self._path} was made with {key} {found.get(key)!r}, now it is {value!r}: "
+                    "delete the file or take another --json"
+                )
+
+    def _foreign(self, number: int) -> MinisaError:
+        return MinisaError(f"{self._path}, line {number}: not results of eval: delete the file or take another --json")

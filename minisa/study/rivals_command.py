@@ -1,0 +1,75 @@
+"""python -m minisa rivals: which layers a rival of attention sharing would change."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+
+from minisa.console import MODEL_OPTIONS, open_model
+from minisa.device import dtype_name
+from minisa.registry import resolve
+from minisa.study.cheapest import cheapest
+from minisa.study.eval_command import write_json
+from minisa.study.progress import Progress
+from minisa.study.text import sha256_of, windows
+from minisa.study.variants import parse_variants
+
+_model, _, _device, _dtype, _quantize = MODEL_OPTIONS  # all but --sa: rivals are changes to the plain model
+
+
+@click.command()
+@_model
+@click.argument("kind", type=click.Choice(["drop", "cla"]))
+@click.argument("layers", type=click.IntRange(1))
+@click.option("--text", required=True, metavar="FILE", help="UTF-8 text to choose by; not the one to be tested on.")
+@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
+@click.option("--limit", type=click.IntRange(1), default=4, show_default=True, help="Only so many windows.")
+@click.option("--json", "json_file", metavar="FILE.json", help="Write the choices there.")
+@_device
+@_dtype
+@_quantize
+def rivals(
+    model: str, kind: str, layers: int, text: str, length: int, limit: int, json_file: str | None, **load: Any
+) -> None:
+    """Choose the LAYERS layers that cost least without their attention (drop), or with another's keys and values (cla).
+
+    Greedily, by the loss on a text. Each line is a --rival that eval takes, with what it saves and its perplexity.
+    """
+    llm = open_model(model, max_seq_len=1, compile=False, **load)
+    cut = windows(llm, text, length, limit)
+    bar: list[Progress] = []
+
+    def show(done: int, total: int) -> None:
+        bar[:] = bar or [Progress(f"rivals {kind}", total)]
+        bar[0].update(done, total)
+
+    steps = []
+    plain = None
+    try:
+        for step in cheapest(llm.model, cut, kind, layers, progress=show):
+            if plain is None:
+                plain = step.loss
+                continue
+            rival = str(step.rival)
+            (_, variant) = parse_variants([], [rival], llm.config, None)
+            ratio = math.exp(step.loss - plain)
+            if bar:
+                bar[0].close()
+            click.echo(f"{rival}  KV saved {variant.saved(llm.config):.1%}  perplexity × {ratio:.3f}")
+            steps.append({"rival": rival, "kv_saved": variant.saved(llm.config), "ratio": ratio})
+    finally:
+        if bar:
+            bar[0].close()
+    if json_file is not None:
+        path, entry = resolve(model)
+        settings = {
+            "model": entry.name if entry is not None else path.name,
+            "dtype": dtype_name(llm.dtype),
+            "quantize": load["quantize"],
+            "text_sha256": sha256_of(text),
+            "windows": len(cut),
+            "length": length,
+        }
+        write_json(json_file, {"settings": settings, "steps": steps})

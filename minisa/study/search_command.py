@@ -1,0 +1,146 @@
+"""python -m minisa search: a plan for a model, by measured divergence on held-out text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from minisa.benchmark.plot import check_matplotlib
+from minisa.config import ModelConfig
+from minisa.console import open_model
+from minisa.registry import DEFAULT_MODEL
+from minisa.study.findings import Point, read_findings, write_findings
+from minisa.study.loss import perplexity, token_losses
+from minisa.study.plans import kv_saved, provenance, save_plan, weights_saved
+from minisa.study.search import Search
+from minisa.study.text import sample, sha256_of
+from minisa.study.walk import share
+
+FILE = click.Path(dir_okay=False)
+
+
+@click.command()
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path.")
+@click.option("--followers", type=click.IntRange(1), required=True, help="Layers that shall follow.")
+@click.option("--text", "texts", type=FILE, multiple=True, required=True, help="UTF-8 text; may be given repeatedly.")
+@click.option("--validation", type=FILE, help="Text to measure plans on; else windows of --text held out for that.")
+@click.option("--budget-minutes", type=click.FloatRange(0), default=30.0, show_default=True, help="Time to search.")
+@click.option("--calibration-tokens", type=click.IntRange(1), default=4096, show_default=True, help="For head maps.")
+@click.option("--held-out-tokens", type=click.IntRange(1), default=4096, show_default=True, help="To measure plans on.")
+@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
+@click.option("--seed", default=0, show_default=True, help="Draws the windows.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--out", type=FILE, default="plan.json", show_default=True, help="The plan file to write.")
+@click.option("--plot", type=FILE, help="Draw divergence against bytes saved to this PNG (extra `plots`).")
+def search(
+    model: str,
+    followers: int,
+    texts: tuple[str, ...],
+    validation: str | None,
+    budget_minutes: float,
+    calibration_tokens: int,
+    held_out_tokens: int,
+    length: int,
+    seed: int,
+    device: str,
+    out: str,
+    plot: str | None,
+) -> None:
+    """Choose followers, leaders and head maps by what they cost on held-out text, and write the plan.
+
+    Broken off, the same command goes on where it was: what has been measured is kept in OUT.search.
+    """
+    began = time.monotonic()
+    if plot is not None:
+        check_matplotlib()
+    state = Path(f"{out}.search")
+    settings = {
+        "model": Path(model).name,
+        "texts": [sha256_of(text) for text in texts],
+        "validation": sha256_of(validation) if validation else None,
+        "calibration_tokens": calibration_tokens,
+        "held_out_tokens": held_out_tokens,
+        "length": length,
+        "seed": seed,
+    }
+    findings = read_findings(state, settings)
+    if findings.measured:
+        click.echo(f"going on from {state}: {len(findings.measured)} plans measured", err=True)
+    llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
+    n_calibration, n_held_out = (max(tokens // length, 1) for tokens in (calibration_tokens, held_out_tokens))
+    if validation is None:
+        held_out, calibration, _ = sample(llm, texts, length, (n_held_out, n_calibration), seed)
+    else:
+        calibration, _ = sample(llm, texts, length, (n_calibration,), seed)
+        held_out, _ = sample(llm, [validation], length, (n_held_out,), seed)
+
+    def report(line: str) -> None:
+        minutes = (time.monotonic() - began) / 60
+        click.echo(f"[{minutes:5.1f} of {budget_minutes:g} min] {line}", err=True)
+
+    def saved() -> None:
+        write_findings(state, settings, findings)
+
+    points = Search(
+        llm.model,
+        calibration,
+        held_out,
+        findings,
+        deadline=began + 60 * budget_minutes,
+        report=report,
+        saved=saved,
+    ).run(followers)
+    best = points[-1]
+    report("the loss on the held-out text")
+    plain = token_losses(llm.model, held_out)
+    shared = token_losses(share(llm.model, best.plan), held_out)
+    ratio = perplexity(shared) / perplexity(plain)
+    figures = {
+        "length": length,
+        "seed": seed,
+        "calibration_tokens": calibration.numel(),
+        "held_out_tokens": held_out.numel(),
+        "divergence": round(best.divergence, 5),
+        "perplexity_ratio": round(ratio, 4),
+        "kv_saved": round(kv_saved(llm.config, best.plan), 4),
+    }
+    files = [*texts, validation] if validation else texts
+    save_plan(best.plan, Path(out), provenance(model, files, **figures), None)
+    click.echo(pareto(points, llm.config))
+    click.echo(
+        f"perplexity on {held_out.numel():,} held-out tokens: plain {perplexity(plain):.3f}, "
+        f"shared {perplexity(shared):.3f} ({ratio - 1:+.1%})\n{out}: {best.plan}"
+    )
+    if plot is not None:
+        draw(points, llm.config, Path(plot))
+
+
+def pareto(points: Sequence[Point], config: ModelConfig) -> str:
+    """The table of quality against bytes saved."""
+    rows = ["followers  KV saved  weights saved  nats a token  plan"]
+    for point in points:
+        rows.append(
+            f"{len(point.plan.followers):>9}  {kv_saved(config, point.plan):>8.1%}  "
+            f"{weights_saved(config, point.plan):>13.1%}  {point.divergence:>12.4f}  {point.plan}"
+        )
+    return "\n".join(rows)
+
+
+def draw(points: Sequence[Point], config: ModelConfig, path: Path) -> None:
+    """Divergence against the share of the KV cache saved, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([100 * kv_saved(config, p.plan) for p in points], [p.divergence for p in points], marker="o")
+    for point in points:
+        place = (100 * kv_saved(config, point.plan), point.divergence)
+        axes.annotate(str(len(point.plan.followers)), place, xytext=(4, -10), textcoords="offset points")
+    axes.set_xlabel("KV cache saved, %")
+    axes.set_ylabel("divergence from plain, nats a token")
+    axes.set_title("followers, by search")
+    axes.set_ylim(bottom=0)
+    figure.savefig(path, dpi=120)

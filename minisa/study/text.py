@@ -1,0 +1,67 @@
+"""Text files as windows of tokens, which every study reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minisa.engine import LLM
+from minisa.errors import MinisaError
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file. MinisaError if it cannot be read."""
+    try:
+        return Path(path).read_text("utf-8")
+    except OSError as error:
+        raise MinisaError(f"{path}: cannot read the text: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise MinisaError(f"{path}: not UTF-8 at byte {error.start}: convert it, e.g. with iconv") from error
+
+
+def sha256_of(path: str | Path) -> str:
+    """The sha256 of a file's bytes, for provenance. MinisaError if it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise MinisaError(f"{path}: cannot read the file: {error.strerror}") from error
+
+
+def sample(llm: LLM, paths: Sequence[str | Path], length: int, counts: Sequence[int], seed: int) -> list[Tensor]:
+    """Windows [count, length] for each of counts, drawn by the seed from all the texts together, and all the rest.
+
+    Raises MinisaError where the texts have not so many.
+    """
+    pool = torch.cat([windows(llm, path, length) for path in paths])
+    if sum(counts) > len(pool):
+        raise MinisaError(
+            f"{', '.join(map(str, paths))}: {len(pool)} windows of {length} tokens, {sum(counts)} are needed: "
+            "give more text or ask for fewer tokens"
+        )
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    return [pool[drawn] for drawn in order.split([*counts, len(pool) - sum(counts)])]
+
+
+def windows(llm: LLM, path: str | Path, length: int, limit: int | None = None, skip: int = 0) -> Tensor:
+    """A text's tokens, cut one after the other into windows: int64 [N, length], on the CPU.
+
+    limit: at most so many windows. skip: windows passed over first. What is left at the end is dropped. Where the
+    model's maker begins a text with BOS every window does, and holds one token of text less.
+    Raises MinisaError where the text is too short for a single window.
+    """
+    tokenizer = llm.tokenizer
+    bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    if not len(bos) + 2 <= length <= llm.config.max_seq_len:
+        raise MinisaError(f"windows of {length} tokens: expected {len(bos) + 2} to {llm.config.max_seq_len}")
+    ids = torch.tensor(tokenizer.encode(read_text(path)), dtype=torch.int64)
+    step = length - len(bos)
+    cut = ids[: len(ids) // step * step].view(-1, step)[skip:][:limit]
+    if not len(cut):
+        raise MinisaError(
+            f"{path}: {len(ids)} tokens give no window of {length} after the first {skip}: take a longer text"
+        )
+    return torch.cat((torch.tensor(bos, dtype=torch.int64).expand(len(cut), -1), cut), dim=1)

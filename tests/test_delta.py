@@ -1,0 +1,149 @@
+"""A plan's delta: weights of its own, read in the place of the checkpoint's by every way of loading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minisa.checkpoint import load_weights, open_checkpoint, with_delta, write_delta
+from minisa.checkpoint.safetensors import read_safetensors, write_safetensors
+from minisa.engine import choose_plan
+from minisa.errors import MinisaError
+from minisa.model import Transformer
+from minisa.native.build import open_library
+from minisa.native.runner import NativeRunner
+from minisa.sharing import Delta, SharingPlan
+from tests.test_model import in_one_go, tokens_of
+from tests.test_native import caches
+from tests.tiny import random_weights, tiny_config, write_gguf, write_hf
+
+CONFIG = tiny_config(n_layers=4, head_dim=32, hidden_dim=96, tie_embeddings=True)
+PLAN = SharingPlan.following(4, {2: 1}, {2: [1, 0, 3, 3]})
+NAMES = ("layers.2.attention.wo.weight", "layers.2.attention.wv.weight", "layers.3.ffn_norm.weight")
+
+
+@pytest.fixture
+def other() -> dict[str, torch.Tensor]:
+    """Weights for NAMES, exact in bf16."""
+    weights = random_weights(CONFIG, 1)
+    return {name: weights[name].bfloat16().float() for name in NAMES}
+
+
+@pytest.fixture(params=["hf", "gguf"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    weights = random_weights(CONFIG, 0)
+    if request.param == "hf":
+        return write_hf(tmp_path / "model", CONFIG, weights)
+    return write_gguf(tmp_path / "m.gguf", CONFIG, weights, type="Q8_0")
+
+
+def read(path: Path, delta: Delta | None, quantize: Any = None, dtype: torch.dtype = torch.float32) -> Transformer:
+    checkpoint = open_checkpoint(path)
+    with torch.device("meta"):
+        model = Transformer(CONFIG, PLAN)
+    load_weights(
+        model,
+        checkpoint if delta is None else with_delta(checkpoint, delta),
+        device="cpu",
+        dtype=dtype,
+        quantize=quantize,
+    )
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_its_tensors_are_read_and_no_others_change(
+    path: Path, other: dict[str, torch.Tensor], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    delta = write_delta(tmp_path / "plan.safetensors", other, dtype)
+    before, after = read(path, None).state_dict(), read(path, delta).state_dict()
+    for name in before:
+        assert torch.equal(after[name], other.get(name, before[name])), name
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_it_is_quantized_like_the_rest_and_the_native_step_takes_it(
+    path: Path, other: dict[str, torch.Tensor], tmp_path: Path, format: str
+) -> None:
+    delta = write_delta(tmp_path / "plan.safetensors", other)
+    model = read(path, delta, format, torch.bfloat16)
+    step = {"int8": 1 / 127, "int4": 1 / 15}[format]
+    for name in NAMES[:2]:
+        error = (model.get_submodule(name.removesuffix(".weight")).weight - other[name]).abs().max()
+        assert error < step * other[name].abs().max()
+    library = open_library(wait=True)
+    if library is not None:
+        tokens = tokens_of(CONFIG, 1, 12)
+        cache, _ = caches(model, 1, 12)
+        found = NativeRunner(model, library).prefill(tokens, 0, cache)
+        with_it, without = (in_one_go(read(path, chosen, format), tokens)[:, -1] for chosen in (delta, None))
+        assert (found - with_it).norm() < 0.2 * (found - without).norm()
+
+
+def test_a_plan_keeps_it(other: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    delta = write_delta(tmp_path / "plan.safetensors", other)
+    plan = SharingPlan.following(4, {2: 1}, {2: [1, 0, 3, 3]}, delta)
+    plan.save(tmp_path / "plan.json", made={"text": "a.txt"})
+    record = json.loads((tmp_path / "plan.json").read_text())
+    assert (record["delta"], record["made"]) == ("plan.safetensors", {"text": "a.txt"})
+    assert record["delta_sha256"] == hashlib.sha256((tmp_path / "plan.safetensors").read_bytes()).hexdigest()
+    assert SharingPlan.load(tmp_path / "plan.json") == plan == choose_plan(tmp_path / "plan.json", CONFIG)
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(MinisaError, match="save it beside them"):
+        plan.save(tmp_path / "sub" / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"delta": "../x.safetensors", "delta_sha256": "0" * 64}, "delta is '../x.safetensors'"),
+        ({"delta": "x.safetensors"}, "delta_sha256 is None"),
+        ({"delta_sha256": "0" * 64}, "delta is None"),
+        ({"delta": "x.safetensors", "delta_sha256": "0" * 63}, "expected 64 lower-case"),
+    ],
+)
+def test_a_plan_that_names_it_badly(keys: dict[str, str], says: str, tmp_path: Path) -> None:
+    record = {"version": 1, "n_layers": 4, "followers": {"2": {"leader": 1}}}
+    (tmp_path / "p.json").write_text(json.dumps(record | keys))
+    with pytest.raises(MinisaError, match=says):
+        SharingPlan.load(tmp_path / "p.json")
+
+
+def test_what_does_not_fit_is_said(path: Path, other: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(path)
+
+    def refused(tensors: dict[str, torch.Tensor], says: str, dtype: torch.dtype = torch.float32) -> None:
+        with pytest.raises(MinisaError, match=says):
+            with_delta(checkpoint, write_delta(tmp_path / "d.safetensors", tensors, dtype))
+
+    wo, wv, _ = NAMES
+    refused({"layers.9.attention.wo.weight": other[wo]}, "'layers.9.attention.wo.weight' is no weight a plan can")
+    refused({"layers.1.attention.wq.weight": torch.zeros(128, 64)}, "is no weight a plan can")
+    refused(
+        {wo: other[wv]}, r"wo.weight is \[64, 64\], the model's is \[64, 128\]: the plan was made for another model"
+    )
+    refused({wo: other[wo]}, "stored as float64", torch.float64)
+    delta = write_delta(tmp_path / "d.safetensors", other)
+    write_delta(tmp_path / "d.safetensors", {wo: other[wo]})
+    with pytest.raises(MinisaError, match="take the file that was written with the plan"):
+        with_delta(checkpoint, delta)
+    (tmp_path / "d.safetensors").unlink()
+    with pytest.raises(MinisaError, match=r"d.safetensors: cannot read the plan's weights"):
+        with_delta(checkpoint, delta)
+
+
+def test_written_safetensors_are_read_back(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 5).half(), "b": torch.randn(7).bfloat16(), "c": torch.arange(6).view(2, 3)}
+    write_safetensors(tmp_path / "t.safetensors", tensors)
+    found = read_safetensors(tmp_path / "t.safetensors")
+    assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
+        name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()
+    }
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name].read_rows(0, len(tensor)), tensor)
+    assert not (tmp_path / "t.safetensors.part").exists()

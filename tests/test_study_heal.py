@@ -1,0 +1,247 @@
+"""Healing: training that brings a shared model back to the plain one; the command lines of refit and heal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+
+from minisa.checkpoint.safetensors import read_safetensors
+from minisa.cli import main
+from minisa.engine import load
+from minisa.errors import MinisaError
+from minisa.sharing import SharingPlan
+from minisa.study import heal as heal_module
+from minisa.study.heal import Progress, heal, trainable
+from minisa.study.judge import Judge
+from minisa.study.loss import final_hidden
+from minisa.study.plans import read_plan
+from minisa.study.refit import refit
+from minisa.study.walk import replace, share
+from tests.test_model import CONFIG, N_LAYERS, PLANS, build, in_one_go, tokens_of
+from tests.tiny import random_weights, tiny_config, write_hf
+from tests.vocabularies import byte_level_json, write_json
+
+PLAN = SharingPlan.following(N_LAYERS, {3: 1, 5: 4}, {5: [1, 0, 3, 2]})
+TEXT, HELD_OUT = tokens_of(CONFIG, 24, 32), tokens_of(CONFIG, 6, 32).flip(0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """So little work that a second thread would only be waited for."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def test_what_is_trained() -> None:
+    parts = ["attention.wv", "attention.wo", "attention_norm", "ffn_norm"]
+    assert trainable(PLAN, "followers") == [f"layers.{i}.{part}.weight" for i in (3, 5) for part in parts]
+    assert trainable(PLAN, "attention") == [f"layers.{i}.{part}.weight" for i in (3, 4, 5) for part in parts]
+    assert set(trainable(PLAN, "all")) - set(trainable(PLAN, "attention")) == {
+        f"layers.{i}.feed_forward.w{j}.weight" for i in (3, 4, 5) for j in (1, 2, 3)
+    }
+
+
+@pytest.mark.parametrize("which", heal_module.TRAINABLE)
+def test_it_heals(which: str) -> None:
+    plain = build(CONFIG, PLANS["none"])
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    progress = Progress()
+    heal(plain, PLAN, TEXT, HELD_OUT, progress, which=which, steps=30, rate=3e-3, batch=4)
+    start = Judge(plain, HELD_OUT).divergence(PLAN)
+    assert progress.history[0] == (0, pytest.approx(start))
+    assert progress.best < 0.8 * start
+    assert set(progress.best_weights) == set(trainable(PLAN, which))
+    assert Judge(plain, HELD_OUT).divergence(PLAN, progress.best_weights) == pytest.approx(progress.best, rel=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())
+
+
+def test_a_step_follows_the_gradient_of_the_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut at the first trained layer, at the logits and in chunks, it is the gradient of one whole expression."""
+    monkeypatch.setattr("minisa.study.heal.ROWS", 10)
+    plain = build(CONFIG, PLANS["none"])
+    student = share(plain, PLAN)
+    name = "layers.3.attention.wv.weight"
+    replace(student, {name: student.get_parameter(name)})
+    weight = student.get_parameter(name).requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    before = weight.detach().clone()
+    heal_module._step(heal_module.Walk(plain), heal_module.Walk(student), TEXT[:2], 3, optimizer)
+    found = before - weight.detach()
+    with torch.no_grad():
+        weight.copy_(before)
+        wanted = in_one_go(plain, TEXT[:2]).softmax(-1)
+    student.zero_grad()
+    walk = heal_module.Walk(student)
+    logits = student.head(student.norm(walk.onward([walk.embed(TEXT[:2])], 0)[-1]))
+    (F.kl_div(logits.log_softmax(-1), wanted, reduction="none").sum(-1).mean()).backward()
+    assert weight.grad is not None
+    assert torch.allclose(found, weight.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_what_the_plan_brings_is_where_it_starts() -> None:
+    plain = build(CONFIG, PLANS["none"])
+    weights, _ = refit(plain, PLAN, TEXT, HELD_OUT, which="wo")
+    assert "layers.4.attention.wo.weight" in weights  # not trained below, but part of the model
+    progress = Progress()
+    heal(plain, PLAN, TEXT, HELD_OUT, progress, weights=weights, steps=1, rate=1e-9)
+    assert progress.history[0][1] == pytest.approx(Judge(plain, HELD_OUT).divergence(PLAN, weights), rel=1e-4)
+
+
+def test_broken_off_it_goes_on_with_the_same_steps() -> None:
+    plain = build(CONFIG, PLANS["none"])
+    whole, broken = Progress(), Progress()
+    options: dict[str, Any] = {"steps": 12, "rate": 1e-3, "batch": 4, "checks": 4}
+    heal(plain, PLAN, TEXT, HELD_OUT, whole, **options)
+
+    def interrupt() -> None:
+        if broken.step >= 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        heal(plain, PLAN, TEXT, HELD_OUT, broken, saved=interrupt, **options)
+    assert 3 <= broken.step < 12
+    heal(plain, PLAN, TEXT, HELD_OUT, broken, **options)
+    assert broken.step == whole.step
+    for name, tensor in whole.weights.items():
+        assert torch.allclose(broken.weights[name], tensor, atol=1e-6)
+
+
+def test_nothing_better_is_found_nothing_is_kept() -> None:
+    plain = build(CONFIG, PLANS["none"])
+    progress = Progress()
+    heal(plain, PLAN, TEXT, HELD_OUT, progress, steps=4, rate=1.0)
+    assert progress.best == progress.history[0][1] and progress.best_weights == {}
+
+
+# The command lines
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with a byte-level tokenizer, two texts, and a plan."""
+    config = tiny_config(n_layers=5, vocab_size=275, max_seq_len=64)
+    folder = write_hf(tmp_path_factory.mktemp("heal") / "tiny", config, random_weights(config))
+    write_json(folder / "tokenizer.json", byte_level_json())
+    generator = torch.Generator().manual_seed(0)
+    for name in ("a.txt", "b.txt"):
+        letters = torch.randint(97, 123, (3000,), generator=generator).tolist()
+        (folder.parent / name).write_bytes(bytes(letters))
+    return folder
+
+
+def invoke(command: str, folder: Path, *flags: object, **changes: object) -> Any:
+    options: dict[str, object] = {
+        "model": folder, "sa": "1:3", "text": folder.parent / "a.txt", "length": 16,
+        "held-out-tokens": 320, "device": "cpu",
+    }  # fmt: skip
+    options |= {"tokens": 1600} if command == "refit" else {} if "minutes" in changes else {"steps": 2}
+    options |= {name.replace("_", "-"): value for name, value in changes.items()}
+    arguments = [command, *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+    return CliRunner().invoke(main, [*arguments, *map(str, flags)])
+
+
+def made(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())["made"]
+
+
+@pytest.mark.parametrize("command", ["refit", "heal"])
+def test_the_plan_and_its_weights_load(command: str, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "better.json"
+    changes: dict[str, Any] = {} if command == "refit" else {"steps": 20, "rate": 3e-3}
+    ran = invoke(command, folder, out=out, **changes)
+    assert ran.exit_code == 0, (ran.output, ran.exception)
+    record = made(out)
+    assert record["divergence"] < record["divergence_before"]
+    tensors = read_safetensors(tmp_path / "better.safetensors")
+    assert "layers.3.attention.wo.weight" in tensors
+    plain, before = load(folder, device="cpu", dtype="fp32"), load(folder, sa="1:3", device="cpu", dtype="fp32")
+    after = load(folder, sa=out, device="cpu", dtype="fp32")
+    unseen = torch.randint(97, 123, (1, 60), generator=torch.Generator().manual_seed(9))
+    wanted = final_hidden(plain.model, unseen)
+    far, near = ((final_hidden(llm.model, unseen) - wanted).norm() for llm in (before, after))
+    assert near < far
+    assert plain.weight_bytes > after.weight_bytes == before.weight_bytes
+    plan, weights = read_plan(str(folder), str(out))  # as what comes next takes it
+    assert plan.sources == before.plan.sources and set(weights) == set(tensors)
+
+
+def test_flags_of_refit(folder: Path, tmp_path: Path) -> None:
+    def run(name: str, *flags: object, **changes: object) -> tuple[dict[str, Any], list[str]]:
+        ran = invoke("refit", folder, *flags, out=tmp_path / f"{name}.json", **changes)
+        assert ran.exit_code == 0, (ran.output, ran.exception)
+        return made(tmp_path / f"{name}.json"), [line.split()[0] for line in ran.stdout.splitlines()]
+
+    base, rows = run("base")
+    assert rows[1] == "layers.3.attention.wo.weight"
+    assert (base["tokens"], base["held_out_tokens"], base["length"], base["seed"]) == (1600, 320, 16, 0)
+    assert [text["file"] for text in base["texts"]] == ["a.txt"]
+    assert run("seed", seed=3)[0]["divergence"] != base["divergence"]
+    assert run("more", tokens=2000)[0]["tokens"] == 2000
+    assert run("held", held_out_tokens=160)[0]["held_out_tokens"] == 160
+    assert run("long", length=32)[0]["length"] == 32
+    assert [t["file"] for t in run("both", "--text", folder.parent / "b.txt")[0]["texts"]] == ["a.txt", "b.txt"]
+    assert len(run("all", matrices="all")[1]) == len(rows) + 3  # wo and w2 of layers 3 and 4
+    assert run("plan", sa="2:3")[0]["divergence_before"] != base["divergence_before"]
+
+
+def test_flags_of_heal(folder: Path, tmp_path: Path) -> None:
+    def run(name: str, *flags: object, **changes: object) -> dict[str, Any]:
+        ran = invoke("heal", folder, *flags, out=tmp_path / f"{name}.json", **changes)
+        assert ran.exit_code == 0, (ran.output, ran.exception)
+        return made(tmp_path / f"{name}.json")
+
+    base = run("base")
+    assert (base["steps"], base["held_out_tokens"], base["length"], base["train"]) == (2, 320, 16, "followers")
+    assert run("seed", seed=3)["divergence"] != base["divergence"]
+    assert run("steps", steps=3)["steps"] == 3
+    assert run("minutes", minutes=0.02)["minutes"] <= 0.1
+    assert run("held", held_out_tokens=160)["held_out_tokens"] == 160
+    assert run("long", length=32)["length"] == 32
+    assert run("rate", rate=1e-3)["divergence"] != base["divergence"]
+    assert [t["file"] for t in run("both", "--text", folder.parent / "b.txt")["texts"]] == ["a.txt", "b.txt"]
+    run("all", train="all")
+    assert "layers.4.feed_forward.w1.weight" in read_safetensors(tmp_path / "all.safetensors")
+    assert run("plan", sa="2:3")["divergence_before"] != base["divergence_before"]
+
+
+def test_a_second_run_goes_on_and_other_settings_are_refused(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "healed.json"
+    assert invoke("heal", folder, out=out).exit_code == 0
+    ran = invoke("heal", folder, out=out, steps=5)
+    assert "going on from" in ran.stderr and ": 2 steps" in ran.stderr
+    assert made(out)["steps"] == 5
+    for changes, says in (
+        ({"seed": 1}, "begun with seed 0, now it is 1"),
+        ({"sa": "2:3"}, "begun with plan 1:3"),
+    ):
+        error = invoke("heal", folder, out=out, **changes).exception
+        assert isinstance(error, MinisaError) and says in str(error)
+    Path(f"{out}.heal").write_bytes(b"no")
+    error = invoke("heal", folder, out=out).exception
+    assert isinstance(error, MinisaError) and "not what a healing leaves" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "says"),
+    [
+        ("refit", {"sa": "none"}, "--sa none: no layer follows"),
+        ("refit", {"device": "tpu"}, "--device 'tpu' is not a device"),
+        ("heal", {"device": "tpu"}, "--device 'tpu' is not a device"),
+        ("heal", {"minutes": 1, "steps": 1}, "by either --minutes or --steps"),
+        ("heal", {"held_out_tokens": 186 * 16}, "none is left: give more text"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    command: str, changes: dict[str, Any], says: str, folder: Path, tmp_path: Path
+) -> None:
+    error = invoke(command, folder, out=tmp_path / "p.json", **changes).exception
+    assert isinstance(error, MinisaError) and says in str(error)
