@@ -142,14 +142,19 @@ class Attention(nn.Module):
         self.wqkv: nn.Module | None = None
         self.widths = (n_queries, n_keys, n_keys)
         # On the CPU even under torch.device("meta"): it is data of the plan and no weight will fill it.
-        identity = head_map is None or head_map == tuple(range(config.n_heads))
-        heads, keys = (None, None) if identity else HeadMap.of(head_map or (), config.n_kv_heads, device="cpu")
-        self.register_buffer("head_map_heads", heads, persistent=False)
-        self.register_buffer("head_map_keys", keys, persistent=False)
+        self.set_head_map(head_map, device="cpu")
 
     @property
     def head_map(self) -> HeadMap | None:
         return None if self.head_map_heads is None else HeadMap(self.head_map_heads, self.head_map_keys)
+
+    def set_head_map(self, heads: tuple[int, ...] | None, device: torch.device | str) -> None:
+        """Use the leader's weights by this map, None for the identity."""
+        n_queries, n_keys, _ = (width // self.head_dim for width in self.widths)
+        identity = heads is None or heads == tuple(range(n_queries))
+        indices = (None, None) if identity else HeadMap.of(heads or (), n_keys, device)
+        for name, index in zip(("head_map_heads", "head_map_keys"), indices, strict=True):
+            self.register_buffer(name, index, persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A leader's q, k and v, before RoPE."""
