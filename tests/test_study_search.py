@@ -125,7 +125,10 @@ def invoke(folder: Path, *flags: object, **changes: object) -> Any:
         "model": folder, "followers": 2, "text": folder.parent / "a.txt", "length": 16,
         "calibration-tokens": 64, "held-out-tokens": 64, "device": "cpu",
     } | {name.replace("_", "-"): value for name, value in changes.items()}  # fmt: skip
-    arguments = ["search", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+    arguments = [
+        "search",
+        *(str(part) for name, value in options.items() if value is not None for part in (f"--{name}", value)),
+    ]
     return CliRunner().invoke(main, [*arguments, *map(str, flags)])
 
 
@@ -189,6 +192,9 @@ def test_every_flag_has_its_effect(folder: Path, tmp_path: Path) -> None:
     assert len(SharingPlan.load(tmp_path / "base.json").followers) == 2
     run("three.json", followers=3)
     assert len(SharingPlan.load(tmp_path / "three.json").followers) == 3
+    mapped, ran = run("mapped.json", "--spans", "1:3", followers=None)
+    assert mapped["followers"]["3"]["leader"] == 1 and len(mapped["followers"]["3"]["heads"]) == 4
+    assert len(ran.stderr.splitlines()) < len(in_haste.stderr.splitlines())  # nothing is searched
     pytest.importorskip("matplotlib")
     run("plot.json", plot=tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -198,6 +204,7 @@ def test_what_cannot_be_done_is_said(folder: Path, tmp_path: Path, monkeypatch: 
     for changes, says in (
         ({"text": tmp_path / "none.txt"}, "none.txt: cannot read"),
         ({"device": "tpu"}, "--device 'tpu' is not a device"),
+        ({"followers": None}, "by --followers, or which, by --spans"),
         ({"followers": 5}, "--followers is 5: expected 1 to 4"),
         ({"calibration_tokens": 4000}, "windows of 16 tokens, 254 are needed"),
         ({"out": tmp_path / "none" / "plan.json"}, "cannot keep the state of the search"),

@@ -75,6 +75,12 @@ class Search:
         points[-1] = self._remapped(self._bettered(points[-1]))
         return points
 
+    def mapped(self, plan: SharingPlan) -> Point:
+        """A plan that is given, with head maps."""
+        self._calibrate()
+        chosen = self._plan(_leaders(plan))
+        return self._remapped(Point(chosen, self._measure(chosen)))
+
     @property
     def out_of_time(self) -> bool:
         return time.monotonic() >= self.deadline

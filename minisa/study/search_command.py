@@ -11,7 +11,9 @@ import click
 from minisa.benchmark.plot import check_matplotlib
 from minisa.config import ModelConfig
 from minisa.console import open_model
+from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL
+from minisa.sharing import SharingPlan
 from minisa.study.findings import Point, read_findings, write_findings
 from minisa.study.loss import perplexity, token_losses
 from minisa.study.plans import kv_saved, provenance, save_plan, weights_saved
@@ -24,7 +26,8 @@ FILE = click.Path(dir_okay=False)
 
 @click.command()
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path.")
-@click.option("--followers", type=click.IntRange(1), required=True, help="Layers that shall follow.")
+@click.option("--followers", type=click.IntRange(1), help="Layers that shall follow.")
+@click.option("--spans", help="Followers and leaders as 3:6,19:21, in place of a search: head maps alone are made.")
 @click.option("--text", "texts", type=FILE, multiple=True, required=True, help="UTF-8 text; may be given repeatedly.")
 @click.option("--validation", type=FILE, help="Text to measure plans on; else windows of --text held out for that.")
 @click.option("--budget-minutes", type=click.FloatRange(0), default=30.0, show_default=True, help="Time to search.")
@@ -37,7 +40,8 @@ FILE = click.Path(dir_okay=False)
 @click.option("--plot", type=FILE, help="Draw divergence against bytes saved to this PNG (extra `plots`).")
 def search(
     model: str,
-    followers: int,
+    followers: int | None,
+    spans: str | None,
     texts: tuple[str, ...],
     validation: str | None,
     budget_minutes: float,
@@ -53,6 +57,8 @@ def search(
 
     Broken off, the same command goes on where it was: what has been measured is kept in OUT.search.
     """
+    if (followers is None) == (spans is None):
+        raise MinisaError("search: say how many layers shall follow, by --followers, or which, by --spans")
     began = time.monotonic()
     if plot is not None:
         check_matplotlib()
@@ -84,7 +90,7 @@ def search(
     def saved() -> None:
         write_findings(state, settings, findings)
 
-    points = Search(
+    searching = Search(
         llm.model,
         calibration,
         held_out,
@@ -92,7 +98,11 @@ def search(
         deadline=began + 60 * budget_minutes,
         report=report,
         saved=saved,
-    ).run(followers)
+    )
+    if followers is not None:
+        points = searching.run(followers)
+    else:
+        points = [searching.mapped(SharingPlan.parse(spans or "", llm.config.n_layers))]
     best = points[-1]
     report("the loss on the held-out text")
     plain = token_losses(llm.model, held_out)
