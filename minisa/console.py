@@ -19,8 +19,13 @@ from minisa.errors import MinisaError
 from minisa.quantize import QUANTIZATIONS
 from minisa.registry import DEFAULT_MODEL, ModelEntry, find, local_path, weights_dir
 
-MODEL_OPTIONS = [
+WEIGHTS_OPTIONS = [
     click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
+    click.option("--dtype", default="auto", show_default=True, help=f"auto, {', '.join(DTYPES)}."),
+    click.option("--quantize", type=click.Choice(QUANTIZATIONS), help="Weights in 8 or 4 bits, in blocks of 32."),
+]
+SHARING_OPTIONS = [
     click.option(
         "--sa",
         is_flag=False,
@@ -28,22 +33,26 @@ MODEL_OPTIONS = [
         metavar="[SPANS|PLAN.json]",
         help="Share attention weights: followers as 27-30 or 3:6,19:21, a plan's file, or alone for the model's own.",
     ),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
-    click.option("--dtype", default="auto", show_default=True, help=f"auto, {', '.join(DTYPES)}."),
     click.option(
         "--kv-dtype", default="auto", show_default=True, help=f"Of keys and values: auto, {', '.join(KV_DTYPES)}."
     ),
-    click.option("--quantize", type=click.Choice(QUANTIZATIONS), help="Weights in 8 or 4 bits, in blocks of 32."),
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def model_options(command: Command) -> Command:
-    """Decorator: --model --sa --device --dtype --kv-dtype --quantize."""
-    for option in reversed(MODEL_OPTIONS):
+def weights_options(command: Command) -> Command:
+    """Decorator: --model --device --dtype --quantize."""
+    for option in reversed(WEIGHTS_OPTIONS):
         command = option(command)
     return command
+
+
+def model_options(command: Command) -> Command:
+    """Decorator: the weights_options, --sa and --kv-dtype."""
+    for option in reversed(SHARING_OPTIONS):
+        command = option(command)
+    return weights_options(command)
 
 
 def run(command: click.Command) -> NoReturn:

@@ -12,7 +12,7 @@ import click
 
 from minisa.benchmark.plot import check_matplotlib
 from minisa.checkpoint import open_checkpoint
-from minisa.console import MODEL_OPTIONS, open_model
+from minisa.console import open_model, weights_options
 from minisa.device import dtype_name
 from minisa.engine import LLM
 from minisa.errors import MinisaError
@@ -26,11 +26,10 @@ from minisa.study.text import sha256_of
 from minisa.study.variants import Models, Variant, parse_variants
 
 WINDOW = 512
-_model, _, _device, _dtype, _quantize = MODEL_OPTIONS  # all but --sa, of which there may be several here
 
 
 @click.command("eval")
-@_model
+@weights_options
 @click.option(
     "--sa", "plans", multiple=True, metavar="SPANS|PLAN.json|default", help="A plan to compare; may be given again."
 )
@@ -62,9 +61,6 @@ _model, _, _device, _dtype, _quantize = MODEL_OPTIONS  # all but --sa, of which 
     help="Write the summary there, and each item to FILE.items.jsonl as it is done: the same command goes on from it.",
 )
 @click.option("--plot", "plot_file", metavar="FILE.png", help="Draw the first metric against KV bytes saved.")
-@_device
-@_dtype
-@_quantize
 def evaluate(
     model: str,
     plans: tuple[str, ...],

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from minisa.benchmark.plot import check_matplotlib
-from minisa.console import MODEL_OPTIONS, open_model
+from minisa.console import open_model, weights_options
 from minisa.device import dtype_name
 from minisa.registry import resolve
 from minisa.study.eval_command import write_json
@@ -16,19 +16,14 @@ from minisa.study.isotropy_report import as_record, plot, table
 from minisa.study.progress import Progress
 from minisa.study.text import sha256_of, windows
 
-_model, _, _device, _dtype, _quantize = MODEL_OPTIONS  # all but --sa: it is the plain model that is looked at
-
 
 @click.command()
-@_model
+@weights_options
 @click.option("--text", required=True, metavar="FILE", help="UTF-8 text to look at.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
 @click.option("--limit", type=click.IntRange(1), default=8, show_default=True, help="Only so many windows.")
 @click.option("--json", "json_file", metavar="FILE.json", help="Write every matrix there.")
 @click.option("--plot", "plot_file", metavar="FILE.png", help="Draw the matrices.")
-@_device
-@_dtype
-@_quantize
 def isotropy(
     model: str, text: str, length: int, limit: int, json_file: str | None, plot_file: str | None, **load: Any
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from minisa.console import MODEL_OPTIONS, open_model
+from minisa.console import open_model, weights_options
 from minisa.device import dtype_name
 from minisa.registry import resolve
 from minisa.study.cheapest import cheapest
@@ -16,20 +16,15 @@ from minisa.study.progress import Progress
 from minisa.study.text import sha256_of, windows
 from minisa.study.variants import parse_variants
 
-_model, _, _device, _dtype, _quantize = MODEL_OPTIONS  # all but --sa: rivals are changes to the plain model
-
 
 @click.command()
-@_model
+@weights_options
 @click.argument("kind", type=click.Choice(["drop", "cla"]))
 @click.argument("layers", type=click.IntRange(1))
 @click.option("--text", required=True, metavar="FILE", help="UTF-8 text to choose by; not the one to be tested on.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
 @click.option("--limit", type=click.IntRange(1), default=4, show_default=True, help="Only so many windows.")
 @click.option("--json", "json_file", metavar="FILE.json", help="Write the choices there.")
-@_device
-@_dtype
-@_quantize
 def rivals(
     model: str, kind: str, layers: int, text: str, length: int, limit: int, json_file: str | None, **load: Any
 ) -> None:
