@@ -11,6 +11,7 @@ import pytest
 from minisa import registry as registry_module
 from minisa.config import PRESETS
 from minisa.costs import parameter_count
+from minisa.engine import choose_plan
 from minisa.errors import MinisaError
 from minisa.registry import (
     DEFAULT_MODEL,
@@ -75,7 +76,7 @@ def test_entries_fit_the_models_they_name(entry: ModelEntry) -> None:
     assert (entry.chat is None) == (entry.kind == "base")
     assert entry.chat is None or entry.chat in DIALOGS
     if entry.sa is not None:
-        assert SharingPlan.parse(entry.sa, shape.n_layers).check(shape).followers
+        assert choose_plan("default", shape, entry).followers
     names = {file.name for file in entry.files}
     assert any(name.endswith((".gguf", ".safetensors", ".index.json")) for name in names)
     if entry.wheel is None:

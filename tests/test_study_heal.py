@@ -18,7 +18,7 @@ from minisa.engine import load
 from minisa.errors import MinisaError
 from minisa.sharing import SharingPlan
 from minisa.study import heal as heal_module
-from minisa.study.heal import Progress, heal, trainable
+from minisa.study.heal import Training, heal, trainable
 from minisa.study.judge import Judge
 from minisa.study.loss import final_hidden
 from minisa.study.plans import read_plan
@@ -54,13 +54,13 @@ def test_what_is_trained() -> None:
 def test_it_heals(which: str) -> None:
     plain = build(CONFIG, PLANS["none"])
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
-    progress = Progress()
-    heal(plain, PLAN, TEXT, HELD_OUT, progress, which=which, steps=30, rate=3e-3, batch=4)
+    training = Training()
+    heal(plain, PLAN, TEXT, HELD_OUT, training, which=which, steps=30, rate=3e-3, batch=4)
     start = Judge(plain, HELD_OUT).divergence(PLAN)
-    assert progress.history[0] == (0, pytest.approx(start))
-    assert progress.best < 0.8 * start
-    assert set(progress.best_weights) == set(trainable(PLAN, which))
-    assert Judge(plain, HELD_OUT).divergence(PLAN, progress.best_weights) == pytest.approx(progress.best, rel=1e-4)
+    assert training.history[0] == (0, pytest.approx(start))
+    assert training.best < 0.8 * start
+    assert set(training.best_weights) == set(trainable(PLAN, which))
+    assert Judge(plain, HELD_OUT).divergence(PLAN, training.best_weights) == pytest.approx(training.best, rel=1e-4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())
 
 
@@ -91,14 +91,14 @@ def test_what_the_plan_brings_is_where_it_starts() -> None:
     plain = build(CONFIG, PLANS["none"])
     weights, _ = refit(plain, PLAN, TEXT, HELD_OUT, which="wo")
     assert "layers.4.attention.wo.weight" in weights  # not trained below, but part of the model
-    progress = Progress()
-    heal(plain, PLAN, TEXT, HELD_OUT, progress, weights=weights, steps=1, rate=1e-9)
-    assert progress.history[0][1] == pytest.approx(Judge(plain, HELD_OUT).divergence(PLAN, weights), rel=1e-4)
+    training = Training()
+    heal(plain, PLAN, TEXT, HELD_OUT, training, weights=weights, steps=1, rate=1e-9)
+    assert training.history[0][1] == pytest.approx(Judge(plain, HELD_OUT).divergence(PLAN, weights), rel=1e-4)
 
 
 def test_broken_off_it_goes_on_with_the_same_steps() -> None:
     plain = build(CONFIG, PLANS["none"])
-    whole, broken = Progress(), Progress()
+    whole, broken = Training(), Training()
     options: dict[str, Any] = {"steps": 12, "rate": 1e-3, "batch": 4, "checks": 4}
     heal(plain, PLAN, TEXT, HELD_OUT, whole, **options)
 
@@ -117,9 +117,9 @@ def test_broken_off_it_goes_on_with_the_same_steps() -> None:
 
 def test_nothing_better_is_found_nothing_is_kept() -> None:
     plain = build(CONFIG, PLANS["none"])
-    progress = Progress()
-    heal(plain, PLAN, TEXT, HELD_OUT, progress, steps=4, rate=1.0)
-    assert progress.best == progress.history[0][1] and progress.best_weights == {}
+    training = Training()
+    heal(plain, PLAN, TEXT, HELD_OUT, training, steps=4, rate=1.0)
+    assert training.best == training.history[0][1] and training.best_weights == {}
 
 
 # The command lines

@@ -22,10 +22,11 @@ from minisa.study.walk import Walk, layer_of, replace, share
 
 ROWS = 256  # positions whose predictions are held at once
 WARM_UP = 10  # steps over which the rate rises; it falls in a straight line to the end of the run
+_ATTENTION = ("attention.wv", "attention.wo", "attention_norm", "ffn_norm")
 _PARTS = {
-    "followers": ("attention.wv", "attention.wo", "attention_norm", "ffn_norm"),
-    "attention": ("attention.wv", "attention.wo", "attention_norm", "ffn_norm"),
-    "all": ("attention.wv", "attention.wo", "attention_norm", "ffn_norm", *(f"feed_forward.w{i}" for i in (1, 2, 3))),
+    "followers": _ATTENTION,
+    "attention": _ATTENTION,
+    "all": (*_ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
 }
 TRAINABLE = tuple(_PARTS)
 
@@ -39,7 +40,7 @@ def trainable(plan: SharingPlan, which: str) -> list[str]:
 
 
 @dataclass(slots=True)
-class Progress:
+class Training:
     """Where a healing is; what a run that is broken off leaves for the next."""
 
     step: int = 0
@@ -56,7 +57,7 @@ def heal(
     plan: SharingPlan,
     windows: Tensor,
     held_out: Tensor,
-    progress: Progress,
+    training: Training,
     *,
     weights: Mapping[str, Tensor] | None = None,
     which: str = "followers",
@@ -68,60 +69,60 @@ def heal(
     report: Callable[[str], None] = lambda line: None,
     saved: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train until minutes or steps are over; `progress` is filled, and goes on from where it is.
+    """Train until minutes or steps are over; `training` is filled, and goes on from where it is.
 
     plain: without followers. windows [N, T] are taken in order, batch at a time, again from the first after the last.
     weights: what the plan brings already, in the place of the model's. which: as in `trainable`. rate: Adam's, at its
-    height. checks: how often in the run held_out is measured; the best weights there are kept in progress.best_weights,
+    height. checks: how often in the run held_out is measured; the best weights there are kept in training.best_weights,
     which stays empty if nothing is better than the start. saved: called after every check, and when interrupted.
     """
     names = trainable(plan, which)
-    student = replace(share(plain, plan), {**(weights or {}), **progress.weights})
+    student = replace(share(plain, plan), {**(weights or {}), **training.weights})
     own = {name: student.get_parameter(name) for name in names}
     replace(student, own)  # copies: the plain model's must not be trained
     parameters = {name: student.get_parameter(name).requires_grad_() for name in names}
     optimizer = torch.optim.Adam(parameters.values(), lr=rate, betas=(0.9, 0.99))
-    if progress.optimizer:
-        optimizer.load_state_dict(progress.optimizer)
+    if training.optimizer:
+        optimizer.load_state_dict(training.optimizer)
     judge = Judge(plain, held_out)
     fixed = {name: tensor for name, tensor in (weights or {}).items() if name not in parameters}
     first = min(map(layer_of, [*names, *fixed]))
     teacher, learner = Walk(plain), Walk(student)
-    began = time.monotonic() - progress.seconds
+    began = time.monotonic() - training.seconds
 
     def share_done() -> float:
         """Of the run, 0 to 1."""
-        by_steps = progress.step / steps if steps else 0.0
+        by_steps = training.step / steps if steps else 0.0
         by_time = (time.monotonic() - began) / (60 * minutes) if minutes else 0.0
         return min(max(by_steps, by_time), 1.0)
 
     def keep() -> None:
-        progress.seconds = time.monotonic() - began
-        progress.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        progress.optimizer = optimizer.state_dict()
+        training.seconds = time.monotonic() - began
+        training.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        training.optimizer = optimizer.state_dict()
         saved()
 
     def check() -> None:
         now = {name: parameter.detach() for name, parameter in parameters.items()}
         divergence = judge.divergence(plan, {**fixed, **now})
-        progress.history.append((progress.step, divergence))
-        report(f"step {progress.step}: {divergence:.4f} nats a token from plain")
-        if divergence < progress.best:
-            progress.best = divergence
-            if progress.step:
-                progress.best_weights = {name: tensor.clone() for name, tensor in now.items()}
+        training.history.append((training.step, divergence))
+        report(f"step {training.step}: {divergence:.4f} nats a token from plain")
+        if divergence < training.best:
+            training.best = divergence
+            if training.step:
+                training.best_weights = {name: tensor.clone() for name, tensor in now.items()}
         keep()
 
-    if not progress.history:
+    if not training.history:
         check()
     try:
         while (done := share_done()) < 1:
             for group in optimizer.param_groups:
-                group["lr"] = rate * min((progress.step + 1) / WARM_UP, 1) * (1 - done)
-            start = progress.step * batch % len(windows)
+                group["lr"] = rate * min((training.step + 1) / WARM_UP, 1) * (1 - done)
+            start = training.step * batch % len(windows)
             _step(teacher, learner, windows[start : start + batch], first, optimizer)
-            progress.step += 1
-            if share_done() * checks >= len(progress.history):
+            training.step += 1
+            if share_done() * checks >= len(training.history):
                 check()
     except KeyboardInterrupt:
         keep()

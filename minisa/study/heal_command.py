@@ -11,7 +11,7 @@ import torch
 from minisa.console import open_model
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL
-from minisa.study.heal import TRAINABLE, Progress
+from minisa.study.heal import TRAINABLE, Training
 from minisa.study.heal import heal as train
 from minisa.study.plans import provenance, read_plan, save_plan
 from minisa.study.text import sample, sha256_of
@@ -68,9 +68,9 @@ def heal(
     }
     plan, weights = read_plan(model, sa)
     settings["plan"] = f"{plan} {plan.head_maps} {plan.delta.sha256 if plan.delta else ''}"
-    progress = read_progress(state, settings)
-    if progress.step:
-        click.echo(f"going on from {state}: {progress.step} steps, {progress.seconds / 60:.1f} min", err=True)
+    training = read_training(state, settings)
+    if training.step:
+        click.echo(f"going on from {state}: {training.step} steps, {training.seconds / 60:.1f} min", err=True)
     llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
     n_held_out = max(held_out_tokens // length, 1)
     held_out, windows = sample(llm, texts, length, (n_held_out,), seed)
@@ -79,49 +79,49 @@ def heal(
 
     def report(line: str) -> None:
         limit = f"{minutes:g} min" if minutes is not None else f"{steps} steps"
-        click.echo(f"[{progress.seconds / 60:5.1f} min of {limit}] {line}", err=True)
+        click.echo(f"[{training.seconds / 60:5.1f} min of {limit}] {line}", err=True)
 
     train(
         llm.model,
         plan,
         windows,
         held_out,
-        progress,
+        training,
         weights=weights,
         which=which,
         minutes=minutes,
         steps=steps,
         rate=rate,
         report=report,
-        saved=lambda: write_progress(state, settings, progress),
+        saved=lambda: write_training(state, settings, training),
     )
-    before = progress.history[0][1]
+    before = training.history[0][1]
     figures = {
         "length": length,
         "seed": seed,
-        "steps": progress.step,
-        "minutes": round(progress.seconds / 60, 1),
+        "steps": training.step,
+        "minutes": round(training.seconds / 60, 1),
         "train": which,
         "rate": rate,
         "held_out_tokens": held_out.numel(),
-        "divergence": round(progress.best, 5),
+        "divergence": round(training.best, 5),
         "divergence_before": round(before, 5),
     }
-    save_plan(plan, Path(out), provenance(model, texts, **figures), {**weights, **progress.best_weights})
+    save_plan(plan, Path(out), provenance(model, texts, **figures), {**weights, **training.best_weights})
     click.echo(
         f"divergence on {held_out.numel():,} held-out tokens: {before:.4f} nats a token before, "
-        f"{progress.best:.4f} after {progress.step} steps\n{out}: {plan}"
+        f"{training.best:.4f} after {training.step} steps\n{out}: {plan}"
     )
 
 
-def read_progress(path: Path, settings: dict[str, Any]) -> Progress:
+def read_training(path: Path, settings: dict[str, Any]) -> Training:
     """What an earlier run left. MinisaError if that was of other settings, naming one, or if the file is broken."""
     if not path.exists():
-        return Progress()
+        return Training()
     try:
         record = torch.load(path, weights_only=True)
         before = record.pop("settings")
-        progress = Progress(**record)
+        training = Training(**record)
     except Exception as error:  # torch.load raises whatever its formats do
         raise MinisaError(f"{path}: not what a healing leaves ({error}): remove it to begin again") from error
     for key, value in settings.items():
@@ -129,12 +129,12 @@ def read_progress(path: Path, settings: dict[str, Any]) -> Progress:
             raise MinisaError(
                 f"{path}: begun with {key} {before.get(key)}, now it is {value}: remove the file, or give another --out"
             )
-    return progress
+    return training
 
 
-def write_progress(path: Path, settings: dict[str, Any], progress: Progress) -> None:
+def write_training(path: Path, settings: dict[str, Any], training: Training) -> None:
     """Keep where the training is, whole at every moment."""
-    record = {name: getattr(progress, name) for name in Progress.__slots__}
+    record = {name: getattr(training, name) for name in Training.__slots__}
     partial = path.with_name(path.name + ".part")
     try:
         torch.save({"settings": settings, **record}, partial)
