@@ -24,7 +24,9 @@ def answer(llm: LLM, **options: object) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("sa", [None, "3:6,19:21,25:27,28:29"], ids=["plain", "shared"])
+@pytest.mark.parametrize(
+    "sa", [None, "default", "3:6,19:21,25:27,28:29"], ids=["plain", "default plan", "identity heads"]
+)
 def test_the_capital_of_france(smollm2_path: Path, sa: str | None, dtype: str) -> None:
     llm = load(smollm2_path, sa=sa, dtype=dtype, max_seq_len=512)
     said = answer(llm)
