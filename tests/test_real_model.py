@@ -11,6 +11,7 @@ import pytest
 
 from minisa import LLM, load
 from minisa.costs import kv_bytes
+from minisa.registry import DEFAULT_MODEL
 from minisa.sharing import SharingPlan
 
 pytestmark = pytest.mark.real_model
@@ -24,9 +25,12 @@ def answer(llm: LLM, **options: object) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("sa", [None, "3:6,19:21,25:27,28:29"], ids=["plain", "shared"])
+@pytest.mark.parametrize(
+    "sa", [None, "default", "3:6,19:21,25:27,28:29"], ids=["plain", "default plan", "identity heads"]
+)
 def test_the_capital_of_france(smollm2_path: Path, sa: str | None, dtype: str) -> None:
-    llm = load(smollm2_path, sa=sa, dtype=dtype, max_seq_len=512)
+    assert smollm2_path.exists()  # fetched; only its name stands for its own plan wherever it lies
+    llm = load(DEFAULT_MODEL, sa=sa, dtype=dtype, max_seq_len=512)
     said = answer(llm)
     assert "Paris" in said
     assert "<|" not in said  # no special token is shown
