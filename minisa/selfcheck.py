@@ -123,13 +123,12 @@ def check_steps(device: torch.device) -> tuple[bool, str]:
 
 def check_real_model(device: torch.device) -> tuple[bool, str]:
     """The default model, if it is here: greedy, plain and shared, as chat.py runs it."""
-    path = local_path(find(DEFAULT_MODEL))
-    if path is None:
+    if local_path(find(DEFAULT_MODEL)) is None:
         raise LeftOutError(f"{DEFAULT_MODEL} is not here: python -m minisa pull {DEFAULT_MODEL}")
     answers = {}
     ways: dict[str, dict[str, Any]] = {"plain": {}, "shared": {"sa": "default"}, "fp8 cache": {"kv_dtype": "fp8"}}
     for name, options in ways.items():
-        llm = load(path, device=str(device), max_seq_len=512, compile=True, **options)
+        llm = load(DEFAULT_MODEL, device=str(device), max_seq_len=512, compile=True, **options)
         question = [{"role": "user", "content": "What is the capital of France?"}]
         chunks = list(llm.chat(question, max_new_tokens=40))
         stats = chunks[-1].stats
