@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
@@ -19,15 +19,7 @@ from minisa.study.walk import Walk, share
 from tests.test_model import CONFIG, N_LAYERS, PLANS, build, in_one_go, tokens_of
 from tests.tiny import tiny_config
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So little work that a second thread would only be waited for."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PLAN = SharingPlan.following(N_LAYERS, {3: 2, 5: 4}, {5: [1, 0, 3, 2]})
 WINDOWED = tiny_config(n_layers=N_LAYERS, sliding_window=7)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,7 @@ PLAN = SharingPlan.following(N_LAYERS, {3: 1, 5: 4}, {5: [1, 0, 3, 2]})
 TEXT, HELD_OUT = tokens_of(CONFIG, 24, 32), tokens_of(CONFIG, 6, 32).flip(0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So little work that a second thread would only be waited for."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_what_is_trained() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -13,15 +11,7 @@ from minisa.study.refit import LAMBDAS, refit
 from minisa.study.walk import Walk, replace, share
 from tests.test_model import CONFIG, N_LAYERS, PLANS, build, tokens_of
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So little work that a second thread would only be waited for."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PLAN = SharingPlan.following(N_LAYERS, {3: 2, 5: 4}, {5: [1, 0, 3, 2]})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,7 @@ from tests.test_model import CONFIG, N_LAYERS, PLANS, build, tokens_of
 from tests.tiny import random_weights, tiny_config, write_hf
 from tests.vocabularies import byte_level_json, write_json
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So little work that a second thread would only be waited for."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS = tokens_of(CONFIG, 12, 24)
 
