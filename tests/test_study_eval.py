@@ -486,6 +486,7 @@ def text(tmp_path: Path) -> Path:
 
 class TestTheCommand:
     def test_several_plans_and_rivals_in_one_table(self, run_eval: Run, text: Path, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib", reason='needs pip install "minisa[plots]"')
         ran = run_eval(
             *("--task", "perplexity", "--data", text, "--length", 64, "--sa", "2", "--sa", "1:2-3"),
             *("--rival", "drop:2", "--rival", "cla:1:3", "--rival", "kv-int8", "--rival", "sa:2+kv-int8"),
@@ -524,6 +525,7 @@ class TestTheCommand:
         assert value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
 
     def test_accuracies_and_paired_differences(self, run_eval: Run, piqa: Path, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib", reason='needs pip install "minisa[plots]"')
         output = ("--json", tmp_path / "r.json", "--plot", tmp_path / "r.png")
         ran = run_eval("--task", "piqa", "--data", piqa, "--sa", "1:2-3", *output)
         assert ran.status == 0, ran.err

@@ -159,6 +159,7 @@ def run_isotropy(
 
 
 def test_the_command(run_isotropy: Callable[..., tuple[int, str, str]], tiny_gguf: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason='needs pip install "minisa[plots]"')
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on a quiet red roof in town. " * 20)
     status, out, err = run_isotropy(
