@@ -120,6 +120,11 @@ class Chooser:
             seen = seen.to(device)
         return cls(sampling, len(prompts), None if sampling.greedy else uniforms.to(device), seen)
 
+    @classmethod
+    def greedy(cls, batch: int) -> Chooser:
+        """The likeliest tokens of so many rows."""
+        return cls(Sampling(), batch, uniforms=None, seen=None)
+
     def __call__(self, logits: Tensor, positions: Tensor) -> Tensor:
         """The tokens [B] to follow those at positions [B], which logits [B, vocab_size] were computed for."""
         uniforms = None if self.uniforms is None else self.uniforms.gather(1, positions[:, None])[:, 0]

@@ -34,15 +34,16 @@ def random_llm(
     max_batch: int = 1,
     quantize: str | None = None,
     kv_dtype: torch.dtype | None = None,
+    backend: str | None = None,
     seed: int = 0,
     **options: Any,
 ) -> LLM:
     """An LLM with the weights of `random_checkpoint`. It takes token ids, not text.
 
-    kv_dtype: what keys and values are kept in, None for dtype. options: those of LLM.
+    kv_dtype: what keys and values are kept in, None for dtype. backend: as for `load`. options: those of LLM.
     """
     with torch.device("meta"):
-        transformer = Transformer(config, plan, fastest_backend(torch.device(device)))
+        transformer = Transformer(config, plan, backend or fastest_backend(torch.device(device)))
     blocks = check_quantization(quantize)
     load_weights(transformer, random_checkpoint(config, seed), device=device, dtype=dtype, quantize=blocks)
     transformer.to(device)  # the buffers

@@ -25,7 +25,7 @@ def run(*flags: str) -> Result:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels' own tests take their time in the interpreter; here one check stands for them."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(selfcheck, "INTERPRETED", False)
 
 
 @pytest.mark.real_model
@@ -47,7 +47,7 @@ def test_a_wrong_result_is_a_failure(quick: None, monkeypatch: pytest.MonkeyPatc
         TorchRunner, "stepper", lambda *given: lambda *state: (chosen(*given)(*state)[0] * 0, state[1] + 1)
     )
     monkeypatch.setattr("minisa.selfcheck.native_step", lambda *_, **__: object())
-    monkeypatch.setattr("minisa.selfcheck.choose_runner", lambda model, compile: TorchRunner(model))
+    monkeypatch.setattr("minisa.engine.choose_runner", lambda model, compile: TorchRunner(model))
     monkeypatch.setattr("minisa.selfcheck.local_path", lambda _: None)
     monkeypatch.setitem(selfcheck.CHECKS, "quantized products", lambda _: 1 / 0)  # type: ignore[misc,arg-type,return-value]
     ran = run("--no-bench")

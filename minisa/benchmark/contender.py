@@ -17,7 +17,7 @@ from minisa.device import dtype_name, peak_memory
 from minisa.engine import LLM, load
 from minisa.measure import timed
 from minisa.model import Transformer
-from minisa.sampling import Chooser, Sampling
+from minisa.sampling import Chooser
 from minisa.sharing import SharingPlan
 from minisa.synthetic import random_checkpoint, random_llm
 
@@ -144,12 +144,12 @@ class Minisa:
     @torch.inference_mode()
     def decode(self, context: int, steps: int) -> list[float]:
         llm, batch = self.llm, self.llm.cache.batch
-        step = llm.runner.stepper(llm.cache, Chooser(Sampling(), batch, uniforms=None, seen=None))
+        step = llm.runner.stepper(llm.cache, Chooser.greedy(batch))
         tokens = torch.ones(batch, dtype=torch.int64, device=llm.device)
         positions = torch.full_like(tokens, context)
         for _ in range(LEAD_IN):
             step(tokens, positions, context + 1)
-        step = llm.runner.stepper(llm.cache, Chooser(Sampling(), batch, uniforms=None, seen=None))
+        step = llm.runner.stepper(llm.cache, Chooser.greedy(batch))
         times = []
         for i in range(steps):
             seconds, (tokens, positions) = timed(partial(step, tokens, positions, context + i + 1), llm.device)

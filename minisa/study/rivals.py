@@ -112,14 +112,19 @@ def altered(model: Transformer, rival: Rival) -> Iterator[None]:
             layer.backend = backend
 
 
-class WithoutAttention(Layer):
-    """A layer whose attention is gone: it writes nothing to the cache."""
+class Changed(Layer):
+    """A layer with the parts of another, which works otherwise."""
 
     def __init__(self, layer: nn.Module) -> None:
         nn.Module.__init__(self)
         assert isinstance(layer, Layer)  # for the type checker
         self.backend = layer.backend
+        self.attention_norm, self.attention = layer.attention_norm, layer.attention
         self.ffn_norm, self.feed_forward = layer.ffn_norm, layer.feed_forward
+
+
+class WithoutAttention(Changed):
+    """A layer whose attention is gone: it writes nothing to the cache."""
 
     def lead(
         self,
@@ -133,16 +138,12 @@ class WithoutAttention(Layer):
         return x + self.feed_forward(self.ffn_norm(x)), x  # nobody follows in a plain model
 
 
-class Borrowing(Layer):
+class Borrowing(Changed):
     """A layer that attends to the keys and values of an earlier one."""
 
     def __init__(self, layer: nn.Module, source: int) -> None:
-        nn.Module.__init__(self)
-        assert isinstance(layer, Layer)  # for the type checker
+        super().__init__(layer)
         self.source = source
-        self.backend = layer.backend
-        self.attention_norm, self.attention = layer.attention_norm, layer.attention
-        self.ffn_norm, self.feed_forward = layer.ffn_norm, layer.feed_forward
 
     def lead(
         self,
