@@ -1,0 +1,209 @@
+"""The tasks of eval: how the makers' rows become the text that is scored, and what cannot be one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minisa.errors import MinisaError
+from minisa.study.compare import ratio
+from minisa.study.tasks import TASKS, read_questions, read_rows, score_numbers
+from tests.tiny import tiny_config
+from tests.vocabularies import byte_level_json, gguf_byte_level
+
+VOCABULARY = gguf_byte_level(byte_level_json())
+CONFIG = tiny_config(
+    vocab_size=len(VOCABULARY["tokenizer.ggml.tokens"]), max_seq_len=2048, tie_embeddings=True, n_layers=4
+)
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "rain", "fell", "over", "quiet", "red", "roof", "in", "town"]
+
+HELLASWAG = {
+    "activity_label": "Baking",
+    "ctx_a": "[header] How to bake [title] Mix flour. [step] Stir.",
+    "ctx_b": "then HE",
+    "endings": ["stirs.", "[title] Bake it. [step] Eat  up.", "sleeps."],
+    "label": "1",
+}
+ARC = {"question": "What is hot?", "choices": {"text": ["ice", "fire"], "label": ["A", "B"]}, "answerKey": "B"}
+PIQA = {"goal": "Boil an egg.", "sol1": "Use water.", "sol2": "Use sand, a lot of sand.", "label": 0}
+MMLU = {"question": " One plus one? ", "subject": "easy_sums", "choices": ["1", "2", "3", "4"], "answer": 1}
+SST2 = {"sentence": "a fine film ", "label": 1}
+MRPC = {"sentence1": "He ran .", "sentence2": "He was running .", "label": 1}
+RTE = {"sentence1": "It rains.", "sentence2": "It is dry.", "label": 1}
+WINOGRANDE = {
+    "sentence": "The cup missed the bag as the _ was small.",
+    "option1": "cup",
+    "option2": "bag",
+    "answer": "2",
+}
+LAMBADA = {"context": "He met Ann and said: hello,", "continuation": "Ann"}
+GSM8K = {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 1,004"}
+ROWS = {
+    "hellaswag": HELLASWAG, "arc_easy": ARC, "piqa": PIQA, "mmlu": MMLU, "sst2": SST2, "mrpc": MRPC, "rte": RTE,
+    "winogrande": WINOGRANDE, "lambada": LAMBADA, "gsm8k": GSM8K,
+}  # fmt: skip
+TEXTS = {
+    "hellaswag": (
+        ["Baking: How to bake. Mix flour. Stir. Then he"] * 3,
+        [" stirs.", "  Bake it. Eat up.", " sleeps."],
+        1,
+    ),
+    "arc_easy": (["Question: What is hot?\nAnswer:"] * 2, [" ice", " fire"], 1),
+    "piqa": (["Question: Boil an egg.\nAnswer:"] * 2, [" Use water.", " Use sand, a lot of sand."], 0),
+    "mmlu": (
+        [
+            "The following are multiple choice questions (with answers) about easy sums.\n\n"
+            "One plus one?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+        ]
+        * 4,
+        [" A", " B", " C", " D"],
+        1,
+    ),
+    "sst2": (
+        ["a fine film \nQuestion: Is this sentence positive or negative?\nAnswer:"] * 2,
+        [" negative", " positive"],
+        1,
+    ),
+    "mrpc": (
+        [
+            "Sentence 1: He ran .\nSentence 2: He was running .\n"
+            "Question: Do both sentences mean the same thing?\nAnswer:"
+        ]
+        * 2,
+        [" no", " yes"],
+        1,
+    ),
+    "rte": (["It rains.\nQuestion: It is dry. True or False?\nAnswer:"] * 2, [" True", " False"], 1),
+    "winogrande": (
+        ["The cup missed the bag as the cup", "The cup missed the bag as the bag"],
+        [" was small.", " was small."],
+        1,
+    ),
+    "lambada": (["He met Ann and said: hello,"], [" Ann"], 0),
+    "gsm8k": (["Question: Two and two?\nAnswer:"], [" 2 + 2 = <<2+2=4>>4\n#### 1,004"], 0),
+}
+
+
+def write_rows(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def some_text(n_words: int, seed: int) -> str:
+    picks = torch.randint(len(WORDS), (n_words,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(WORDS[i] for i in picks)
+
+
+class TestTasks:
+    @pytest.mark.parametrize("name", ROWS)
+    def test_the_text_that_is_scored(self, name: str, tmp_path: Path) -> None:
+        (question,) = read_questions(TASKS[name], write_rows(tmp_path / "rows", ROWS[name]), 0, None)
+        assert (list(question.prompts), list(question.answers), question.right) == TEXTS[name]
+
+    def test_every_task_is_here(self) -> None:
+        assert set(TASKS) == set(ROWS)
+
+    def test_examples_come_first_with_their_right_answers_and_never_the_question_itself(self, tmp_path: Path) -> None:
+        other = ARC | {"question": "What is cold?", "answerKey": "A"}
+        data = write_rows(tmp_path / "rows", ARC)
+        pool = write_rows(tmp_path / "pool", ARC, other, other)
+        (question,) = read_questions(TASKS["arc_easy"], data, 2, pool)
+        cold = "Question: What is cold?\nAnswer: ice\n\n"
+        assert question.prompts[0] == cold + cold + "Question: What is hot?\nAnswer:"
+        with pytest.raises(MinisaError, match="2 examples for --shots 3"):
+            read_questions(TASKS["arc_easy"], data, 3, pool)
+        with pytest.raises(MinisaError, match="needs --shots-data"):
+            read_questions(TASKS["arc_easy"], data, 1, None)
+
+    def test_winogrande_s_example_has_the_right_word(self, tmp_path: Path) -> None:
+        other = WINOGRANDE | {"sentence": "Cats like _ best.", "option1": "fish", "option2": "hay", "answer": "1"}
+        pool = write_rows(tmp_path / "pool", other)
+        (question,) = read_questions(TASKS["winogrande"], write_rows(tmp_path / "rows", WINOGRANDE), 1, pool)
+        assert question.prompts[1] == "Cats like fish best.\n\nThe cup missed the bag as the bag"
+
+    def test_mmlu_s_examples_are_of_the_same_subject(self, tmp_path: Path) -> None:
+        pool = [MMLU | {"question": f"Q{i}", "subject": ("art", "easy_sums")[i % 2], "answer": 3} for i in range(6)]
+        data = write_rows(tmp_path / "rows", MMLU)
+        (question,) = read_questions(TASKS["mmlu"], data, 2, write_rows(tmp_path / "pool", *pool))
+        heading, first, second, asked = question.prompts[0].split("\n\n")
+        assert heading.endswith("about easy sums.")
+        assert first == "Q1\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: D" and second.startswith("Q3\n")
+        assert asked.startswith("One plus one?")
+        with pytest.raises(MinisaError, match="3 examples of subject 'easy_sums' for --shots 5"):
+            read_questions(TASKS["mmlu"], data, 5, tmp_path / "pool")
+
+    def test_limit_takes_the_first(self, tmp_path: Path) -> None:
+        data = write_rows(tmp_path / "rows", LAMBADA, LAMBADA | {"continuation": "Bob"}, LAMBADA)
+        assert [q.answers[0] for q in read_questions(TASKS["lambada"], data, 0, None, limit=2)] == [" Ann", " Bob"]
+
+    @pytest.mark.parametrize(
+        ("task", "row", "message"),
+        [
+            ("piqa", {"goal": "x"}, "row 1: 'sol1' is missing: expected the fields of piqa"),
+            ("piqa", PIQA | {"label": 2}, "its answer is none of its choices"),
+            ("winogrande", WINOGRANDE | {"sentence": "no blank"}, "row 1: not a row of winogrande"),
+            ("arc_easy", ARC | {"answerKey": "E"}, "row 1: not a row of arc_easy"),
+            ("mmlu", MMLU | {"choices": ["1", "2"]}, "row 1: not a row of mmlu"),
+            ("gsm8k", GSM8K | {"answer": "four"}, "there is no '#### number'"),
+            ("lambada", LAMBADA | {"context": ""}, "a prompt or an answer is empty"),
+            ("piqa", [1], "line 1: expected a JSON object"),
+        ],
+    )
+    def test_rows_of_something_else(self, task: str, row: Any, message: str, tmp_path: Path) -> None:
+        with pytest.raises(MinisaError, match=message):
+            read_questions(TASKS[task], write_rows(tmp_path / "rows", row), 0, None)
+
+    def test_files_that_hold_no_rows(self, tmp_path: Path) -> None:
+        (tmp_path / "rows").write_text("{not json\n")
+        with pytest.raises(MinisaError, match="line 1: not JSON"):
+            read_rows(tmp_path / "rows")
+        (tmp_path / "rows").write_text("\n")
+        with pytest.raises(MinisaError, match="there are no rows"):
+            read_rows(tmp_path / "rows")
+        with pytest.raises(MinisaError, match="cannot read"):
+            read_rows(tmp_path / "none")
+
+    def test_a_line_separator_inside_a_string_is_not_the_end_of_a_row(self, tmp_path: Path) -> None:
+        (tmp_path / "rows").write_text('{"a": "x\u2028y"}\n', encoding="utf-8")
+        assert read_rows(tmp_path / "rows") == [{"a": "x\u2028y"}]
+
+    def test_choices_are_scored_whole_and_by_the_character(self, tmp_path: Path) -> None:
+        (question,) = read_questions(TASKS["piqa"], write_rows(tmp_path / "rows", PIQA), 0, None)
+        score = TASKS["piqa"].score
+        assert score is not None  # " Use water." has 10 characters after its space, the other 24
+        assert score(question, [-11.0, -12.0], [False, False]) == {"acc_norm": (0, 1), "acc": (1, 1)}
+        assert score(question, [-10.0, -25.0], [False, False]) == {"acc_norm": (1, 1), "acc": (1, 1)}
+
+    def test_f1_of_mrpc_is_that_of_the_confusion_matrix(self, tmp_path: Path) -> None:
+        labels, chosen = [1, 1, 1, 0, 0, 1], [1, 0, 1, 1, 0, 1]
+        data = write_rows(tmp_path / "rows", *(MRPC | {"label": label} for label in labels))
+        score = TASKS["mrpc"].score
+        assert score is not None
+        found = [
+            score(question, [-1.0 - choice, -2.0 + choice], [False, False])
+            for question, choice in zip(read_questions(TASKS["mrpc"], data, 0, None), chosen, strict=True)
+        ]
+        precision, recall = 3 / 4, 3 / 4
+        assert ratio([s["f1"] for s in found]).value == pytest.approx(2 * precision * recall / (precision + recall))
+        assert ratio([s["acc"] for s in found]).value == pytest.approx(4 / 6)
+
+    @pytest.mark.parametrize(
+        ("answer", "stated", "last"),
+        [
+            (" so it is <<4>>\n#### 1004", 1, 1),
+            (" #### 1,004.\n\nQ", 1, 1),
+            ("#### $1004.00", 1, 1),
+            (" The answer is 1004.", 0, 1),
+            (" 1004 or 5", 0, 0),
+            ("#### 1005", 0, 0),
+            ("#### -1004", 0, 0),
+            (" I don't know...", 0, 0),
+        ],
+    )
+    def test_generated_numbers(self, answer: str, stated: int, last: int, tmp_path: Path) -> None:
+        (question,) = read_questions(TASKS["gsm8k"], write_rows(tmp_path / "rows", GSM8K), 0, None)
+        assert score_numbers(question, answer) == {"acc": (stated, 1), "last_number": (last, 1)}
