@@ -191,6 +191,16 @@ def test_every_flag_has_its_effect(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plans_are_measured_on_echoes_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def divergence(name: str) -> float:
+        assert invoke(folder, "--spans", "1:3", followers=None, out=tmp_path / name).exit_code == 0
+        return made(tmp_path / name)["divergence"]
+
+    with_echoes = divergence("with.json")
+    monkeypatch.setattr("minisa.study.search_command.echoing", lambda windows: windows)
+    assert divergence("without.json") != with_echoes
+
+
 def test_what_cannot_be_done_is_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for changes, says in (
         ({"text": tmp_path / "none.txt"}, "none.txt: cannot read"),

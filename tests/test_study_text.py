@@ -11,7 +11,7 @@ import torch
 from minisa.errors import MinisaError
 from minisa.sharing import SharingPlan
 from minisa.study.loss import losses_of, perplexity, token_losses
-from minisa.study.text import read_text, sample, sha256_of, windows
+from minisa.study.text import echoing, read_text, sample, sha256_of, windows
 from tests.test_model import CONFIG, PLANS, build, in_one_go, tokens_of
 
 
@@ -95,3 +95,10 @@ def test_a_sample_is_drawn_by_its_seed_and_nothing_twice(tmp_path: Path) -> None
     assert not torch.equal(one, sample(TinyLLM(), paths, 8, (4, 7), seed=2)[0])
     with pytest.raises(MinisaError, match="11 windows of 8 tokens, 12 are needed"):
         sample(TinyLLM(), paths, 8, (4, 8), seed=1)
+
+
+def test_every_second_window_says_its_first_half_twice() -> None:
+    tokens = torch.arange(21).view(3, 7)
+    kept = tokens.clone()
+    assert echoing(tokens).tolist() == [[*range(7)], [7, 8, 9, 7, 8, 9, 13], [*range(14, 21)]]
+    assert torch.equal(tokens, kept)

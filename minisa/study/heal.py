@@ -22,21 +22,22 @@ from minisa.study.walk import Walk, layer_of, replace, share
 
 ROWS = 256  # positions whose predictions are held at once
 WARM_UP = 10  # steps over which the rate rises; it falls in a straight line to the end of the run
-_ATTENTION = ("attention.wv", "attention.wo", "attention_norm", "ffn_norm")
-_PARTS = {
-    "followers": _ATTENTION,
-    "attention": _ATTENTION,
-    "all": (*_ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
-}
-TRAINABLE = tuple(_PARTS)
+EVERY = 2  # of the positions, one in so many is predicted: rows of the vocabulary are a quarter of a step's cost
+_FOLLOWER = ("attention.wv", "attention.wo", "attention_norm", "ffn_norm")
+_LEADER = ("attention.wq", "attention.wk", *_FOLLOWER)
+_FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+TRAINABLE = ("followers", "attention", "all")
 
 
 def trainable(plan: SharingPlan, which: str) -> list[str]:
-    """Parameter names: wv, wo and norms of the followers, of every layer from the first follower on ("attention"),
-    or those layers' feed-forward matrices too ("all")."""
+    """Parameter names: wv, wo and norms of the followers, attention and norms of every layer from the first follower
+    on ("attention"), or those layers' feed-forward matrices too ("all")."""
     first = min(plan.followers, default=plan.n_layers)
-    layers = plan.followers if which == "followers" else range(first, plan.n_layers)
-    return [f"layers.{i}.{part}.weight" for i in layers for part in _PARTS[which]]
+    names = []
+    for i in plan.followers if which == "followers" else range(first, plan.n_layers):
+        parts = (*(_FOLLOWER if i in plan.followers else _LEADER), *(_FEED_FORWARD if which == "all" else ()))
+        names += [f"layers.{i}.{part}.weight" for part in parts]
+    return names
 
 
 @dataclass(slots=True)
@@ -120,7 +121,8 @@ def heal(
             for group in optimizer.param_groups:
                 group["lr"] = rate * min((training.step + 1) / WARM_UP, 1) * (1 - done)
             start = training.step * batch % len(windows)
-            _step(teacher, learner, windows[start : start + batch], first, optimizer)
+            rows = slice(training.step % EVERY, None, EVERY)
+            _step(teacher, learner, windows[start : start + batch], rows, first, optimizer)
             training.step += 1
             if share_done() * checks >= len(training.history):
                 check()
@@ -129,14 +131,16 @@ def heal(
         raise
 
 
-def _step(teacher: Walk, learner: Walk, windows: Tensor, first: int, optimizer: torch.optim.Optimizer) -> None:
-    """One step of Adam on the mean divergence of some windows' predictions; layers before `first` are run once."""
+def _step(
+    teacher: Walk, learner: Walk, windows: Tensor, rows: slice, first: int, optimizer: torch.optim.Optimizer
+) -> None:
+    """One step of Adam on the mean divergence of predictions at `rows` of windows; layers before `first` run once."""
     with torch.no_grad():
         states = [teacher.embed(windows)]
         for i in range(first):
             states.append(teacher.layer(i, states[-1], {}))
-        wanted = teacher.model.norm(teacher.onward(states, first)[-1]).flatten(0, 1)
-    found = learner.model.norm(learner.onward(states, first)[-1]).flatten(0, 1)
+        wanted = teacher.model.norm(teacher.onward(states, first)[-1][:, rows]).flatten(0, 1)
+    found = learner.model.norm(learner.onward(states, first)[-1][:, rows]).flatten(0, 1)
     cut = found.detach().requires_grad_()  # so that the logits of a few positions are held at a time
     for theirs, ours in zip(wanted.split(ROWS), cut.split(ROWS), strict=True):
         with torch.no_grad():

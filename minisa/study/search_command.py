@@ -18,7 +18,7 @@ from minisa.study.findings import Point, read_findings, write_findings
 from minisa.study.loss import perplexity, token_losses
 from minisa.study.plans import kv_saved, provenance, save_plan, weights_saved
 from minisa.study.search import Search
-from minisa.study.text import sample, sha256_of
+from minisa.study.text import echoing, sample, sha256_of
 from minisa.study.walk import share
 
 FILE = click.Path(dir_okay=False)
@@ -55,6 +55,8 @@ def search(
 ) -> None:
     """Choose followers, leaders and head maps by what they cost on held-out text, and write the plan.
 
+    Every second window of that text says its first half twice, so that copying from the context counts.
+
     Broken off, the same command goes on where it was: what has been measured is kept in OUT.search.
     """
     if (followers is None) == (spans is None):
@@ -82,6 +84,7 @@ def search(
     else:
         calibration, _ = sample(llm, texts, length, (n_calibration,), seed)
         held_out, _ = sample(llm, [validation], length, (n_held_out,), seed)
+    held_out = echoing(held_out)
 
     def report(line: str) -> None:
         minutes = (time.monotonic() - began) / 60

@@ -65,3 +65,14 @@ def windows(llm: LLM, path: str | Path, length: int, limit: int | None = None, s
             f"{path}: {len(ids)} tokens give no window of {length} after the first {skip}: take a longer text"
         )
     return torch.cat((torch.tensor(bos, dtype=torch.int64).expand(len(cut), -1), cut), dim=1)
+
+
+def echoing(windows: Tensor) -> Tensor:
+    """windows [N, T], the second half of every second one its first half again.
+
+    Text in one style asks little of the heads that copy from the context; plans chosen by it alone may cut them off.
+    """
+    half = windows.shape[1] // 2
+    echoes = windows.clone()
+    echoes[1::2, half : 2 * half] = windows[1::2, :half]
+    return echoes
