@@ -78,6 +78,11 @@ class StaticCache:
             )
         return StaticCache(self.keys[:, rows, :, :length], self.values[:, rows, :, :length], self.key_slots)
 
+    def copy_(self, other: StaticCache) -> None:
+        """Take over another's slots; of the same model, plan and length, and of as many rows or one for all."""
+        self.keys.copy_(other.keys)
+        self.values.copy_(other.values)
+
     def update_keys(self, layer: int, positions: Tensor, k: Tensor) -> Tensor:
         """Write a leader's k [B, n_kv_heads, T, D] at positions [B, T]; returns its keys [B, n_kv_heads, S, D]."""
         slot = self.key_slots[layer]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from minisa.costs import kv_bytes
 from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_name, free_memory
 from minisa.dialog import DIALOGS, Dialog, Message, find_dialog
 from minisa.errors import MinisaError
-from minisa.generate import Chunk, Options, generate
+from minisa.generate import Chunk, Options, Prefix, common_prefix, compute_prefix, generate
 from minisa.model import Transformer
 from minisa.quantize import check_quantization
 from minisa.registry import ModelEntry, resolve, shipped_plan
@@ -145,6 +146,7 @@ class LLM:
         self._compile = compile
         self.weight_format = quantized or dtype_name(self.dtype)
         self._cached: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
+        self._prefixes: WeakSet[Prefix] = WeakSet()
         self._generation = 0
 
     @cached_property
@@ -184,13 +186,37 @@ class LLM:
         )
         return torch.cat([logits.float() for logits in self.runner.all_logits(tokens, 0, cache)])
 
+    def prefix(self, beginning: Prompt | Sequence[Message]) -> Prefix:
+        """A beginning that prompts share, computed once: keys and values for `prefix=` of `generate` and `chat`.
+
+        beginning: text, token ids, or the messages that dialogs begin with, a system prompt for example. It takes
+        memory of its own, `costs.kv_bytes` of so many tokens, and leaves llm.cache alone.
+        Raises MinisaError as `generate` does.
+        """
+        if beginning and not isinstance(beginning, str) and isinstance(beginning[0], Mapping):
+            # What two dialogs have in common that part there.
+            one, other = (
+                self.dialog.render([*beginning, {"role": "user", "content": text}], self.tokenizer)
+                for text in ("a", "b")
+            )
+            ids = one[: common_prefix(one, other)]
+        else:
+            ids = self._prompt_ids(beginning)  # type: ignore[arg-type]
+        cache = StaticCache.allocate(
+            self.config, self.plan, max_seq_len=len(ids), device=self.device, dtype=self.cache.values.dtype
+        )
+        found = compute_prefix(self.runner, cache, ids)
+        self._prefixes.add(found)
+        return found
+
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Iterator[Chunk]:
         """Continue one prompt or several at once, streaming.
 
         prompts: text, token ids, or a list of either (at most max_batch). Text gets the BOS token where the model's
             maker puts it; special tokens spelled in it are plain text.
         options: max_new_tokens, stop (a string or several) and stop_ids (the model's own by default), as in
-            `Options`; temperature, top_k, top_p, min_p, repetition_penalty and seed, as in `Sampling`.
+            `Options`; temperature, top_k, top_p, min_p, repetition_penalty and seed, as in `Sampling`; prefix, from
+            `prefix`: what a prompt has in common with it is not computed again.
         Raises MinisaError for an empty or too long prompt or an option out of range, before anything is computed.
         """
         return self._start([self._prompt_ids(prompt) for prompt in _as_list(prompts)], mid_text=True, **options)
@@ -211,12 +237,15 @@ class LLM:
         max_new_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         stop_ids: Iterable[int] | None = None,
+        prefix: Prefix | None = None,
         **sampling: Any,
     ) -> Iterator[Chunk]:
         if not rows:
             raise MinisaError("generate: no prompt; give text or token ids")
         if len(rows) > self.cache.batch:
             raise MinisaError(f"generate: {len(rows)} prompts for max_batch {self.cache.batch}: load with a larger one")
+        if prefix is not None and prefix not in self._prefixes:
+            raise MinisaError("generate: prefix is another model's: make it by this one's llm.prefix")
         options = Options(
             sampling=Sampling(**sampling),
             max_new_tokens=max_new_tokens,
@@ -227,9 +256,9 @@ class LLM:
         options.sampling.uniforms(
             len(rows), 0
         )  # a wrong number of seeds is an error of this call, not of the first next
-        return self._stream(rows, options)
+        return self._stream(rows, options, prefix)
 
-    def _stream(self, rows: list[list[int]], options: Options) -> Iterator[Chunk]:
+    def _stream(self, rows: list[list[int]], options: Options, prefix: Prefix | None) -> Iterator[Chunk]:
         if may_become_native(self.runner, self._compile):
             self.runner = choose_runner(self.model, self._compile)
         self._generation += 1
@@ -244,6 +273,7 @@ class LLM:
             rows,
             options,
             self._cached if single else None,
+            prefix,
         )
         for chunk in chunks:
             yield chunk

@@ -27,7 +27,7 @@ class Stats:
     """How one row went. Prefill and decoding are never mixed."""
 
     prompt_tokens: int
-    reused_tokens: int  # of the prompt, found in the cache
+    reused_tokens: int  # of the prompt, found in the cache or in a prefix
     new_tokens: int
     time_to_first_token: float  # seconds from the call
     prompt_tokens_per_second: float  # of the tokens that were not reused
@@ -74,6 +74,21 @@ class Options:
             raise MinisaError("stop: an empty stop string would stop at once; leave it out")
 
 
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Prefix:
+    """A beginning that prompts have in common: its tokens, and the one-row cache that holds their keys and values."""
+
+    tokens: list[int]
+    cache: StaticCache
+
+
+@torch.inference_mode()
+def compute_prefix(runner: Runner, cache: StaticCache, tokens: list[int]) -> Prefix:
+    """Feed tokens to an empty cache of one row, long enough for them."""
+    runner.prefill(torch.tensor([tokens], device=cache.values.device), 0, cache)
+    return Prefix(tokens, cache)
+
+
 @torch.inference_mode()
 def generate(
     runner: Runner,
@@ -82,6 +97,7 @@ def generate(
     prompts: Sequence[list[int]],
     options: Options,
     cached: list[int] | None = None,
+    prefix: Prefix | None = None,
 ) -> Iterator[Chunk]:
     """Yield the chunks of every prompt's continuation, one token of each unfinished row at a time.
 
@@ -89,6 +105,7 @@ def generate(
         row run alone.
     cached: for a single prompt, the tokens that the cache holds; its common prefix with the prompt is not fed again,
         and the list is kept up to date whenever the generator pauses or is closed.
+    prefix: what a prompt has in common with it is copied into its row, where the cache does not hold more already.
     """
     began = time.perf_counter()
     device = cache.values.device
@@ -96,13 +113,16 @@ def generate(
     step = runner.stepper(cache, choose)
     rows = [_Row(len(prompt), tokenizer, options, cache.length) for prompt in prompts]
 
-    reused = 0 if cached is None else _common_prefix(cached, prompts[0][:-1])
     if cached is not None:
-        del cached[reused:]
-    logits = [
-        runner.prefill(torch.tensor([prompt[reused:]], device=device), reused, cache.view(rows=slice(i, i + 1)))
-        for i, prompt in enumerate(prompts)
-    ]
+        rows[0].reused = common_prefix(cached, prompts[0][:-1])
+        del cached[rows[0].reused :]
+    logits = []
+    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        own = cache.view(rows=slice(i, i + 1))
+        if prefix is not None and (common := common_prefix(prefix.tokens, prompt[:-1])) > row.reused:
+            own.view(common).copy_(prefix.cache.view(common))
+            row.reused = common
+        logits.append(runner.prefill(torch.tensor([prompt[row.reused :]], device=device), row.reused, own))
     if cached is not None:
         cached[:] = prompts[0]
     positions = torch.tensor([len(prompt) for prompt in prompts], device=device)  # where the next tokens go
@@ -121,7 +141,7 @@ def generate(
         for i, row in enumerate(rows):
             if row.finished is None:
                 text = row.take(chosen[i])
-                stats = None if row.finished is None else row.stats(began, first_token_at, now, reused, device)
+                stats = None if row.finished is None else row.stats(began, first_token_at, now, device)
                 yield Chunk(i, chosen[i], text, row.finished, stats)
         unfinished = [row.length for row in rows if row.finished is None]
         if not unfinished:
@@ -136,6 +156,7 @@ class _Row:
 
     def __init__(self, prompt_tokens: int, tokenizer: Tokenizer, options: Options, max_length: int) -> None:
         self.prompt_tokens = prompt_tokens
+        self.reused = 0  # tokens of the prompt that need not be computed
         self.length = prompt_tokens  # tokens so far; the last one chosen is not in the cache yet
         self.finished: FinishReason | None = None
         self._options = options
@@ -161,14 +182,14 @@ class _Row:
             text += self._stops.feed(self._stream.flush()) + self._stops.flush()
         return text
 
-    def stats(self, began: float, first_token_at: float, now: float, reused: int, device: torch.device) -> Stats:
+    def stats(self, began: float, first_token_at: float, now: float, device: torch.device) -> Stats:
         new_tokens = self.length - self.prompt_tokens
         return Stats(
             prompt_tokens=self.prompt_tokens,
-            reused_tokens=reused,
+            reused_tokens=self.reused,
             new_tokens=new_tokens,
             time_to_first_token=first_token_at - began,
-            prompt_tokens_per_second=(self.prompt_tokens - reused) / (first_token_at - began),
+            prompt_tokens_per_second=(self.prompt_tokens - self.reused) / (first_token_at - began),
             tokens_per_second=(new_tokens - 1) / (now - first_token_at) if new_tokens > 1 else 0.0,
             peak_memory=peak_memory(device),
         )
@@ -210,5 +231,6 @@ class StopStrings:
         return released
 
 
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -182,6 +182,38 @@ def test_a_batch_leaves_nothing_to_reuse() -> None:
     assert last.stats.reused_tokens == 0
 
 
+def test_a_prefix_is_computed_once_for_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One longer than the prompt, one the prompt leaves half-way, and one it has nothing of."""
+    llm = llm_of()
+    prefix = llm.prefix("the system prompt")
+    fed: list[int] = []
+    prefill = llm.runner.prefill
+    monkeypatch.setattr(llm.runner, "prefill", lambda ids, *rest: fed.append(ids.shape[1]) or prefill(ids, *rest))
+    prompts = ["the system prompt and more", "the system", "the sister", "other"]
+    chunks = list(llm.generate(prompts, max_new_tokens=12, prefix=prefix))
+    assert fed == [9, 1, 5, 5]
+    for row, (prompt, reused) in enumerate(zip(prompts, [17, 9, 5, 0], strict=True)):
+        assert tokens(chunks, row) == tokens(llm_of().generate(prompt, max_new_tokens=12))
+        assert next(c.stats.reused_tokens for c in chunks if c.row == row and c.stats) == reused
+    assert len(llm.prefix(list(b"ids")).tokens) == 3
+
+
+def test_a_prefix_serves_a_dialog_until_the_cache_holds_more() -> None:
+    llm = llm_of()
+    answer = tokens(llm.generate("the system prompt: hi", max_new_tokens=3))
+    prefix = llm.prefix("the system prompt")
+    longer = [*b"the system prompt: hi", *answer, *b" again"]
+    for expected, prompt in ((21 + 2, longer), (17, [*b"the system prompt!"])):
+        *_, last = llm.generate(prompt, max_new_tokens=2, prefix=prefix)
+        assert last.stats is not None and last.stats.reused_tokens == expected
+    list(llm.generate(["other", "rows"], max_new_tokens=2))
+    assert tokens(llm.generate(longer, max_new_tokens=8, prefix=prefix)) == tokens(
+        llm_of().generate(longer, max_new_tokens=8)
+    )
+    with pytest.raises(MinisaError, match="another model's"):
+        llm_of().generate("hello", prefix=prefix)
+
+
 @pytest.mark.parametrize("taken", [1, 4])
 def test_closing_early_keeps_the_cache_usable(taken: int) -> None:
     llm = llm_of()

@@ -70,6 +70,20 @@ def test_a_second_turn_computes_new_tokens_only(smollm2: LLM) -> None:
     assert last.stats.prompt_tokens - last.stats.reused_tokens < 20
 
 
+def test_dialogs_take_their_system_prompt_from_a_prefix(smollm2: LLM) -> None:
+    system = {"role": "system", "content": "You answer in one short sentence. " * 8}
+    prefix = smollm2.prefix([system])
+    assert len(prefix.tokens) > 8 * 7
+    found = []
+    for given in (prefix, None):
+        list(smollm2.generate("x", max_new_tokens=1))  # nothing of the dialog is left in the cache
+        found.append(list(smollm2.chat([system, *QUESTION], max_new_tokens=12, prefix=given)))
+    assert [chunk.token for chunk in found[0]] == [chunk.token for chunk in found[1]]
+    stats, without = (chunks[-1].stats for chunks in found)
+    assert stats is not None and without is not None
+    assert stats.reused_tokens == len(prefix.tokens) and without.reused_tokens < 3
+
+
 RESIDENT = """
 import json, sys
 import torch

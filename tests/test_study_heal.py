@@ -89,7 +89,7 @@ def test_what_the_plan_brings_is_where_it_starts() -> None:
     weights, _ = refit(plain, PLAN, TEXT, HELD_OUT, which="wo")
     assert "layers.4.attention.wo.weight" in weights  # not trained below, but part of the model
     training = Training()
-    heal(plain, PLAN, TEXT, HELD_OUT, training, weights=weights, steps=1, rate=1e-9)
+    heal(plain, PLAN, TEXT, HELD_OUT, training, weights=weights, which="followers", steps=1, rate=1e-9)
     assert training.history[0][1] == pytest.approx(Judge(plain, HELD_OUT).divergence(PLAN, weights), rel=1e-4)
 
 
@@ -197,7 +197,7 @@ def test_flags_of_heal(folder: Path, tmp_path: Path) -> None:
         return made(tmp_path / f"{name}.json")
 
     base = run("base")
-    assert (base["steps"], base["held_out_tokens"], base["length"], base["train"]) == (2, 320, 16, "followers")
+    assert (base["steps"], base["held_out_tokens"], base["length"], base["train"]) == (2, 320, 16, "attention")
     assert run("seed", seed=3)["divergence"] != base["divergence"]
     assert run("steps", steps=3)["steps"] == 3
     assert run("minutes", minutes=0.02)["minutes"] <= 0.1

@@ -26,10 +26,10 @@ FILE = click.Path(dir_okay=False)
 @click.option("--minutes", type=click.FloatRange(0), help="Time to train.")
 @click.option("--steps", type=click.IntRange(1), help="Steps to train, in place of --minutes: the same every time.")
 @click.option(
-    "--train", "which", type=click.Choice(TRAINABLE), default=TRAINABLE[0], show_default=True,
-    help="wv, wo and norms of the followers; those of every layer from the first on; or all of their weights.",
+    "--train", "which", type=click.Choice(TRAINABLE), default="attention", show_default=True,
+    help="wv, wo and norms of the followers; attention and norms of every layer from the first on; or all of those.",
 )  # fmt: skip
-@click.option("--rate", type=click.FloatRange(0, min_open=True), default=3e-4, show_default=True, help="Adam's.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), default=2e-4, show_default=True, help="Adam's.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
 @click.option("--held-out-tokens", type=click.IntRange(1), default=4096, show_default=True, help="To choose by.")
 @click.option("--seed", default=0, show_default=True, help="Draws the windows.")
