@@ -37,6 +37,9 @@ Ctrl-C stops an answer and keeps the session, Ctrl-D leaves."""
 @click.option("--repetition-penalty", type=float, default=1.1, show_default=True, help="Above 1 discourages repeats.")
 @click.option("--seed", type=int, help="Same seed, same text.")
 @click.option("--stop", multiple=True, help="End the answer at this text; may be given several times.")
+@click.option(
+    "--speculate", is_flag=True, help="Guess ahead from the text so far: the same text, faster if it repeats."
+)
 @click.option("--max-seq-len", type=int, help="Context in tokens; the model's own by default.")
 @click.option("--compile/--no-compile", "compiled", default=None, help="Wait for the compiled step, or do without it.")
 @click.option("--raw", is_flag=True, help="No chat format: continue the text as it stands.")
@@ -57,6 +60,7 @@ def main(
     repetition_penalty: float,
     seed: int | None,
     stop: tuple[str, ...],
+    speculate: bool,
     max_seq_len: int | None,
     compiled: bool | None,
     raw: bool,
@@ -81,6 +85,7 @@ def main(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
         "stop": stop,
+        "speculate": speculate,
     }
     loading = {
         "device": device,

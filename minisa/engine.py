@@ -214,7 +214,7 @@ class LLM:
 
         prompts: text, token ids, or a list of either (at most max_batch). Text gets the BOS token where the model's
             maker puts it; special tokens spelled in it are plain text.
-        options: max_new_tokens, stop (a string or several) and stop_ids (the model's own by default), as in
+        options: max_new_tokens, stop (a string or several), stop_ids (the model's own by default) and speculate, as in
             `Options`; temperature, top_k, top_p, min_p, repetition_penalty and seed, as in `Sampling`; prefix, from
             `prefix`: what a prompt has in common with it is not computed again.
         Raises MinisaError for an empty or too long prompt or an option out of range, before anything is computed.
@@ -238,6 +238,7 @@ class LLM:
         stop: str | Sequence[str] = (),
         stop_ids: Iterable[int] | None = None,
         prefix: Prefix | None = None,
+        speculate: bool = False,
         **sampling: Any,
     ) -> Iterator[Chunk]:
         if not rows:
@@ -246,12 +247,15 @@ class LLM:
             raise MinisaError(f"generate: {len(rows)} prompts for max_batch {self.cache.batch}: load with a larger one")
         if prefix is not None and prefix not in self._prefixes:
             raise MinisaError("generate: prefix is another model's: make it by this one's llm.prefix")
+        if speculate and len(rows) > 1:
+            raise MinisaError(f"generate: speculate is for one prompt, {len(rows)} are given: leave it out")
         options = Options(
             sampling=Sampling(**sampling),
             max_new_tokens=max_new_tokens,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             stop_ids=self.tokenizer.eos_ids if stop_ids is None else frozenset(stop_ids),
             mid_text=mid_text,
+            speculate=speculate,
         )
         options.sampling.uniforms(
             len(rows), 0

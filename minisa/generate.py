@@ -17,6 +17,7 @@ from minisa.device import begin_reading, peak_memory
 from minisa.errors import MinisaError
 from minisa.runners import Runner
 from minisa.sampling import Chooser, Sampling
+from minisa.speculate import PromptLookup
 from minisa.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "context"]
@@ -57,7 +58,8 @@ class Options:
 
     max_new_tokens: None goes on to the end of the context. stop: strings that end a row; text from the first of them
     on is not given out. stop_ids: tokens that end a row. mid_text: the text goes on from the prompt's, so that a
-    leading space belongs to it; False for an answer, which is a text of its own.
+    leading space belongs to it; False for an answer, which is a text of its own. speculate: guess tokens from the text
+    so far (speculate.py) and check several in a step: the same text, sooner where it repeats; for a single prompt.
     Raises MinisaError, naming the option, for a value out of range.
     """
 
@@ -66,6 +68,7 @@ class Options:
     stop: Sequence[str] = ()
     stop_ids: frozenset[int] = frozenset()
     mid_text: bool = True
+    speculate: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -127,6 +130,10 @@ def generate(
         cached[:] = prompts[0]
     positions = torch.tensor([len(prompt) for prompt in prompts], device=device)  # where the next tokens go
     tokens = choose(torch.cat(logits), positions - 1)
+    if options.speculate:
+        first = int(tokens)
+        yield from _with_guesses(runner, cache.view(rows=slice(1)), choose, prompts[0], first, rows[0], cached, began)
+        return
 
     first_token_at = 0.0
     while True:
@@ -149,6 +156,57 @@ def generate(
         tokens, positions = ahead or step(tokens, positions, max(unfinished))
         if cached is not None:
             cached.append(chosen[0])
+
+
+def _with_guesses(
+    runner: Runner,
+    cache: StaticCache,
+    choose: Chooser,
+    prompt: list[int],
+    first: int,
+    row: _Row,
+    cached: list[int] | None,
+    began: float,
+) -> Iterator[Chunk]:
+    """The chunks of one row from its first token on; as many of a step's tokens as were guessed right, and one."""
+    device = cache.values.device
+    lookup = PromptLookup(prompt)
+    first_token_at = time.perf_counter()
+    step = None
+    chosen = [first]
+    while True:
+        now = time.perf_counter()
+        for number, token in enumerate(chosen):
+            if cached is not None and number:
+                cached.append(chosen[number - 1])
+            text = row.take(token)
+            lookup.append(token)
+            stats = None if row.finished is None else row.stats(began, first_token_at, now, device)
+            yield Chunk(0, token, text, row.finished, stats)
+            if row.finished is not None:
+                return
+        last, place = chosen[-1], row.length - 1  # the last token chosen, and its position: it is not in the cache yet
+        guesses = lookup.guess(cache.length - row.length)
+        if guesses:
+            step = None  # one that goes on by itself has missed these tokens
+            fed = torch.tensor([[last, *guesses]], device=device)
+            logits = torch.cat(list(runner.all_logits(fed, place, cache)))
+            chosen = []
+            for i in range(len(guesses) + 1):
+                chosen.append(int(choose(logits[i : i + 1], torch.tensor([place + i], device=device))))
+                if guesses[i : i + 1] != chosen[-1:]:
+                    break
+        else:
+            if step is None:
+                step = runner.stepper(cache, choose)
+                tokens, positions = torch.tensor([[last], [place]], device=device)
+            tokens, positions = step(tokens, positions, row.length)
+            chosen = [int(tokens)]
+            if choose.seen is not None:
+                choose.seen[0, chosen[0]] = True  # a graph keeps its own account
+        lookup.settle(len(guesses), len(chosen) - 1)
+        if cached is not None:
+            cached.append(last)
 
 
 class _Row:

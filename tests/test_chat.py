@@ -20,6 +20,7 @@ import pytest
 
 import chat
 from minisa import console
+from minisa.speculate import PromptLookup
 from tests.tiny import random_weights, tiny_config, write_hf
 
 FRANCE = "What is the capital of France?"
@@ -104,6 +105,15 @@ class TestAnswers:
         assert ask(*hot).out == texts["hot"]
         for flag, value in (("--top-k", 1), ("--top-p", 1e-6), ("--min-p", 1)):  # each leaves the likeliest token only
             assert ask(*hot, flag, value).out == texts["greedy"]
+
+    def test_speculate_guesses_and_gives_the_same_answer(
+        self, ask: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lookups = []
+        monkeypatch.setattr("minisa.generate.PromptLookup", lambda ids: lookups.append(1) or PromptLookup(ids))
+        flags = ("--prompt", "Say ha 9 times: ha ha ha ha", "--max-new-tokens", 30)
+        assert ask(*flags).out == ask(*flags, "--speculate").out
+        assert len(lookups) == 1
 
     def test_raw_continues_the_text(self, ask: Callable[..., Ran]) -> None:
         ran = ask("--raw", "--prompt", "The capital of France is", "--max-new-tokens", 8)

@@ -1,0 +1,98 @@
+"""Prompt lookup: what is guessed, what it may cost, and that the text stays what it is without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from minisa.errors import MinisaError
+from minisa.speculate import EARNED, LONGEST, NGRAM, PRICE, PromptLookup
+from tests.test_generate import llm_of, text, tokens
+
+CIRCLES = {"repetition_penalty": 0.01}
+REPEATING = "to be or not to be or not to be or"
+
+
+def test_the_guess_is_how_the_text_went_on_last_time() -> None:
+    lookup = PromptLookup([1, 2, 3, 4, 5, 1, 2, 3])
+    assert lookup.guess(most=99) == [4, 5, 1, 2, 3, 4, 5, 1]
+    assert lookup.guess(most=2) == [4, 5]
+    assert lookup.guess(most=0) == []
+    for token in (9, 1, 2, 3):
+        lookup.append(token)
+    assert lookup.guess(most=2) == [9, 1]  # the later of two places
+    lookup.append(7)
+    assert lookup.guess(most=99) == []
+    assert PromptLookup([5] * NGRAM).guess(99) == []
+    assert PromptLookup([5] * (NGRAM + 1)).guess(99) == [5] * LONGEST
+
+
+def test_wrong_guesses_cost_no_more_than_the_text_earns() -> None:
+    lookup = PromptLookup([1, 2, 3] * 8)
+    fed = 0
+    for _ in range(1000):
+        guesses = lookup.guess(99)
+        fed += len(guesses)
+        lookup.settle(len(guesses), 0)
+    assert 0 < PRICE * fed <= EARNED * 1000 + LONGEST * PRICE
+    lookup.settle(1, 1)
+    assert lookup.guess(99)  # a right one pays for more
+
+
+@pytest.mark.parametrize("queues", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        CIRCLES,
+        {"temperature": 0.7, "seed": 3},
+        {"repetition_penalty": 1.2},
+        {"stop": "o"},
+        {"stop_ids": [120, 200]},
+    ],
+    ids=["greedy", "in circles", "sampled", "penalized", "stop string", "stop ids"],
+)
+@pytest.mark.parametrize("prompt", ["x", REPEATING])
+def test_the_text_is_the_same(prompt: str, options: dict[str, Any], queues: bool) -> None:
+    """To the end of the context, where a guess must not reach beyond."""
+    plain, guessing = llm_of(), llm_of()
+    guessing.runner.queues = queues
+    expected = list(plain.generate(prompt, **options))
+    found = list(guessing.generate(prompt, speculate=True, **options))
+    assert tokens(found) == tokens(expected) and text(found) == text(expected)
+    assert found[-1].finish_reason == expected[-1].finish_reason
+    assert guessing._cached == plain._cached
+    again = [*prompt.encode(), *tokens(found)[:5], 65]
+    assert tokens(guessing.generate(again, max_new_tokens=8)) == tokens(llm_of().generate(again, max_new_tokens=8))
+
+
+def test_repeating_text_takes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A penalty below 1 drives the text in circles."""
+    llm = llm_of()
+    options: dict[str, Any] = {"max_new_tokens": 60, **CIRCLES}
+    expected = tokens(llm_of().generate("go", **options))
+    all_logits, fed = llm.runner.all_logits, []
+    monkeypatch.setattr(llm.runner, "all_logits", lambda ids, *rest: fed.append(ids.shape[1]) or all_logits(ids, *rest))
+    decode, steps = llm.runner.decode, []
+    monkeypatch.setattr(llm.runner, "decode", lambda *inputs: steps.append(1) or decode(*inputs))
+    assert tokens(llm.generate("go", speculate=True, **options)) == expected
+    assert len(fed) + len(steps) < 40
+    assert max(fed) == 1 + LONGEST
+
+
+def test_closed_early_the_cache_is_what_it_says() -> None:
+    llm = llm_of()
+    for taken in (1, 2, 7, 20):
+        chunks = llm.generate(REPEATING, speculate=True)
+        got = [next(chunks).token for _ in range(taken)]
+        chunks.close()  # type: ignore[attr-defined]
+        follow_up = [*REPEATING.encode(), *got, 33]
+        assert tokens(llm.generate(follow_up, max_new_tokens=6)) == tokens(
+            llm_of().generate(follow_up, max_new_tokens=6)
+        )
+
+
+def test_it_is_for_one_prompt() -> None:
+    with pytest.raises(MinisaError, match="speculate is for one prompt, 2 are given"):
+        llm_of().generate(["a", "b"], speculate=True)
