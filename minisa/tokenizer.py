@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from minisa import bytelevel, spm
 from minisa.checkpoint.files import read_json
-from minisa.checkpoint.gguf import read_gguf
+from minisa.checkpoint.gguf import find_gguf, gguf_parts, read_gguf
 from minisa.errors import MinisaError
 
 BOS_NAMES = ("<|begin_of_text|>", "<s>")
@@ -155,6 +155,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     file, folder = (_find(path), path) if path.is_dir() else (path, path.parent)
     try:
         if file.suffix == ".gguf":
+            file = gguf_parts(file)[0]
             metadata = read_gguf(file).metadata
             with _naming(file):
                 return _from_gguf(metadata)
@@ -190,8 +191,8 @@ def _find(directory: Path) -> Path:
     for candidate in (*(directory / name for name in names), directory / "original" / "tokenizer.model"):
         if candidate.is_file():
             return candidate
-    if len(gguf := list(directory.glob("*.gguf"))) == 1:
-        return gguf[0]
+    if len(models := find_gguf(directory)) == 1:
+        return models[0]
     raise MinisaError(f"{directory}: no tokenizer in this directory: expected {_FILES}")
 
 

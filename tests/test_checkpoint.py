@@ -282,7 +282,7 @@ def test_directories(tmp_path: Path) -> None:
     write_gguf(tmp_path / "a.gguf", config, weights)
     assert open_checkpoint(tmp_path).path == tmp_path / "a.gguf"
     write_gguf(tmp_path / "b.gguf", config, weights)
-    with pytest.raises(MinisaError, match=r"holds 2 \.gguf files: name one, such as .*a\.gguf"):
+    with pytest.raises(MinisaError, match=r"holds 2 GGUF models: name one, such as .*a\.gguf"):
         open_checkpoint(tmp_path)
     write_mistral(tmp_path, config, weights)
     assert open_checkpoint(tmp_path).format == "Mistral's consolidated.safetensors"

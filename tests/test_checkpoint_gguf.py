@@ -13,8 +13,10 @@ import torch
 
 from minisa.checkpoint import ggml, load_weights, open_checkpoint, read_gguf
 from minisa.errors import MinisaError
+from minisa.tokenizer import load_tokenizer
 from tests.encode import GGML_CODES, encode_gguf, gguf_string
 from tests.tiny import empty_model, random_weights, tiny_config, write_gguf
+from tests.vocabularies import byte_level_json, gguf_byte_level
 
 
 def random_blocks(type: ggml.GGMLType, count: int, seed: int = 0) -> np.ndarray:
@@ -206,3 +208,60 @@ def test_a_file_by_the_gguf_packages_writer(tmp_path: Path) -> None:
     assert (info.name, info.shape, info.type.code) == ("m", (4, 6), GGML_CODES["F32"])
     raw = (tmp_path / "m.gguf").read_bytes()[info.offset : info.offset + info.nbytes]
     assert raw == matrix.tobytes()
+
+
+def split(whole: Path, count: int) -> list[Path]:
+    """The file in parts, as llama.cpp writes them: all of the description in the first."""
+    header, data = read_gguf(whole), whole.read_bytes()
+    paths = [whole.with_name(f"parts-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
+    for i, path in enumerate(paths):
+        metadata: dict[str, Any] = {"split.no": i, "split.count": count, "split.tensors.count": len(header.tensors)}
+        tensors = {
+            info.name: (info.type.code, info.shape, data[info.offset : info.offset + info.nbytes])
+            for info in header.tensors[i::count]
+        }
+        path.write_bytes(encode_gguf((header.metadata if i == 0 else {}) | metadata, tensors))
+    whole.unlink()
+    return paths
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    config = tiny_config(n_layers=2)
+    vocabulary = gguf_byte_level(byte_level_json())
+    return split(write_gguf(tmp_path / "m.gguf", config, random_weights(config), metadata=vocabulary), 3)
+
+
+@pytest.mark.parametrize("named", [0, 2, None], ids=["by the first", "by the last", "by the folder"])
+def test_a_model_in_parts(named: int | None, parts: list[Path]) -> None:
+    checkpoint = open_checkpoint(parts[0].parent if named is None else parts[named])
+    model = empty_model(checkpoint.config)
+    load_weights(model, checkpoint, device="cpu", dtype=torch.float32)
+    expected = random_weights(tiny_config(n_layers=2))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert load_tokenizer(checkpoint.path).decode([72, 105]) == load_tokenizer(parts[0]).decode([72, 105])
+    assert checkpoint.nbytes == sum(part.stat().st_size for part in parts)
+
+
+def test_what_is_wrong_with_parts_is_said(parts: list[Path]) -> None:
+    first, second, third = parts
+    kept = second.read_bytes()
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(MinisaError, match=r"00002-of-00003\.gguf: by its metadata part 2 \(counted from 0\) of 3"):
+        open_checkpoint(first)
+    second.unlink()
+    with pytest.raises(MinisaError, match=r"00002-of-00003\.gguf: missing, part 2 of 3 of a split GGUF"):
+        open_checkpoint(third)
+    repeated = read_gguf(first).tensors[0]
+    value = struct.pack(f"<{repeated.nbytes // 4}f", *range(repeated.nbytes // 4))
+    metadata = {"split.no": 1, "split.count": 3}
+    second.write_bytes(encode_gguf(metadata, {repeated.name: (repeated.type.code, repeated.shape, value)}))
+    with pytest.raises(MinisaError, match="stands in two of 3 parts"):
+        open_checkpoint(first)
+    second.write_bytes(kept)
+    first.rename(alone := first.with_name("renamed.gguf"))
+    with pytest.raises(MinisaError, match="expected the parts' own names"):
+        open_checkpoint(alone)
+    with pytest.raises(MinisaError, match="No such file"):
+        open_checkpoint(third)

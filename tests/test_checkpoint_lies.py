@@ -207,7 +207,7 @@ def test_gguf_header_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         ({"general.architecture": "qwen2"}, "general.architecture 'qwen2' is not supported: expected 'llama'"),
         ({"general.architecture": 3}, "general.architecture 3 is not supported"),
-        ({"split.count": 3}, "one of 3 parts of a split GGUF"),
+        ({"split.count": 3}, "by its metadata part 0 .counted from 0. of 3"),
         ({"llama.block_count": "many"}, "block_count is 'many': expected a whole number"),
         ({"llama.attention.head_count": 0}, "attention.head_count is 0"),
         ({"llama.expert_count": 8}, "mixture-of-experts"),

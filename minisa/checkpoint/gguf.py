@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +29,7 @@ _NUMBERS = {  # the codes of value types
         0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", _BOOL: "u1", 10: "u8", 11: "i8", 12: "f8",
     }.items()
 }  # fmt: skip
+_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")  # as llama.cpp names the parts of a split file
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
@@ -70,6 +73,47 @@ def read_gguf(path: Path) -> GGUFFile:
             )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Header(path, data).parse()
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """The files of the model that `path` is a part of, by its name: NAME-00001-of-00003.gguf and on; else `path`."""
+    if (part := _PART.fullmatch(path.name)) is None:
+        return [path]
+    stem, count = part["stem"], max(int(part["count"]), 1)
+    return [path.with_name(f"{stem}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+
+
+def find_gguf(directory: Path) -> list[Path]:
+    """The GGUF models of a directory; one in parts by the first of them."""
+    return sorted({gguf_parts(path)[0] for path in directory.glob("*.gguf")})
+
+
+def read_gguf_parts(path: Path) -> list[GGUFFile]:
+    """The headers of a model's files, the first of which has its description; a single one for a model in one file.
+
+    path: any of them. Raises MinisaError if one is missing or is not the part that its name says, as read_gguf
+    otherwise.
+    """
+    paths = gguf_parts(path)
+    headers: list[GGUFFile] = []
+    for number, part in enumerate(paths):
+        if number and not part.is_file():
+            raise MinisaError(f"{part}: missing, part {number + 1} of {len(paths)} of a split GGUF: fetch every part")
+        header = read_gguf(part)
+        count = header.metadata.get("split.count", 0) or 1  # a merged file keeps the key, at 0
+        place = header.metadata.get("split.no", 0)
+        if (count, place) != (len(paths), number):
+            raise MinisaError(
+                f"{part}: by its metadata part {place!r} (counted from 0) of {count!r}: expected the parts' own names, "
+                "NAME-00001-of-00002.gguf and so on"
+            )
+        headers.append(header)
+    twice = [
+        name for name, times in Counter(info.name for header in headers for info in header.tensors).items() if times > 1
+    ]
+    if twice:
+        raise MinisaError(f"{paths[0]}: the tensor {twice[0]!r} stands in two of {len(paths)} parts: fetch them again")
+    return headers
 
 
 class _Header:

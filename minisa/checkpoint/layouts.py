@@ -11,7 +11,7 @@ import torch
 
 from minisa.checkpoint import ggml, names
 from minisa.checkpoint.files import DataFile, FileTensor, StoredTensor, read_json
-from minisa.checkpoint.gguf import TensorInfo, read_gguf
+from minisa.checkpoint.gguf import TensorInfo, find_gguf, read_gguf_parts
 from minisa.checkpoint.pth import merge, read_pth
 from minisa.checkpoint.safetensors import read_safetensors, read_safetensors_index
 from minisa.config import ModelConfig
@@ -67,11 +67,11 @@ def _open_directory(path: Path) -> Checkpoint:
             return _open_consolidated(path, [stored], "Mistral's consolidated.safetensors")
         if shards := _consolidated_shards(path):
             return _open_consolidated(path, [read_pth(shard) for shard in shards], "consolidated.pth")
-    gguf_files = sorted(path.glob("*.gguf"))
-    if len(gguf_files) == 1:
-        return _open_gguf(gguf_files[0])
-    if gguf_files:
-        raise MinisaError(f"{path}: holds {len(gguf_files)} .gguf files: name one, such as {gguf_files[0]}")
+    models = find_gguf(path)
+    if len(models) == 1:
+        return _open_gguf(models[0])
+    if models:
+        raise MinisaError(f"{path}: holds {len(models)} GGUF models: name one, such as {models[0]}")
     raise MinisaError(f"{path}: no model in this directory: looked for {LOOKED_FOR}")
 
 
@@ -119,21 +119,18 @@ def _open_consolidated(path: Path, shards: list[dict[str, FileTensor]], format: 
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    header = read_gguf(path)
-    infos = {info.name: info for info in header.tensors}
-    n_splits = header.metadata.get("split.count", 0)
-    if n_splits not in (0, 1):  # a merged file keeps the key, at 0
-        raise MinisaError(f"{path}: one of {n_splits} parts of a split GGUF: merge them with llama-gguf-split")
-    file = DataFile(path)
-    with _describing(path):
-        factors = _rope_factors(infos.get("rope_freqs.weight"), file)
-        config = ModelConfig.from_gguf(header.metadata, tied="output.weight" not in infos, rope_factors=factors)
+    headers = read_gguf_parts(path)
+    infos = {info.name: info for header in headers for info in header.tensors}
+    files = {info.name: file for header in headers for file in [DataFile(header.path)] for info in header.tensors}
+    with _describing(headers[0].path):
+        factors = _rope_factors(infos.get("rope_freqs.weight"), files)
+        config = ModelConfig.from_gguf(headers[0].metadata, tied="output.weight" not in infos, rope_factors=factors)
         if factors and len(factors) != config.head_dim // 2:
             raise MinisaError(
                 f"rope_freqs.weight has {len(factors)} values: expected {config.head_dim // 2}, half of head_dim"
             )
         known, unknown = names.GGUF.rename(infos)
-        tensors = {name: _stored(info, file) for name, info in known.items()}
+        tensors = {name: _stored(info, files[info.name]) for name, info in known.items()}
     return Checkpoint(path, config, tensors, unknown, True, "GGUF", _nbytes(tensors.values()))
 
 
@@ -149,12 +146,12 @@ def _stored(info: TensorInfo, file: DataFile) -> FileTensor | ggml.QuantizedTens
     return ggml.QuantizedTensor(info.name, info.shape, info.type, decode, file, info.offset)
 
 
-def _rope_factors(info: TensorInfo | None, file: DataFile) -> tuple[float, ...] | None:
+def _rope_factors(info: TensorInfo | None, files: Mapping[str, DataFile]) -> tuple[float, ...] | None:
     if info is None:
         return None
     if info.type.name != "F32" or len(info.shape) != 1 or info.shape[0] > 1 << 16:
         raise MinisaError(f"rope_freqs.weight is {info.type.name} {list(info.shape)}: expected a vector of F32")
-    factors = file.read(info.offset, info.nbytes).view(torch.float32)
+    factors = files[info.name].read(info.offset, info.nbytes).view(torch.float32)
     if not (factors.isfinite() & (factors > 0)).all():
         raise MinisaError("rope_freqs.weight has values that are not positive numbers")
     return tuple(factors.tolist())
