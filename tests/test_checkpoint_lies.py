@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from minisa.checkpoint import gguf, open_checkpoint, read_gguf
+from minisa.checkpoint import gguf, load_weights, open_checkpoint, read_gguf
 from minisa.checkpoint.safetensors import read_safetensors
 from minisa.errors import MinisaError
 from tests.encode import encode_gguf, encode_safetensors, gguf_string, gguf_value, repack_zip, write_safetensors
-from tests.tiny import random_weights, tiny_config, write_gguf, write_hf, write_meta
+from tests.tiny import empty_model, random_weights, tiny_config, write_gguf, write_hf, write_meta
 
 CONFIG = tiny_config(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=32, vocab_size=32)
 
@@ -311,3 +311,14 @@ def test_pth_lies(lie: str, tmp_path: Path) -> None:
     write(path / "consolidated.00.pth")
     with pytest.raises(MinisaError, match=message):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("write", [write_hf, write_meta, write_gguf], ids=["safetensors", "pth", "gguf"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers(write: Callable[..., Path], value: float, tmp_path: Path) -> None:
+    weights = random_weights(CONFIG)
+    weights["layers.0.feed_forward.w2.weight"][3, 5] = value
+    path = write(tmp_path / "m.gguf", CONFIG, weights)
+    model = empty_model(CONFIG)
+    with pytest.raises(MinisaError, match=r"layers\.0\.feed_forward\.w2\.weight: NaN or infinite weights in rows 0 to"):
+        load_weights(model, open_checkpoint(path), device="cpu", dtype=torch.float32)

@@ -45,7 +45,8 @@ def load_weights(
     quantize: the format of the matrices, whose modules are then replaced by quantized ones.
     progress: called after every chunk with the bytes of parameters filled so far, and of all of them.
     The wq and wk of layers that have none in the model (followers) are left unread. Raises one MinisaError that
-    lists every tensor that is missing, left over or of another shape, before anything is allocated.
+    lists every tensor that is missing, left over or of another shape, before anything is allocated; and one that names
+    a tensor with NaN or infinite weights.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     sources = _pair(shapes, checkpoint)
@@ -66,7 +67,8 @@ def load_weights(
                 replace_matrix(model, name, blocks, dtype)
                 places, read = tuple(blocks.tensors()), partial(_read_blocks, stored, format)
             for n_elements in workers.map(
-                _Chunk.fill, _chunks(places, read, checkpoint.config.head_dim if interleaved else 0)
+                _Chunk.fill,
+                _chunks(f"{checkpoint.path}: {name}", places, read, checkpoint.config.head_dim if interleaved else 0),
             ):
                 done += n_elements * dtype.itemsize
                 if progress:
@@ -108,9 +110,11 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
 class _Chunk:
     """Some rows of a stored tensor, and their places: in a parameter, or in the parts of a quantized one.
 
-    head_dim: given for interleaved q and k, whose row 2j + p of a head goes to row p · head_dim/2 + j.
+    name: for messages, the file's and the parameter's. head_dim: given for interleaved q and k, whose row 2j + p of a
+    head goes to row p · head_dim/2 + j.
     """
 
+    name: str
     places: tuple[Tensor, ...]
     read: Read
     start: int
@@ -120,6 +124,11 @@ class _Chunk:
         """Read the rows and put them in their places; how many weights that was."""
         parts = self.read(self.start, self.start + len(self.places[0]))
         for place, rows in zip(self.places, parts, strict=True):
+            if rows.is_floating_point() and not all(extreme.isfinite() for extreme in rows.aminmax()):
+                raise MinisaError(
+                    f"{self.name}: NaN or infinite weights in rows {self.start} to {self.start + len(place) - 1}: "
+                    "the file is damaged, fetch it again"
+                )
             if self.head_dim:
                 half = self.head_dim // 2
                 interleaved = place.unflatten(0, (-1, 2, half)).transpose(1, 2)  # [heads, j, p, in]
@@ -129,12 +138,12 @@ class _Chunk:
         return parts[0].numel()
 
 
-def _chunks(places: tuple[Tensor, ...], read: Read, head_dim: int) -> Iterator[_Chunk]:
+def _chunks(name: str, places: tuple[Tensor, ...], read: Read, head_dim: int) -> Iterator[_Chunk]:
     unit = head_dim or 1  # rows that must not be parted
     n_rows = len(places[0])
     step = max(CHUNK // (places[0][0].numel() * unit), 1) * unit
     for start in range(0, n_rows, step):
-        yield _Chunk(tuple(place[start : start + step] for place in places), read, start, head_dim)
+        yield _Chunk(name, tuple(place[start : start + step] for place in places), read, start, head_dim)
 
 
 def _pair(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> dict[str, StoredTensor]:
