@@ -6,6 +6,7 @@ import codecs
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from minisa.dialog import DIALOGS
 from minisa.engine import LLM
 from minisa.errors import MinisaError
 from minisa.generate import Chunk, StopStrings
+from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from tests.test_model import CONFIG, PLANS, build
 
@@ -49,9 +51,15 @@ class ByteTokenizer:
         return ByteStream()
 
 
-def llm_of(plan: SharingPlan = PLANS["head maps"], max_seq_len: int = 96, max_batch: int = 4, **options: Any) -> LLM:
+def llm_of(
+    plan: SharingPlan = PLANS["head maps"],
+    max_seq_len: int = 96,
+    max_batch: int = 4,
+    model: Transformer | None = None,
+    **options: Any,
+) -> LLM:
     cache = StaticCache.allocate(CONFIG, plan, batch=max_batch, max_seq_len=max_seq_len)
-    return LLM(build(CONFIG, plan), ByteTokenizer(), lambda: DIALOGS["raw"], cache, **options)  # type: ignore[arg-type]
+    return LLM(model or build(CONFIG, plan), ByteTokenizer(), lambda: DIALOGS["raw"], cache, **options)  # type: ignore[arg-type]
 
 
 def tokens(chunks: Iterable[Chunk], row: int = 0) -> list[int]:
@@ -224,6 +232,20 @@ def test_closing_early_keeps_the_cache_usable(taken: int) -> None:
     resumed = list(llm.generate(follow_up, max_new_tokens=10))
     assert resumed[-1].stats.reused_tokens == 5 + taken - 1  # type: ignore[union-attr]
     assert tokens(resumed) == tokens(llm_of().generate(follow_up, max_new_tokens=10))
+
+
+def test_an_engine_in_each_thread() -> None:
+    """Two of them share a model's weights; each has its cache."""
+    expected = [tokens(llm_of().generate(prompt, max_new_tokens=20)) for prompt in PROMPTS]
+    model = build(CONFIG, PLANS["head maps"])
+
+    def answer(number: int) -> list[int]:
+        llm = llm_of() if number % 2 else llm_of(model=model)
+        return tokens(llm.generate(PROMPTS[number], max_new_tokens=20))
+
+    with ThreadPoolExecutor(len(PROMPTS)) as threads:
+        for _ in range(3):
+            assert list(threads.map(answer, range(len(PROMPTS)))) == expected
 
 
 def test_a_superseded_generation_ends_with_an_error_not_with_wrong_text() -> None:
