@@ -1,19 +1,21 @@
 """A plan's delta: weights that take the place of the checkpoint's, in a safetensors file beside the plan.
 
 Tensors carry the model's own parameter names, such as layers.21.attention.wo.weight, and its shapes, in fp32, bf16 or
-fp16. They are read like any other tensor of the checkpoint, so every dtype, quantization and runner takes them. wq and
-wk cannot be replaced: their rows lie in the checkpoint's own order.
+fp16. They are read like any other tensor of the checkpoint, so every dtype, quantization and runner takes them. Rows of
+wq and wk are in the model's order, whatever the checkpoint's.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from minisa.checkpoint.files import StoredTensor
 from minisa.checkpoint.layouts import Checkpoint
 from minisa.checkpoint.safetensors import read_safetensors, write_safetensors
 from minisa.errors import MinisaError
@@ -38,17 +40,39 @@ def with_delta(checkpoint: Checkpoint, delta: Delta) -> Checkpoint:
     for name, tensor in tensors.items():
         tensor.require_weight_dtype()
         own = checkpoint.tensors.get(name)
-        if own is None or name.endswith(("attention.wq.weight", "attention.wk.weight")):
+        if own is None:
             raise MinisaError(f"{delta.path}: {name!r} is no weight a plan can replace: expected {checkpoint.path}'s")
         if own.shape != tensor.shape:
             raise MinisaError(
                 f"{delta.path}: {name} is {list(tensor.shape)}, the model's is {list(own.shape)}: "
                 "the plan was made for another model"
             )
-    return replace(checkpoint, tensors={**checkpoint.tensors, **tensors})
+    replacements: dict[str, StoredTensor] = dict(tensors)
+    for name in tensors if checkpoint.interleaved else ():
+        if name.endswith(("attention.wq.weight", "attention.wk.weight")):
+            replacements[name] = _Interleaved(name, tensors[name], checkpoint.config.head_dim)
+    return replace(checkpoint, tensors={**checkpoint.tensors, **replacements})
 
 
-def write_delta(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> Delta:
+@dataclass(frozen=True, slots=True)
+class _Interleaved:
+    """A wq or wk as a checkpoint stores it whose RoPE pairs are neighbours: row 2j + p of a head is row p · D/2 + j."""
+
+    name: str
+    stored: StoredTensor
+    head_dim: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Rows of whole heads."""
+        rows = self.stored.read_rows(start, stop)
+        return rows.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def write_delta(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Delta:
     """Write the tensors in dtype; what a plan then points to."""
     write_safetensors(path, {name: tensor.to(dtype) for name, tensor in tensors.items()})
     return Delta(path.resolve(), _sha256(path))

@@ -31,9 +31,9 @@ def read_plan(model: str, sa: str) -> tuple[SharingPlan, dict[str, Tensor]]:
         raise MinisaError(f"--sa {sa}: no layer follows, so there is nothing to make up for: name a plan")
     if plan.delta is None:
         return plan, {}
-    stored = with_delta(checkpoint, plan.delta).tensors
-    names = read_safetensors(plan.delta.path)
-    return plan, {name: stored[name].read_rows(0, stored[name].shape[0]).float() for name in names}
+    with_delta(checkpoint, plan.delta)  # for what it checks
+    stored = read_safetensors(plan.delta.path)
+    return plan, {name: tensor.read_rows(0, tensor.shape[0]).float() for name, tensor in stored.items()}
 
 
 def save_plan(plan: SharingPlan, path: Path, made: Mapping[str, Any], weights: Mapping[str, Tensor] | None) -> None:
