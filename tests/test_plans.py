@@ -31,8 +31,8 @@ def test_a_shipped_plan_fits_its_model_and_says_how_it_was_made(path: Path) -> N
     assert path.stat().st_size < 10_000
 
 
-def test_there_are_two_for_the_default_model_and_one_is_its_default() -> None:
-    assert [path.stem for path in SHIPPED] == [f"smollm2-135m-{n}" for n in (4, 8)]
+def test_there_are_three_for_the_default_model_and_one_is_its_default() -> None:
+    assert [path.stem for path in SHIPPED] == [f"smollm2-135m-{n}" for n in (12, 4, 8)]
     entry = find("smollm2-135m")
     assert entry.sa is not None
     assert choose_plan("default", PRESETS["smollm2-135m"], entry) == SharingPlan.load(shipped_plan(entry.sa))
