@@ -505,13 +505,17 @@ class TestBeingStopped:
             [sys.executable, ROOT / "bench.py", *flags],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
         )  # fmt: skip
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line == "prefill of 8\n":
-                break
-        time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line == "prefill of 8\n":
+                    break
+            time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
         assert process.returncode == 130
         assert "Traceback" not in err
         record = json.loads(out.splitlines()[-1])
