@@ -1,4 +1,4 @@
-"""eval: likelihoods against transformers and one by one, and the command line."""
+"""python -m minisa eval: tables, records, flags."""
 
 from __future__ import annotations
 
@@ -10,137 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 from minisa import LLM, cli, console, load
 from minisa.errors import MinisaError
-from minisa.sharing import SharingPlan
 from minisa.study import eval_command, evaluate
-from minisa.study.likelihood import Item, batches, encode, likelihoods
 from minisa.study.tasks import TASKS, read_questions, read_rows
 from minisa.study.variants import Models, parse_variants
-from tests.test_study_tasks import CONFIG, GSM8K, PIQA, ROWS, TEXTS, VOCABULARY, some_text, write_rows
-from tests.tiny import random_weights, tiny_config, write_gguf, write_hf
-
-
-@pytest.fixture(scope="module")
-def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A loadable model of four layers whose tokens are bytes and a few merges."""
-    path = tmp_path_factory.mktemp("eval") / "tiny.gguf"
-    return write_gguf(path, CONFIG, random_weights(CONFIG), metadata=VOCABULARY)
-
-
-@pytest.fixture(scope="module")
-def llm(tiny_gguf: Path) -> LLM:
-    return load(tiny_gguf, dtype="fp32", device="cpu", max_seq_len=1, compile=False)
-
-
-def items_of(llm: LLM) -> list[Item]:
-    """Items of unlike lengths and kinds: one, two and four choices, prompts that differ, answers of many tokens."""
-    items = []
-    for seed, (words, choices) in enumerate([(30, 4), (3, 1), (90, 2), (12, 4), (1, 2)]):
-        prompt = some_text(words, seed)
-        answers = [" " + some_text(1 + 3 * i, 100 * seed + i) for i in range(choices)]
-        items.append(Item.of([encode(llm.tokenizer, prompt, answer, 2048) for answer in answers]))
-    start = some_text(20, 50)
-    items.append(Item.of([encode(llm.tokenizer, f"{start} {word}", " was red.", 2048) for word in ("mat", "a town")]))
-    return items
-
-
-def one_by_one(llm: LLM, item: Item) -> list[tuple[float, bool]]:
-    """By the definition: the whole text in one forward pass, log p of the answer's tokens summed."""
-    found = []
-    for choice in item.choices:
-        log_p = llm.logits(choice.ids).log_softmax(-1)
-        places = range(len(choice.ids) - choice.answer_tokens, len(choice.ids))
-        total = sum(log_p[t - 1, choice.ids[t]].item() for t in places)
-        found.append((total, all(log_p[t - 1].argmax() == choice.ids[t] for t in places)))
-    return found
-
-
-class TestLikelihoods:
-    @pytest.mark.parametrize("sa", [None, "1:2-3", "head maps"])
-    def test_batched_is_one_by_one(self, sa: str | None, tiny_gguf: Path) -> None:
-        plan = SharingPlan.following(4, {2: 1, 3: 1}, {2: [3, 0, 0, 1]}) if sa == "head maps" else sa
-        llm = load(tiny_gguf, sa=plan, dtype="fp32", device="cpu", max_seq_len=1, compile=False)
-        items = items_of(llm)
-        assert [item.shared for item in items][1] > 0  # also an only choice
-        for found, item in zip(likelihoods(llm.model, items), items, strict=True):
-            for likelihood, (total, greedy) in zip(found, one_by_one(llm, item), strict=True):
-                assert likelihood.total == pytest.approx(total, abs=1e-4)
-                assert likelihood.greedy == greedy
-
-    def test_a_window_is_minded(self, tmp_path: Path) -> None:
-        config = tiny_config(vocab_size=CONFIG.vocab_size, tie_embeddings=True, max_seq_len=512, sliding_window=9)
-        path = write_gguf(tmp_path / "tiny.gguf", config, random_weights(config), metadata=VOCABULARY)
-        llm = load(path, dtype="fp32", device="cpu", max_seq_len=1, compile=False)
-        items = items_of(llm)
-        for found, item in zip(likelihoods(llm.model, items), items, strict=True):
-            for likelihood, (total, _) in zip(found, one_by_one(llm, item), strict=True):
-                assert likelihood.total == pytest.approx(total, abs=1e-4)
-
-    def test_greedy_is_what_greedy_decoding_says(self, llm: LLM) -> None:
-        prompt = llm.tokenizer.encode("the cat")
-        answer = []
-        for _ in range(3):
-            answer.append(int(llm.logits([*prompt, *answer])[-1].argmax()))
-        item = Item.of([encode(llm.tokenizer, "the cat", " sat", 2048)])
-        likely = Item.of([type(item.choices[0])((*prompt, *answer), 3)])
-        unlikely = Item.of([type(item.choices[0])((*prompt, *answer[:2], (answer[2] + 1) % 256), 3)])
-        assert [found[0].greedy for found in likelihoods(llm.model, [likely, unlikely])] == [True, False]
-
-    def test_what_choices_share_is_fed_once(self, llm: LLM) -> None:
-        (item,) = items_of(llm)[:1]
-        prompt = len(llm.tokenizer.encode(some_text(30, 0)))
-        assert item.shared == prompt - 1
-        assert item.tokens < sum(len(choice.ids) for choice in item.choices) / 2
-
-    def test_batches_hold_every_item_once_within_the_bound(self, llm: LLM) -> None:
-        items = items_of(llm) * 5
-        found = list(batches(items, 800))
-        assert sorted(i for batch in found for i in batch) == list(range(len(items)))
-        assert 1 < len(found) < len(items)
-        for batch in found:
-            together = [items[i] for i in batch]
-            slots = max(i.shared for i in together) + max(i.longest for i in together)
-            assert len(batch) == 1 or slots * sum(len(i.choices) for i in together) <= 800
-        assert all(len(batch) == 1 for batch in batches(items, 1))
-
-    def test_the_border_between_prompt_and_answer(self, llm: LLM) -> None:
-        encoded = encode(llm.tokenizer, "He said: ", "yes", 2048)
-        assert llm.tokenizer.decode(encoded.ids[-encoded.answer_tokens :]) == " yes"
-        merged = encode(llm.tokenizer, "He said hell", "o", 2048)  # " hello" is a token, " hell" is two
-        assert len(merged.ids) < len(llm.tokenizer.encode("He said hell"))
-        assert merged.answer_tokens == 1
-
-    def test_a_text_too_long_loses_its_beginning(self, llm: LLM) -> None:
-        whole, cut = (encode(llm.tokenizer, some_text(50, 1), " red roof", length) for length in (2048, 40))
-        assert cut.ids == whole.ids[-40:] and cut.answer_tokens == whole.answer_tokens
-        assert cut.cut and not whole.cut
-
-    def test_item_by_item_against_transformers(self, llm: LLM, tmp_path: Path) -> None:
-        """Every task's choices, written out over another implementation: texts, token ids and log-likelihoods."""
-        transformers = pytest.importorskip("transformers", reason='needs pip install "minisa[peers]"')
-        write_hf(tmp_path, CONFIG, random_weights(CONFIG))
-        peer = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path, dtype=torch.float32, attn_implementation="eager"
-        )
-        checked = 0
-        for name, (prompts, answers, _) in TEXTS.items():
-            task = TASKS[name]
-            if task.score is None:
-                continue
-            questions = read_questions(task, write_rows(tmp_path / "rows", ROWS[name]), 0, None)
-            evaluation = evaluate.Choices.of(llm, task, questions, 4096)
-            (record,) = evaluation.run(llm, [0])
-            for prompt, answer, found in zip(prompts, answers, record["log_likelihoods"], strict=True):
-                start, ids = llm.tokenizer.encode(prompt), llm.tokenizer.encode(prompt + answer)
-                with torch.inference_mode():
-                    log_p = peer(torch.tensor([ids])).logits[0].log_softmax(-1)
-                expected = sum(log_p[t - 1, ids[t]].item() for t in range(len(start), len(ids)))
-                assert found == pytest.approx(expected, abs=2e-4)
-                checked += 1
-        assert checked == 20
+from tests.test_study_tasks import CONFIG, GSM8K, PIQA, ROWS, some_text, write_rows
 
 
 class Ran(NamedTuple):
@@ -153,11 +29,11 @@ Run = Callable[..., Ran]
 
 
 @pytest.fixture
-def run_eval(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tiny_gguf: Path) -> Run:
+def run_eval(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], study_gguf: Path) -> Run:
     """run_eval(*flags): `python -m minisa eval` on the tiny model, in this process."""
 
     def run(*flags: object) -> Ran:
-        arguments = ["minisa", "eval", "--model", tiny_gguf, "--device", "cpu", *flags]
+        arguments = ["minisa", "eval", "--model", study_gguf, "--device", "cpu", *flags]
         monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
@@ -211,15 +87,15 @@ class TestTheCommand:
         assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
     def test_perplexity_is_the_mean_loss_of_the_windows(
-        self, run_eval: Run, text: Path, llm: LLM, tmp_path: Path
+        self, run_eval: Run, text: Path, study_llm: LLM, tmp_path: Path
     ) -> None:
         flags = ("--task", "perplexity", "--data", text, "--length", 50, "--limit", 3, "--json", tmp_path / "r.json")
         assert run_eval(*flags).status == 0
         found = json.loads((tmp_path / "r.json").read_text())
-        ids = llm.tokenizer.encode(text.read_text())
+        ids = study_llm.tokenizer.encode(text.read_text())
         losses = []
         for start in (0, 50, 100):
-            log_p = llm.logits(ids[start : start + 50]).log_softmax(-1)
+            log_p = study_llm.logits(ids[start : start + 50]).log_softmax(-1)
             losses += [-log_p[t - 1, ids[start + t]].item() for t in range(1, 50)]
         assert found["items"] == 3
         value = found["variants"][0]["metrics"]["perplexity"]["value"]
@@ -323,7 +199,7 @@ class TestTheCommand:
 
     @pytest.mark.parametrize("sa", [[], ["--sa", "1:2-3"], ["--rival", "cla:1:2"], ["--rival", "drop:0+kv-int8"]])
     def test_generated_answers_are_greedy_text(
-        self, sa: list[str], run_eval: Run, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, sa: list[str], run_eval: Run, study_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Two rows together give what step-by-step argmax over the whole text gives; 5 shots are the default."""
         monkeypatch.setattr(evaluate, "ANSWER_TOKENS", 6)
@@ -335,7 +211,7 @@ class TestTheCommand:
         answers = {(line["variant"], line["item"]): line["answer"] for line in lines if "item" in line}
         questions = read_questions(TASKS["gsm8k"], data, 5, pool)
         assert questions[0].prompts[0].count("Question:") == 6
-        models = Models(lambda plan: load(tiny_gguf, plan, "cpu", "fp32", max_seq_len=1, compile=False))
+        models = Models(lambda plan: load(study_gguf, plan, "cpu", "fp32", max_seq_len=1, compile=False))
         plans, rivals = (sa[1::2] if sa[:1] == [flag] else [] for flag in ("--sa", "--rival"))
         for variant in parse_variants(plans, rivals, CONFIG, None):
             with models.opened(variant) as llm:
@@ -394,11 +270,3 @@ class TestTheCommand:
         monkeypatch.setattr(eval_command, "open_model", None)
         ran = run_eval("--task", "piqa", "--data", piqa, "--plot", "r.png")
         assert ran.status == 2 and "needs matplotlib" in ran.err
-
-
-@pytest.mark.real_model
-def test_the_default_model_prefers_what_is_true(smollm2: LLM) -> None:
-    prompt = "Question: What is the capital of France?\nAnswer:"
-    item = Item.of([encode(smollm2.tokenizer, prompt, answer, 1024) for answer in (" Paris", " Berlin", " a potato")])
-    (found,) = likelihoods(smollm2.model, [item])
-    assert max(found, key=lambda likelihood: likelihood.total) == found[0]

@@ -1,0 +1,97 @@
+"""bench.py in this process, and tiny models for it: what tests of its record and of its flags share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import bench
+from minisa import console, measure
+from minisa.benchmark import run as benchmark_run
+from minisa.config import RopeScaling
+from minisa.sharing import SharingPlan
+from tests.tiny import random_weights, tiny_config, write_gguf, write_hf
+from tests.vocabularies import byte_level_json, gguf_byte_level
+
+QUICK = ("--contexts", "0,20", "--prompt-lengths", "8,24", "--new-tokens", 3, "--repeats", 2, "--dtype", "fp32")
+VOCABULARY = gguf_byte_level(byte_level_json())
+CONFIG = tiny_config(vocab_size=len(VOCABULARY["tokenizer.ggml.tokens"]), tie_embeddings=True)
+PLAN = SharingPlan.parse("1:2-3", CONFIG.n_layers)
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return json.loads(self.out.splitlines()[-1])
+
+    def configuration(self, name: str) -> dict[str, Any]:
+        return next(found for found in self.record["configurations"] if found["name"] == name)
+
+
+Bench = Callable[..., Ran]
+
+
+@pytest.fixture
+def run_bench(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Bench:
+    """run_bench(*flags): bench.py's main in this process, as the command line runs it; its workers are processes."""
+    monkeypatch.setattr(measure, "last_level_cache", lambda device: 1 << 20)
+    monkeypatch.setattr(measure, "LARGEST_MATRIX", 256)
+    threads = torch.get_num_threads()
+
+    def run(*flags: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, flags)])
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as exit_:
+                console.run(bench.main)
+        finally:
+            torch.set_num_threads(threads)
+        sys.stdout.flush()
+        out, err = capfd.readouterr()
+        return Ran(exit_.value.code, out, err)  # type: ignore[arg-type]
+
+    return run
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Workers that are no processes; the list of what they serve."""
+    served = []
+
+    class Inline:
+        def __init__(self, name: str, factory: Callable[..., Any], *arguments: Any) -> None:
+            self.served = factory(*arguments)
+            served.append(self.served)
+
+        def call(self, method: str, *arguments: Any) -> Any:
+            return getattr(self.served, method)(*arguments)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(benchmark_run, "Worker", Inline)
+    return served
+
+
+@pytest.fixture(scope="module")
+def bench_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A loadable model of four layers with a tokenizer."""
+    path = tmp_path_factory.mktemp("bench") / "tiny.gguf"
+    return write_gguf(path, CONFIG, random_weights(CONFIG), metadata=VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def untrained_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config.json of a model that nobody trained: another RoPE, an output head of its own."""
+    config = tiny_config(rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64), tie_embeddings=False)
+    return write_hf(tmp_path_factory.mktemp("shape"), config, random_weights(config)) / "config.json"

@@ -1,0 +1,23 @@
+"""The tiny model that tests of likelihoods and of the eval command share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minisa import LLM, load
+from tests.test_study_tasks import CONFIG, VOCABULARY
+from tests.tiny import random_weights, write_gguf
+
+
+@pytest.fixture(scope="module")
+def study_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A loadable model of four layers whose tokens are bytes and a few merges."""
+    path = tmp_path_factory.mktemp("eval") / "tiny.gguf"
+    return write_gguf(path, CONFIG, random_weights(CONFIG), metadata=VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def study_llm(study_gguf: Path) -> LLM:
+    return load(study_gguf, dtype="fp32", device="cpu", max_seq_len=1, compile=False)
