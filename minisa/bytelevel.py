@@ -59,11 +59,13 @@ _LLAMA3_SPECIAL = (
     *(f"<|reserved_special_token_{n}|>" for n in range(2, 246)),
 )  # 256 names, as of Llama 3.1
 
-_TEKKEN_SPECIAL = (
+# What files that list no special tokens mean. v3 has no use yet for the three that v7 adds.
+_TEKKEN_V3 = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
     *("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"),
-    *("[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
-)  # what files that list no special tokens mean
+    "[SUFFIX]",
+)
+_TEKKEN_V7 = (*_TEKKEN_V3, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
 
 
 class ByteLevelBPE:
@@ -159,7 +161,8 @@ def from_tekken(raw: Mapping[str, Any]) -> ByteLevelBPE:
     entries = raw["vocab"][: config["default_vocab_size"] - count]
     ranks = {base64.b64decode(entry["token_bytes"], validate=True): entry["rank"] for entry in entries}
     named = raw.get("special_tokens")
-    special = dict(zip(_TEKKEN_SPECIAL, itertools.count(), strict=False)) if named is None else {}
+    unlisted = _TEKKEN_V3 if config.get("version") == "v3" else _TEKKEN_V7
+    special = dict(zip(unlisted, itertools.count(), strict=False)) if named is None else {}
     special |= {entry["token_str"]: entry["rank"] for entry in named or ()}
     unnamed = set(range(count)) - set(special.values())
     special |= {f"<SPECIAL_{n}>": n for n in sorted(unnamed)}

@@ -99,6 +99,11 @@ class ModelConfig:
             raise MinisaError(
                 "config.json: quantization_config is set: expected fp32, fp16 or bf16 weights, or a GGUF file"
             )
+        kinds = raw.get("layer_types") or []
+        if not isinstance(kinds, list) or any(kind != kinds[0] for kind in kinds):
+            raise MinisaError("config.json: layer_types names several kinds of layers: expected one kind for all")
+        if raw.get("partial_rotary_factor", 1) not in (None, 1):
+            raise MinisaError("config.json: partial_rotary_factor is set; minisa turns whole heads")
         if raw.get("pretraining_tp", 1) not in (None, 1):
             raise MinisaError("config.json: pretraining_tp > 1 is not supported: set it to 1, the weights are the same")
         n_heads = _integer(raw, "num_attention_heads")
@@ -120,7 +125,7 @@ class ModelConfig:
             rope_theta=_number(rope, "rope_theta", _number(raw, "rope_theta", 10_000.0)),
             rope_scaling=_rope_scaling(rope, max_seq_len),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            sliding_window=_optional_integer(raw, "sliding_window"),
+            sliding_window=_optional_integer(raw, "sliding_window") if "MistralForCausalLM" in architectures else None,
         )
 
     @classmethod

@@ -130,7 +130,7 @@ def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
     template, special = tokenizer.chat_template, tokenizer.special
     if template is None:
         makers_own = (Path(path) / "params.json").is_file() and not (Path(path) / "config.json").is_file()
-        marks = [mark for mark in ("<|start_header_id|>", "[INST]") if mark in special]
+        marks = [mark for mark in ("<|start_header_id|>", "[SYSTEM_PROMPT]", "[INST]") if mark in special]
         if not (makers_own and marks):
             return DIALOGS["raw"]
         template = marks[0]
@@ -138,7 +138,9 @@ def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
         return DIALOGS["chatml"]
     if "<|start_header_id|>" in template:
         return DIALOGS["llama3"]
-    if "[INST]" in template and "[SYSTEM_PROMPT]" not in template:
+    if "[SYSTEM_PROMPT]" in template:
+        return DIALOGS["mistral-v7"]
+    if "[INST]" in template:
         return DIALOGS["llama2" if "<<SYS>>" in template else "mistral-v3" if "[INST]" in special else "mistral-v1"]
     if "<|user|>" in template and "<|assistant|>" in template and "eos_token" in template:
         return DIALOGS["zephyr"]
@@ -220,14 +222,31 @@ def _mistral_v3(messages: Sequence[Message]) -> Iterator[Part]:
     """As in mistral_common, InstructTokenizerV2 and V3, which differ in tools only; sentencepiece or tekken."""
     system, turns = _system_apart(messages)
     yield BOS
-    for number, message in enumerate(turns, 1):
-        content = message["content"]
+    if system:
+        last = turns[-1]
+        turns = [*turns[:-1], {**last, "content": f"{system}\n\n{last['content']}"}]
+    yield from _mistral_turns(turns)
+
+
+def _mistral_v7(messages: Sequence[Message]) -> Iterator[Part]:
+    """As in mistral_common, InstructTokenizerV7 and later: the system prompt has a place of its own."""
+    system, turns = _system_apart(messages)
+    yield BOS
+    if system is not None:
+        yield Mark("[SYSTEM_PROMPT]")
+        yield Text(system)
+        yield Mark("[/SYSTEM_PROMPT]")
+    yield from _mistral_turns(turns)
+
+
+def _mistral_turns(turns: Sequence[Message]) -> Iterator[Part]:
+    for message in turns:
         if message["role"] == "assistant":
-            yield Text(content.rstrip(" "))
+            yield Text(message["content"].rstrip(" "))
             yield EOS
         else:
             yield Mark("[INST]")
-            yield Text(f"{system}\n\n{content}" if number == len(turns) and system else content)
+            yield Text(message["content"])
             yield Mark("[/INST]")
 
 
@@ -269,6 +288,7 @@ DIALOGS: dict[str, Dialog] = {
         Dialog("mistral-v1", _mistral_v1, alternating=True, reserved=("[INST]", "[/INST]")),
         Dialog("mistral-v2", _mistral_v3, opens="[INST]", alternating=True),
         Dialog("mistral-v3", _mistral_v3, opens="[INST]", alternating=True),
+        Dialog("mistral-v7", _mistral_v7, opens="[INST]", alternating=True),
         Dialog("zephyr", _zephyr),
         Dialog("raw", _raw, free=True),
     )

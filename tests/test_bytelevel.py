@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minisa.bytelevel import LLAMA3_SPLIT, TEKKEN_SPLIT
+from minisa.dialog import DIALOGS, find_dialog
 from minisa.errors import MinisaError
 from minisa.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny import encode_gguf
@@ -242,6 +243,17 @@ def test_tekken_cuts_its_vocabulary_and_fills_up_its_special_tokens(tmp_path: Pa
     raw["special_tokens"] = [{"rank": 0, "token_str": "<unk>"}, {"rank": 1, "token_str": "<s>"}]
     tokenizer = load_tokenizer(write_json(tmp_path / "tekken.json", raw))
     assert (tokenizer.bos_id, tokenizer.special["<SPECIAL_2>"], len(tokenizer.special)) == (1, 2, 30)
+
+
+@pytest.mark.parametrize(("version", "name"), [("v3", "<SPECIAL_17>"), ("v7", "[SYSTEM_PROMPT]")])
+def test_what_a_tekken_file_means_that_lists_no_special_tokens(version: str, name: str, tmp_path: Path) -> None:
+    """The version tells the chat format too, where a maker's own download has no template."""
+    raw = tekken_json()
+    raw["config"]["version"] = version
+    (tmp_path / "params.json").write_text("{}", encoding="utf-8")
+    tokenizer = load_tokenizer(write_json(tmp_path / "tekken.json", raw))
+    assert tokenizer.special[name] == 17
+    assert find_dialog(tmp_path, tokenizer) is DIALOGS[f"mistral-{version}"]
 
 
 def test_a_tekken_file_that_claims_absurd_sizes(tmp_path: Path) -> None:

@@ -81,8 +81,10 @@ def test_head_dim_is_independent_of_the_width() -> None:
 
 def test_linear_scaling_and_window() -> None:
     assert hf(rope_scaling={"type": "linear", "factor": 2.0}).rope_scaling == RopeScaling("linear", 2.0)
-    assert hf(sliding_window=4096).sliding_window == 4096
-    assert hf(sliding_window=None).sliding_window is None
+    mistral = ["MistralForCausalLM"]
+    assert hf(architectures=mistral, sliding_window=4096).sliding_window == 4096
+    assert hf(architectures=mistral, sliding_window=None).sliding_window is None
+    assert hf(sliding_window=4096).sliding_window is None  # LlamaForCausalLM has none, whatever a fine-tuner left there
 
 
 @pytest.mark.parametrize(
@@ -97,6 +99,9 @@ def test_linear_scaling_and_window() -> None:
         ({"rope_scaling": [1]}, "rope_scaling is"),
         ({"attention_bias": True}, "attention_bias is true"),
         ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types names several kinds"),
+        ({"layer_types": "full_attention"}, "layer_types names several kinds"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is set"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_key_value_heads": 5}, "n_heads 32 is not a multiple of n_kv_heads 5"),

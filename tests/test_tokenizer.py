@@ -134,6 +134,7 @@ GOLDEN: dict[str, tuple[list[list[int]], int, str]] = {
         54_925, "312769ce712dfdd5",
     ),
 }
+GOLDEN["mistral-v7"] = GOLDEN["mistral-v3"]  # other special tokens; text is the same in mistral-common too
 # fmt: on
 
 
@@ -188,7 +189,8 @@ def test_special_tokens(
         ("llama3", "<|reserved_special_token_245|>", 128_255),
         ("mistral-v2", "[/INST]", 4),
         ("mistral-v3", "[INST]", 3),
-        ("tekken", "[TOOL_CONTENT]", 19),
+        ("mistral-v7", "[SYSTEM_PROMPT]", 16),
+        ("tekken", "[SUFFIX]", 16),
         ("tekken", "<SPECIAL_999>", 999),
     ],
 )

@@ -109,7 +109,7 @@ def sentencepiece_model(**options: Any) -> bytes:
         "byte_fallback": True,
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,
-        "control_symbols": ["[INST]", "[/INST]"],
+        "control_symbols": ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"],
         "num_threads": 1,
         "minloglevel": 2,
     }
@@ -137,6 +137,7 @@ WHEEL_FILES = {
     "mistral-v1": ("mistral-common", "1.13.1", "mistral_common/data/tokenizer.model.v1"),
     "mistral-v2": ("mistral-common", "1.13.1", "mistral_common/data/mistral_instruct_tokenizer_240216.model.v2"),
     "mistral-v3": ("mistral-common", "1.13.1", "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"),
+    "mistral-v7": ("mistral-common", "1.13.1", "mistral_common/data/mistral_instruct_tokenizer_241114.model.v7"),
     "tekken": ("mistral-common", "1.13.1", "mistral_common/data/tekken_240718.json"),
 }
 REAL = ("smollm2", *WHEEL_FILES)
