@@ -1,28 +1,30 @@
 """Meta's consolidated.NN.pth: what torch.save writes, one file for each model-parallel rank.
 
-Such a file is a zip archive of a pickle and the tensors' bytes. torch.load with weights_only=True vets the pickle,
-which may name tensors and nothing that runs; on the meta device it reads no element, only where each tensor lies.
+Such a file is a zip archive of a pickle and the tensors' bytes. Neither torch.load nor Python's unpickler touches it:
+pickled.py finds out where each tensor lies, and its elements are read in place.
 """
 
 from __future__ import annotations
 
-import re
-import warnings
+import itertools
+import math
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
-from minisa.checkpoint.files import DataFile, FileTensor
+from minisa.checkpoint.files import DataFile, FileTensor, is_size
+from minisa.checkpoint.pickled import PickledTensor, read_pickle
 from minisa.errors import MinisaError
 
-MAX_PICKLE = 64 << 20  # bytes; that of Llama 3 405B is far below one megabyte
+MAX_PICKLE = 1 << 20  # bytes; that of Llama 3 405B is far below one megabyte
 
 # Column-parallel layers divide their output (rows of the weight), row-parallel ones their input (columns).
 _SPLIT_DIM = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
+_LOCAL_HEADER = struct.Struct("<26xHH")  # before a part's bytes; at its end the lengths of a name and an extra field
 
 
 def read_pth(path: Path) -> dict[str, FileTensor]:
@@ -30,58 +32,80 @@ def read_pth(path: Path) -> dict[str, FileTensor]:
 
     Raises MinisaError for anything but a dictionary of contiguous tensors, and for a pickle that carries code.
     """
-    boundaries = _boundaries(path)
+    archive = _open(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of TorchScript archives before it refuses them
-            content = torch.load(path, map_location="meta", weights_only=True)
-    except UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"asks for {wanted[1]}" if wanted else "holds more than tensors"
-        raise MinisaError(
-            f"{path}: refused: its pickle {what}, and loading that could run code; get a file of weights only"
-        ) from None
-    except Exception as error:  # a corrupt pickle can fail in any way
-        reason = str(error).partition("\n")[0]
-        raise MinisaError(f"{path}: corrupt ({type(error).__name__}: {reason}): fetch it again") from None
+        content = read_pickle(archive.pickle)
+    except MinisaError as error:
+        raise MinisaError(f"{path}: {error}") from None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise MinisaError(f"{path}: corrupt, or more than tensors (its pickle: {error}): fetch it again") from None
     if not isinstance(content, dict) or not content:
         raise MinisaError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
-    file = DataFile(path)
-    tensors = [_tensor(name, tensor, file, boundaries) for name, tensor in content.items()]
+    tensors = [_tensor(name, tensor, archive) for name, tensor in content.items()]
     return {tensor.name: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.offset)}
 
 
-def _boundaries(path: Path) -> list[int]:
-    """Where the parts of the archive begin and the last one ends, in bytes, ascending.
+@dataclass(frozen=True, slots=True)
+class _Archive:
+    """storages: where the bytes of each part with elements begin and end in the file, by its key."""
 
-    Raises MinisaError for what is no zip archive, or has compressed parts: their bytes cannot be read in place.
-    """
+    file: DataFile
+    pickle: bytes
+    storages: dict[str, tuple[int, int]]
+
+
+def _open(path: Path) -> _Archive:
+    """Raises MinisaError for what is no zip archive, or has compressed parts: their bytes cannot be read in place."""
+    file = DataFile(path)
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError) as error:
+            if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
+                raise MinisaError(f"{path}: a compressed archive: expected a file as torch.save writes it")
+            pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise MinisaError(f"{path}: corrupt: {len(pickles)} parts called data.pkl, expected one")
+            if pickles[0].file_size > MAX_PICKLE:
+                raise MinisaError(f"{path}: its pickle is larger than {MAX_PICKLE >> 20} MiB: this is not a model")
+            pickle = archive.read(pickles[0])
+            folder = pickles[0].filename.removesuffix("data.pkl")
+            if f"{folder}byteorder" in archive.namelist():
+                with archive.open(f"{folder}byteorder") as order:
+                    if order.read(6) != b"little":
+                        raise MinisaError(f"{path}: numbers of another byte order: expected little-endian ones")
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError) as error:
         raise MinisaError(
             f"{path}: not a zip archive as torch.save writes it ({error}): truncated, or older than torch 1.6"
         ) from None
-    if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
-        raise MinisaError(f"{path}: a compressed archive: expected a file as torch.save writes it")
-    if any(entry.filename.endswith(".pkl") and entry.file_size > MAX_PICKLE for entry in entries):
-        raise MinisaError(f"{path}: its pickle is larger than {MAX_PICKLE >> 20} MiB: this is not a model")
-    return sorted([*(entry.header_offset for entry in entries), path.stat().st_size])
+    ends = dict(itertools.pairwise(sorted({*(entry.header_offset for entry in entries), file.size})))
+    storages = {}
+    for entry in entries:
+        folder_of_storages, _, key = entry.filename.rpartition("/")
+        if folder_of_storages == f"{folder}data":
+            begin = entry.header_offset
+            header = file.read(begin, _LOCAL_HEADER.size).numpy().tobytes()
+            storages[key] = (begin + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header)), ends.get(begin, begin))
+    return _Archive(file, pickle, storages)
 
 
-def _tensor(name: Any, tensor: Any, file: DataFile, boundaries: list[int]) -> FileTensor:
-    where = f"{file.path}: {name!r}"
-    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-        raise MinisaError(f"{where} is a {type(tensor).__name__}: expected a dictionary of tensors")
-    if tensor.layout != torch.strided or tensor.is_quantized or not tensor.is_contiguous():
-        raise MinisaError(f"{where} is sparse, quantized or not contiguous: expected plain tensors")
-    part = tensor.untyped_storage()._checkpoint_offset  # None for a tensor that is no part of the archive
-    begin = int(part or 0) + int(tensor.storage_offset()) * tensor.itemsize
-    end = next((edge for edge in boundaries if part is not None and edge > part), 0)
-    if begin + tensor.nbytes > end:
+def _tensor(name: Any, tensor: Any, archive: _Archive) -> FileTensor:
+    where = f"{archive.file.path}: {name!r}"
+    if not isinstance(name, str) or not isinstance(tensor, PickledTensor):
+        kind = "Tensor" if isinstance(tensor, PickledTensor) else type(tensor).__name__
+        raise MinisaError(f"{where} is a {kind}: expected a dictionary of tensors")
+    shape, stride, dtype = tensor.shape, tensor.stride, tensor.storage.dtype
+    if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= 8):
+        raise MinisaError(f"{where} has no shape: the file is corrupt, fetch it again")
+    if not all(map(is_size, (*shape, *stride, tensor.offset))):
+        raise MinisaError(f"{where}: its shape or place is no whole number: the file is corrupt, fetch it again")
+    contiguous = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    if any(size > 1 and wanted != found for size, wanted, found in zip(shape, contiguous, stride, strict=True)):
+        raise MinisaError(f"{where} is not contiguous: expected plain tensors")
+    begin, end = archive.storages.get(tensor.storage.key, (0, 0))
+    begin += tensor.offset * dtype.itemsize
+    if begin + math.prod(shape) * dtype.itemsize > end:
         raise MinisaError(f"{where} does not lie inside its part of the archive: the file is corrupt, fetch it again")
-    return FileTensor(name, tuple(tensor.shape), tensor.dtype, file, begin)
+    return FileTensor(name, shape, dtype, archive.file, begin)
 
 
 @dataclass(frozen=True, slots=True)
