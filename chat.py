@@ -71,7 +71,7 @@ def main(
     """
     if prompt is not None:
         check_text("--prompt", prompt)
-    elif not sys.stdin.isatty():
+    elif sys.stdin is None or not sys.stdin.isatty():
         prompt = read_stdin()
         check_text("stdin", prompt)
     if raw and system:
@@ -216,6 +216,8 @@ def history(path: Path) -> Iterator[None]:
 
 
 def read_stdin() -> str:
+    if sys.stdin is None:
+        raise MinisaError("stdin is closed: give --prompt TEXT")
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:

@@ -17,7 +17,8 @@ import tiktoken
 from minisa.errors import MinisaError
 from minisa.merges import rank_merges, token_to_bytes
 
-MAX_TOKENS = 1 << 20  # sanity bound for files that lie; the largest vocabularies have 260,000
+MAX_TOKENS = 1 << 20  # sanity bounds for files that lie; the largest vocabularies have 260,000
+MAX_TOKEN = 1024  # bytes; the longest of the makers' has 128
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -108,7 +109,7 @@ class ByteLevelBPE:
         for token, rank in ranks.items():
             self._ids[rank] = vocab.get(token, 0) if len(token) == 1 else vocab[token]
         self._lacking = bytes(token[0] for token in ranks if len(token) == 1 and token not in vocab)
-        self._split = _compile(split)
+        self._split = regex.compile(split)
         self._bpe = tiktoken.Encoding("minisa", pat_str=split, mergeable_ranks=dict(ranks), special_tokens={})
 
     def encode(self, text: str, *, mid_text: bool) -> list[int]:
@@ -116,16 +117,6 @@ class ByteLevelBPE:
         merge = self._bpe._encode_single_piece  # of tiktoken's methods the one that takes bytes
         pieces = (piece.encode().translate(None, lacking) for piece in self._split.findall(text))
         return [ids[rank] for piece in pieces if piece for rank in merge(piece)]
-
-
-def _compile(split: str) -> regex.Pattern[str]:
-    try:
-        pattern = regex.compile(split)
-    except (regex.error, TypeError) as error:
-        raise MinisaError(f"the split pattern {split!r} is not a regular expression ({error})") from None
-    if pattern.groups:
-        raise MinisaError(f"the split pattern {split!r} has groups: expected one without")
-    return pattern
 
 
 def check_ids(ids: Collection[object]) -> list[int]:
@@ -156,8 +147,14 @@ def from_tekken(raw: Mapping[str, Any]) -> ByteLevelBPE:
     """Mistral's tekken.json: the special tokens come first, fillers among them; the vocabulary is cut to size."""
     config = raw["config"]
     count = config["default_num_special_tokens"]
-    if not 0 <= count < MAX_TOKENS:
-        raise MinisaError(f"default_num_special_tokens is {count}: expected 0 to {MAX_TOKENS - 1}")
+    if not 0 <= count <= len(raw["vocab"]):
+        raise MinisaError(
+            f"default_num_special_tokens is {count}: expected 0 to {len(raw['vocab'])}, as many as tokens"
+        )
+    if config["pattern"] != TEKKEN_SPLIT:  # another could take forever to match
+        raise MinisaError(
+            f"its pattern {config['pattern']!r} is not one minisa knows: expected that of Mistral's tekken"
+        )
     entries = raw["vocab"][: config["default_vocab_size"] - count]
     ranks = {base64.b64decode(entry["token_bytes"], validate=True): entry["rank"] for entry in entries}
     named = raw.get("special_tokens")
@@ -167,7 +164,7 @@ def from_tekken(raw: Mapping[str, Any]) -> ByteLevelBPE:
     unnamed = set(range(count)) - set(special.values())
     special |= {f"<SPECIAL_{n}>": n for n in sorted(unnamed)}
     vocab = {token: rank + count for token, rank in ranks.items()}
-    return ByteLevelBPE(config["pattern"], ranks, vocab, special, add_bos=True)
+    return ByteLevelBPE(TEKKEN_SPLIT, ranks, vocab, special, add_bos=True)
 
 
 def from_tokenizer_json(raw: Mapping[str, Any]) -> ByteLevelBPE:
@@ -230,6 +227,8 @@ def _from_merges(
     add_bos: bool,
 ) -> ByteLevelBPE:
     """From a vocabulary and merges in GPT-2's spelling."""
+    if any(len(token) > MAX_TOKEN for token in vocab):  # to follow its merges could take forever
+        raise MinisaError(f"a token of more than {MAX_TOKEN} bytes: expected the makers' vocabulary")
     tokens = {token: token_to_bytes(token) for token in vocab}
     ranks = rank_merges(((tokens[left], tokens[right]) for left, right in merges), whole_pieces=whole_pieces)
     ids = {tokens[token]: token_id for token, token_id in vocab.items()}

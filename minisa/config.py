@@ -36,6 +36,18 @@ class RopeScaling:
     original_max_seq_len: int = 8192
     factors: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raises MinisaError for a number that would make a frequency infinite, none or NaN."""
+        for key in ("factor", "low_freq_factor", "high_freq_factor"):
+            number = getattr(self, key)
+            if not (math.isfinite(number) and number > 0):
+                raise MinisaError(f"rope_scaling: {key} is {number!r}: expected a positive number")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise MinisaError(
+                f"rope_scaling: low_freq_factor is {self.low_freq_factor}: expected less than high_freq_factor, which "
+                f"is {self.high_freq_factor}"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:

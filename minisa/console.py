@@ -67,7 +67,9 @@ def run(command: click.Command) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         click.echo(err=True)
         sys.exit(130)
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
         _fail(name, "the device is out of memory: lower --max-seq-len, take a smaller --dtype or another --device")
     except BrokenPipeError:
         # The reader has left; the interpreter must not try to flush to it again on its way out.
@@ -76,8 +78,13 @@ def run(command: click.Command) -> NoReturn:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _fail(name, f"no space left on the disk while writing {error.filename or 'a file'}")
-        raise
+        _fail(name, f"{error.filename or 'input or output'}: {error.strerror or error}")
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch says so of a GPU by an exception of its own, of the CPU only in words."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _fail(name: str, message: str) -> NoReturn:

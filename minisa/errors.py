@@ -1,5 +1,10 @@
 """The one exception meant for the person at the keyboard."""
 
+import re
+
+MAX_LENGTH = 1000  # characters
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
 
 class MinisaError(Exception):
     """Something the user can put right: a file, a flag, a plan.
@@ -7,3 +12,10 @@ class MinisaError(Exception):
     The message is one line. It names the file, key or flag, says what was expected and what to do next.
     The command lines print it on stderr and exit with status 2.
     """
+
+    def __init__(self, message: str) -> None:
+        """What a message quotes of a file may be anything: its control characters and its middle are left out."""
+        message = _CONTROL.sub(" ", message)
+        if len(message) > MAX_LENGTH:
+            message = f"{message[: MAX_LENGTH * 2 // 3]} … {message[-MAX_LENGTH // 3 :]}"
+        super().__init__(message)

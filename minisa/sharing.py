@@ -19,9 +19,11 @@ from typing import Any
 
 from minisa.config import MAX_LAYERS, ModelConfig
 from minisa.errors import MinisaError
+from minisa.untrusted import read_json, write_whole
 
 PLAN_VERSION = 1
 _SHA256 = re.compile("[0-9a-f]{64}")
+_LAYER = re.compile("0|[1-9][0-9]{0,3}")
 _GROUP = re.compile(r"(?:(?P<leader>\d+)\s*:\s*)?(?P<first>\d+)(?:\s*-\s*(?P<last>\d+))?")
 
 
@@ -200,7 +202,8 @@ class SharingPlan:
     def save(self, path: str | Path, made: Mapping[str, Any] | None = None) -> None:
         """Write the plan as JSON (the format is what `load` reads). made: how it came to be, for people.
 
-        Raises MinisaError where the delta lies in another folder: a plan names a file beside it.
+        Raises MinisaError where the delta lies in another folder: a plan names a file beside it; OSError where the
+        plan cannot be written.
         """
         followers = {}
         for layer in self.followers:
@@ -215,7 +218,7 @@ class SharingPlan:
             record |= {"delta": self.delta.path.name, "delta_sha256": self.delta.sha256}
         if made is not None:
             record["made"] = made
-        Path(path).write_text(_json(record) + "\n", encoding="utf-8")
+        write_whole(Path(path), _json(record) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> SharingPlan:
@@ -228,14 +231,13 @@ class SharingPlan:
         Raises MinisaError for a file that is missing, of another version, or not of this form.
         """
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            record = read_json(Path(path))
         except OSError as error:
             raise MinisaError(f"{path}: cannot read the plan: {error.strerror}") from error
-        except ValueError as error:
-            raise MinisaError(f"{path}: not a plan: expected JSON ({error})") from error
-        if not isinstance(record, dict) or record.get("version") != PLAN_VERSION:
-            version = record.get("version") if isinstance(record, dict) else None
-            raise MinisaError(f"{path}: plan version {version!r} is not supported: expected {PLAN_VERSION}")
+        if record.get("version") != PLAN_VERSION:
+            raise MinisaError(
+                f"{path}: plan version {record.get('version')!r} is not supported: expected {PLAN_VERSION}"
+            )
         unknown = sorted(set(record) - set(_KEYS))
         if unknown:
             raise MinisaError(f"{path}: unknown key {unknown[0]!r}: expected {', '.join(_KEYS)}")
@@ -246,7 +248,7 @@ class SharingPlan:
         for layer, entry in followers.items():
             heads = entry.get("heads") if isinstance(entry, dict) else None
             if (
-                not layer.isdecimal()
+                not _LAYER.fullmatch(layer)
                 or not isinstance(entry, dict)
                 or not _is_index(entry.get("leader"))
                 or set(entry) - {"leader", "heads"}

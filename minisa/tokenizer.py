@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minisa import bytelevel, spm
-from minisa.checkpoint.files import read_json
 from minisa.checkpoint.gguf import find_gguf, gguf_parts, read_gguf
 from minisa.errors import MinisaError
+from minisa.untrusted import read_json, read_plain
 
 BOS_NAMES = ("<|begin_of_text|>", "<s>")
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>")
 
 _FILES = "tokenizer.model, tekken.json, tokenizer.json or a .gguf file"
 _SETTINGS = ("tokenizer_config.json", "added_tokens.json", "generation_config.json", "config.json")
-_MAX_FILE = 100_000_000  # bytes; the largest vocabularies take 20 MB
+_MAX_MODEL = 8 << 20  # bytes; the largest tokenizer.model takes 4 MB
+_MAX_TEMPLATE = 1 << 20  # bytes
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
@@ -159,16 +160,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             metadata = read_gguf(file).metadata
             with _naming(file):
                 return _from_gguf(metadata)
-        content = read_json(file) if file.suffix == ".json" else _read_bytes(file)
+        content = read_json(file) if file.suffix == ".json" else read_plain(file, _MAX_MODEL, "tokenizer")
         settings = {name: read_json(folder / name) if (folder / name).is_file() else {} for name in _SETTINGS}
         template = folder / "chat_template.jinja"
         with _naming(file):
             vocabulary = _vocabulary(content)
         with _naming(folder):
-            chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
+            chat_template = read_plain(template, _MAX_TEMPLATE, "template").decode() if template.is_file() else None
             return _with_settings(vocabulary, settings, chat_template)
     except OSError as error:
-        raise MinisaError(f"{file}: {error.strerror or error}: expected {_FILES}") from None
+        raise MinisaError(f"{error.filename or file}: {error.strerror or error}: expected {_FILES}") from None
 
 
 @contextmanager
@@ -194,14 +195,6 @@ def _find(directory: Path) -> Path:
     if len(models := find_gguf(directory)) == 1:
         return models[0]
     raise MinisaError(f"{directory}: no tokenizer in this directory: expected {_FILES}")
-
-
-def _read_bytes(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        data = opened.read(_MAX_FILE + 1)
-    if len(data) > _MAX_FILE:
-        raise MinisaError(f"{file}: longer than {_MAX_FILE} bytes: this is no tokenizer; expected {_FILES}")
-    return data
 
 
 def _vocabulary(content: dict[str, Any] | bytes) -> Vocabulary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -87,6 +88,9 @@ def test_linear_scaling_and_window() -> None:
     assert hf(sliding_window=4096).sliding_window is None  # LlamaForCausalLM has none, whatever a fine-tuner left there
 
 
+LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -96,6 +100,12 @@ def test_linear_scaling_and_window() -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling type 'yarn' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is None"),
+        *(({"rope_scaling": {"rope_type": "linear", "factor": factor}}, "factor is") for factor in (0, -2.0, math.nan)),
+        (
+            {"rope_scaling": LLAMA3_SCALING | {"low_freq_factor": 4.0}},
+            "low_freq_factor is 4.0: expected less than high_f",
+        ),
+        ({"rope_scaling": LLAMA3_SCALING | {"high_freq_factor": math.inf}}, "high_freq_factor is inf"),
         ({"rope_scaling": [1]}, "rope_scaling is"),
         ({"attention_bias": True}, "attention_bias is true"),
         ({"mlp_bias": True}, "mlp_bias is true"),

@@ -132,6 +132,7 @@ def test_a_valid_file_reads_as_written(tmp_path: Path) -> None:
         ("https://example.org/tiny/files/", "wheel:tiny", "expected wheel:NAME==VERSION"),
         ("https://example.org/tiny/files/", "wheel:tiny==1.0", "a wheel's files need sha256 and size"),
         ('homepage = "https', 'homepage = "ftp', "homepage is 'ftp"),
+        ('homepage = "https://', 'homepage = "https://[', "homepage is 'https://["),
         ('"config.json"', '"../config.json"', "not a plain file name"),
         ('"config.json"', '".lock"', "not a plain file name"),
         ('"config.json"', '"model.safetensors"', "each once"),
@@ -143,6 +144,8 @@ def test_a_valid_file_reads_as_written(tmp_path: Path) -> None:
         ('["tiny-1b"]', '["Tiny 1B"]', "a model's name is lower-case"),
         ('["tiny-1b"]', "tiny = 3", "expected a table"),
         ('kind = "base"', "kind = base", "not valid TOML"),
+        ("size = 10\n", f"size = {'9' * 5000}\n", "not valid TOML"),
+        ("size = 10\n", f"size = {'[' * 5000}\n", "not valid TOML"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, old: str, new: str, complaint: str) -> None:
@@ -258,7 +261,7 @@ def test_an_absurd_index_is_refused(tmp_path: Path) -> None:
     huge = tmp_path / "huge.index.json"
     with huge.open("wb") as file:
         file.truncate(65 << 20)
-    with pytest.raises(MinisaError, match="64 MiB"):
+    with pytest.raises(MinisaError, match="longer than 33554432 bytes"):
         shard_names(huge)
 
 

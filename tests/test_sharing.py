@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -84,8 +87,8 @@ def test_file_round_trip(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{", "expected JSON"),
-        ("[]", "plan version None"),
+        ("{", "not valid JSON"),
+        ("[]", "is a JSON list: expected an object"),
         ('{"version": 2}', "plan version 2 is not supported: expected 1"),
         ('{"version": 1, "n_layers": "x", "followers": {}}', "whole number n_layers"),
         ('{"version": 1, "n_layers": 4, "followers": {}, "colour": 1}', "unknown key 'colour'"),
@@ -104,11 +107,27 @@ def test_a_bad_file_is_named(tmp_path, content: str, says: str) -> None:
         SharingPlan.load(path)
 
 
+def test_a_plan_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that ends half way, as on a full disk."""
+    path = tmp_path / "plan.json"
+    SharingPlan.following(4, {2: 1}).save(path)
+
+    def half(file: Path, text: str, **_: str) -> None:
+        file.write_bytes(text[:10].encode())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space left"):
+        SharingPlan.following(4, {3: 1}).save(path)
+    assert SharingPlan.load(path).followers == (2,)
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
 def test_missing_and_binary_files(tmp_path) -> None:
     with pytest.raises(MinisaError, match="cannot read the plan"):
         SharingPlan.load(tmp_path / "none.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(MinisaError, match="expected JSON"):
+    with pytest.raises(MinisaError, match="not valid JSON"):
         SharingPlan.load(tmp_path / "binary.json")
 
 

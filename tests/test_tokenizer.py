@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from minisa.bytelevel import TEKKEN_SPLIT
-from minisa.checkpoint.files import read_json
 from minisa.checkpoint.gguf import read_gguf
 from minisa.errors import MinisaError
 from minisa.tokenizer import load_tokenizer
+from minisa.untrusted import read_json
 from tests.vocabularies import REAL, SPECIAL, WHEEL_FILES, byte_level_json, load_real, sentencepiece_model, write_json
 
 TEXTS = (

@@ -12,7 +12,6 @@ import torch
 from minisa.benchmark.contender import Opening
 from minisa.benchmark.peers import check_peer
 from minisa.checkpoint import open_checkpoint
-from minisa.checkpoint.files import read_json
 from minisa.config import PRESETS, ModelConfig
 from minisa.device import choose_device, choose_dtype, choose_kv_dtype
 from minisa.engine import choose_plan
@@ -20,6 +19,7 @@ from minisa.errors import MinisaError
 from minisa.registry import ModelEntry, registry, resolve
 from minisa.runners import native_step
 from minisa.sharing import SharingPlan
+from minisa.untrusted import read_json
 
 CONTEXTS = (0, 512, 1500, 4096)
 PROMPT_LENGTHS = (128, 512, 2048)

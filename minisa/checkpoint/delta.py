@@ -20,6 +20,7 @@ from minisa.checkpoint.layouts import Checkpoint
 from minisa.checkpoint.safetensors import read_safetensors, write_safetensors
 from minisa.errors import MinisaError
 from minisa.sharing import Delta
+from minisa.untrusted import open_plain
 
 
 def with_delta(checkpoint: Checkpoint, delta: Delta) -> Checkpoint:
@@ -38,10 +39,10 @@ def with_delta(checkpoint: Checkpoint, delta: Delta) -> Checkpoint:
             "take the file that was written with the plan"
         )
     for name, tensor in tensors.items():
-        tensor.require_weight_dtype()
         own = checkpoint.tensors.get(name)
         if own is None:
             raise MinisaError(f"{delta.path}: {name!r} is no weight a plan can replace: expected {checkpoint.path}'s")
+        tensor.require_weight_dtype()
         if own.shape != tensor.shape:
             raise MinisaError(
                 f"{delta.path}: {name} is {list(tensor.shape)}, the model's is {list(own.shape)}: "
@@ -79,5 +80,5 @@ def write_delta(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = 
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What the formats share: a file read in ranges, a tensor that lies in it, and JSON nobody vouches for.
+"""What the formats share: a file read in ranges, and a tensor that lies in it.
 
 Ranges are read, not memory-mapped: a mapped page counts as resident memory until the kernel feels like
 dropping it, and a file that shrinks under a mapping kills the process in place of raising an error.
@@ -6,20 +6,19 @@ dropping it, and a file that shrinks under a mapping kills the process in place 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from minisa.errors import MinisaError
+from minisa.untrusted import open_plain
 
-MAX_JSON = 100_000_000  # bytes; the bound safetensors' own reader puts on a header
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -46,7 +45,7 @@ class DataFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed with the object, below)
+        self._file = open_plain(path).detach()  # closed with the object
         self._reading = threading.Lock()
         self.size = os.fstat(self._file.fileno()).st_size
         weakref.finalize(self, self._file.close)
@@ -92,34 +91,3 @@ class FileTensor:
 def is_size(value: object) -> bool:
     """Whether `value` can be a byte offset or a dimension (bool is an int to Python, not to a file format)."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    """The object that `text` holds; `where` names it in messages.
-
-    Raises MinisaError for anything else, for a key that stands twice and for nesting beyond reason.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        unique = dict(pairs)
-        if len(unique) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice")
-        return unique
-
-    try:
-        value = json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise MinisaError(f"{where} is not valid JSON ({error}): fetch the file again") from None
-    if not isinstance(value, dict):
-        raise MinisaError(f"{where} is a JSON {type(value).__name__}: expected an object")
-    return value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises MinisaError, or OSError when the file cannot be read."""
-    with path.open("rb") as file:
-        text = file.read(MAX_JSON + 1)
-    if len(text) > MAX_JSON:
-        raise MinisaError(f"{path}: longer than {MAX_JSON} bytes: this is not a model's description")
-    return parse_json(text, str(path))

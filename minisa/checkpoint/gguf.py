@@ -19,6 +19,7 @@ import numpy as np
 
 from minisa.checkpoint.ggml import TYPES, GGMLType
 from minisa.errors import MinisaError
+from minisa.untrusted import MAX_VALUES, open_plain
 
 MAX_HEADER = 64 << 20  # bytes; the largest vocabularies take 16 MB, and all below is bounded by this
 MAX_DEPTH = 4  # arrays inside arrays
@@ -66,7 +67,7 @@ def read_gguf(path: Path) -> GGUFFile:
 
     Raises MinisaError where header and file disagree, OSError when the file cannot be read.
     """
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         if (start := file.read(4)) != b"GGUF":
             raise MinisaError(
                 f"{path}: not a GGUF file (it begins with {start!r}): expected a .gguf file or a checkpoint's folder"
@@ -124,6 +125,7 @@ class _Header:
         self.data = data
         self.position = 4  # behind the magic
         self.limit = min(len(data), MAX_HEADER)
+        self.n_values = 0  # so far
 
     def fail(self, what: str) -> NoReturn:
         raise MinisaError(f"{self.path}: {what}")
@@ -148,6 +150,7 @@ class _Header:
     def pairs(self, count: int) -> dict[str, Any]:
         metadata: dict[str, Any] = {}
         self.need(count * 13, f"{count} metadata pairs")
+        self.take_in(count)
         for _ in range(count):
             key = self.string()
             if key in metadata:
@@ -159,6 +162,7 @@ class _Header:
         """Tensor descriptions, their offsets still counted from the start of the data."""
         infos: dict[str, TensorInfo] = {}
         self.need(count * 32, f"{count} tensors")
+        self.take_in(count * 8)  # each has a name, a shape and a place
         for _ in range(count):
             name = self.string()
             if name in infos:
@@ -197,6 +201,7 @@ class _Header:
                 if depth == MAX_DEPTH:
                     self.fail(f"{key!r} nests arrays more than {MAX_DEPTH} deep")
                 self.need(count * 12, f"{key!r} with {count} arrays")
+                self.take_in(count)
                 return [self.value(key, code, depth + 1) for _ in range(count)]
             return self.numbers(key, code, count)
         return self.numbers(key, code, 1)[0]
@@ -206,6 +211,7 @@ class _Header:
         if dtype is None:
             self.fail(f"{key!r} has value type {code}, which GGUF does not define")
         self.need(count * dtype.itemsize, f"{key!r} with {count} values")
+        self.take_in(count)
         end = self.position + count * dtype.itemsize
         values = np.frombuffer(self.data[self.position : end], dtype)  # of a copy: an array would pin the mapping
         self.position = end
@@ -227,6 +233,7 @@ class _Header:
     def strings(self, count: int) -> list[str]:
         """`count` strings, each behind its length; the loop that reads whole vocabularies."""
         self.need(count * 8, f"{count} strings")
+        self.take_in(count)
         data, position, limit, unpack = self.data, self.position, self.limit, _U64.unpack_from
         strings = []
         for _ in range(count):
@@ -243,6 +250,11 @@ class _Header:
     def need(self, nbytes: int, what: str) -> None:
         if self.position + nbytes > self.limit:
             self.overrun(what)
+
+    def take_in(self, count: int) -> None:
+        self.n_values += count
+        if self.n_values > MAX_VALUES:
+            self.fail(f"the header has more than {MAX_VALUES} values: this is not a model")
 
     def overrun(self, what: str) -> NoReturn:
         if self.limit < len(self.data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from pathlib import Path
 import torch
 
 from minisa.checkpoint import ggml, names
-from minisa.checkpoint.files import DataFile, FileTensor, StoredTensor, read_json
+from minisa.checkpoint.files import DataFile, FileTensor, StoredTensor
 from minisa.checkpoint.gguf import TensorInfo, find_gguf, read_gguf_parts
 from minisa.checkpoint.pth import merge, read_pth
 from minisa.checkpoint.safetensors import read_safetensors, read_safetensors_index
 from minisa.config import ModelConfig
 from minisa.errors import MinisaError
+from minisa.untrusted import read_json
 
 LOOKED_FOR = (
     "config.json with model.safetensors (or its index), params.json with consolidated.*.pth or "
@@ -106,6 +108,8 @@ def _open_hugging_face(path: Path, stored: dict[str, FileTensor]) -> Checkpoint:
 def _open_consolidated(path: Path, shards: list[dict[str, FileTensor]], format: str) -> Checkpoint:
     named = [names.META.rename(shard) for shard in shards]
     plain = [tensor for tensors, _ in named for tensor in tensors.values()]
+    for known, _ in named:
+        _refuse_overlaps(known)
     for tensor in plain:
         tensor.require_weight_dtype()
     params = read_json(path / "params.json")
@@ -116,6 +120,16 @@ def _open_consolidated(path: Path, shards: list[dict[str, FileTensor]], format: 
     with _describing(path / "params.json"):
         config = ModelConfig.from_params(params, vocab_size=embedding.shape[0])
     return Checkpoint(path, config, tensors, named[0][1], True, format, _nbytes(plain))
+
+
+def _refuse_overlaps(tensors: Mapping[str, FileTensor]) -> None:
+    """A .pth file can describe any number of tensors with the same bytes; a tied output head is the one use of it."""
+    end = 0
+    apart = {name: tensor for name, tensor in tensors.items() if name != "output.weight"}
+    for tensor in sorted(apart.values(), key=lambda tensor: tensor.offset):
+        if tensor.offset < end:
+            raise MinisaError(f"{tensor.file.path}: {tensor.name!r} has bytes of another tensor: the file is corrupt")
+        end = tensor.offset + math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def _open_gguf(path: Path) -> Checkpoint:

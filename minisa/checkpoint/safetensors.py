@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from minisa.checkpoint.files import MAX_JSON, DataFile, FileTensor, is_size, parse_json, read_json
+from minisa.checkpoint.files import DataFile, FileTensor, is_size
 from minisa.errors import MinisaError
+from minisa.untrusted import MAX_JSON, parse_json, read_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

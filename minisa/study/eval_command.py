@@ -24,6 +24,7 @@ from minisa.study.results import Record, Results
 from minisa.study.tasks import TASKS, read_questions
 from minisa.study.text import sha256_of
 from minisa.study.variants import Models, Variant, parse_variants
+from minisa.untrusted import write_whole
 
 WINDOW = 512
 
@@ -168,6 +169,6 @@ def _answer(llm: LLM, name: str, pending: Sequence[int], evaluation: Evaluation,
 def write_json(path: str, record: Record) -> None:
     """MinisaError where it cannot be written."""
     try:
-        Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_whole(Path(path), json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise MinisaError(f"--json {path}: {error.strerror}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from minisa.errors import MinisaError
 from minisa.sharing import SharingPlan
+from minisa.untrusted import MAX_JSON, read_plain, write_whole
 
 Heads = tuple[int, ...]
 
@@ -41,7 +41,7 @@ def read_findings(path: Path, settings: Mapping[str, Any]) -> Findings:
     if not path.exists():
         return Findings()
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = json.loads(read_plain(path, MAX_JSON, "state of a search"))
         before = record["settings"]
         pairs = {
             tuple(map(int, key.split(":"))): (error, tuple(heads)) for key, (error, heads) in record["pairs"].items()
@@ -50,7 +50,7 @@ def read_findings(path: Path, settings: Mapping[str, Any]) -> Findings:
             spans: {int(layer): tuple(heads) for layer, heads in of.items()} for spans, of in record["maps"].items()
         }
         findings = Findings(pairs, dict(record["measured"]), maps)  # type: ignore[arg-type]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MinisaError(f"{path}: not what a search leaves ({error}): remove it to begin again") from error
     for key, value in settings.items():
         if before.get(key) != value:
@@ -68,9 +68,7 @@ def write_findings(path: Path, settings: Mapping[str, Any], findings: Findings) 
         "measured": findings.measured,
         "maps": findings.maps,
     }
-    partial = path.with_name(path.name + ".part")
     try:
-        partial.write_text(json.dumps(record), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(record))
     except OSError as error:
         raise MinisaError(f"{path}: cannot keep the state of the search: {error.strerror}") from error

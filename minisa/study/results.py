@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minisa.errors import MinisaError
+from minisa.untrusted import write_whole
 
 Record = dict[str, Any]
 
@@ -36,7 +37,7 @@ class Results:
             for number, line in enumerate(whole, 1):
                 self._read(line, number, settings)
             if lines and lines[-1]:
-                path.write_text("".join(line + "\n" for line in whole), "utf-8")
+                write_whole(path, "".join(line + "\n" for line in whole))
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise MinisaError(f"{path}: cannot keep results there: {error.strerror}") from error
@@ -80,7 +81,7 @@ class Results:
             else:
                 name, item = record.pop("variant"), record.pop("item")
                 self._records.setdefault(name, {})[item] = record
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._foreign(number) from error
 
     def _check(self, found: Record, settings: Record) -> None:

@@ -70,7 +70,7 @@ def read_rows(path: str | Path) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise MinisaError(f"{path}, line {number}: not JSON ({error}): expected one object a line") from error
         if not isinstance(row, dict):
             raise MinisaError(f"{path}, line {number}: expected a JSON object")

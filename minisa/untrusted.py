@@ -1,0 +1,85 @@
+"""Files nobody vouches for: opened only where they are files, their JSON read only within bounds."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections import Counter
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from minisa.errors import MinisaError
+
+MAX_JSON = 32 << 20  # bytes; the largest vocabularies take 20 MB
+MAX_VALUES = 1 << 21  # in one header: each takes up to 100 bytes of memory, and the largest vocabularies have a million
+
+
+def open_plain(path: Path) -> BufferedReader:
+    """The file at a path, to be read.
+
+    Raises OSError, also for what is no file: a pipe or a device might never end, nor ever begin.
+    """
+    try:
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 (the caller closes it)
+    except ValueError:  # a NUL, or half a surrogate pair
+        raise OSError(errno.ENOENT, "no file can have that name", str(path)) from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_plain(path: Path, limit: int, what: str) -> bytes:
+    """All of a file. Raises MinisaError where it is longer than `limit` bytes, OSError where it cannot be read."""
+    with open_plain(path) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise MinisaError(f"{path}: longer than {limit} bytes: this is no {what}")
+        return file.read(limit)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that has its name only once it is whole. Raises OSError where it cannot be."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises MinisaError, or OSError when the file cannot be read."""
+    return parse_json(read_plain(path, MAX_JSON, "model's description"), str(path))
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """The object that `text` holds; `where` names it in messages.
+
+    Raises MinisaError for anything else, for a key that stands twice, for nesting beyond reason and for more than
+    MAX_VALUES values.
+    """
+    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise MinisaError(f"{where} has more than {MAX_VALUES} values: expected the description of a model")
+    try:
+        value = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise MinisaError(f"{where} is not valid JSON ({error}): fetch the file again") from None
+    if not isinstance(value, dict):
+        raise MinisaError(f"{where} is a JSON {type(value).__name__}: expected an object")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{key!r} stands twice")
+    return unique

@@ -1,0 +1,167 @@
+"""What tests/fuzz.py changes and reads: a sound file for each reader of files, made anew in a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from minisa.checkpoint import load_weights, open_checkpoint, with_delta, write_delta
+from minisa.engine import choose_plan
+from minisa.registry import read_registry, shard_names
+from minisa.sharing import Delta, SharingPlan
+from minisa.study.findings import Findings, read_findings, write_findings
+from minisa.tokenizer import load_tokenizer
+from tests.encode import repack_zip
+from tests.tiny import empty_model, random_weights, tiny_config, write_gguf, write_hf, write_meta, write_mistral
+from tests.vocabularies import byte_level_json, gguf_byte_level, sentencepiece_model, write_json
+
+CONFIG = tiny_config(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=32, vocab_size=32)
+
+
+def load(path: Path) -> None:
+    checkpoint = open_checkpoint(path)
+    if checkpoint.config.n_layers <= 4 and sum(tensor.shape[0] for tensor in checkpoint.tensors.values()) < 1 << 20:
+        load_weights(empty_model(checkpoint.config), checkpoint, device="cpu", dtype=torch.float32)
+
+
+def tokenize(path: Path) -> None:
+    tokenizer = load_tokenizer(path)
+    tokenizer.decode(tokenizer.encode("Hello world, 1234  é\n\n"))
+
+
+@dataclass
+class Reader:
+    """file: what is changed, a sound one to begin with. read: what is done with it."""
+
+    file: Path
+    read: Callable[[], object]
+    named: Path  # what every message names
+    rewrite: Callable[[bytes], None] | None = None  # puts an input in its place, where that is not simply the file
+    seed: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seed = self.file.read_bytes()
+
+
+def hugging_face(folder: Path, name: str) -> Reader:
+    path = write_hf(folder, CONFIG, random_weights(CONFIG), shards=2 if "index" in name else 1)
+    return Reader(path / name, lambda: load(path), path)
+
+
+def gguf(folder: Path, metadata: dict[str, object]) -> Reader:
+    path = write_gguf(folder / "m.gguf", CONFIG, random_weights(CONFIG), type="Q4_1", metadata=metadata)
+    return Reader(path, lambda: load(path), path)
+
+
+def pth(folder: Path, *, pickle: bool) -> Reader:
+    path = write_meta(folder, CONFIG, random_weights(CONFIG))
+    file = path / "consolidated.00.pth"
+    reader = Reader(file, lambda: load(path), path)
+    if pickle:
+        whole = file.read_bytes()
+        with zipfile.ZipFile(file) as archive:
+            reader.seed = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+        def rewrite(content: bytes) -> None:
+            file.write_bytes(whole)
+            repack_zip(file, lambda name, part: content if name.endswith("data.pkl") else part)
+
+        reader.rewrite = rewrite
+    return reader
+
+
+def described(folder: Path, write: Callable[..., Path], name: str) -> Reader:
+    path = write(folder, CONFIG, random_weights(CONFIG))
+    return Reader(path / name, lambda: load(path), path)
+
+
+def tokenizer_file(folder: Path, name: str, content: bytes) -> Reader:
+    file = folder / name
+    file.write_bytes(content)
+    return Reader(file, lambda: tokenize(file), folder)
+
+
+def tokenizer_in_gguf(folder: Path) -> Reader:
+    file = write_gguf(folder / "m.gguf", CONFIG, random_weights(CONFIG), metadata=gguf_byte_level(byte_level_json()))
+    return Reader(file, lambda: tokenize(file), file)
+
+
+def settings(folder: Path) -> Reader:
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+    file = write_json(
+        folder / "tokenizer_config.json",
+        {"added_tokens_decoder": {"330": {"content": "<x>", "special": True}}, "bos_token": "<s>", "eos_token": "</s>",
+         "add_bos_token": True, "chat_template": [{"name": "default", "template": "<|im_start|>"}]},
+    )  # fmt: skip
+    return Reader(file, lambda: tokenize(folder), folder)
+
+
+def plan(folder: Path) -> Reader:
+    file = folder / "plan.json"
+    delta = write_delta(folder / "plan.safetensors", {"layers.2.attention.wo.weight": torch.ones(64, 64)})
+    SharingPlan.following(4, {2: 1, 3: 1}, {2: [1, 0, 3, 2]}, delta).save(file, {"model": "x", "steps": [1, 2]})
+    return Reader(file, lambda: choose_plan(file, tiny_config()), file)
+
+
+def delta(folder: Path) -> Reader:
+    """The sha256 is that of the input: it is the rest that must hold."""
+    config = tiny_config()
+    checkpoint = open_checkpoint(write_hf(folder / "model", config, random_weights(config)))
+    file = folder / "plan.safetensors"
+    stored = write_delta(file, {"layers.2.attention.wo.weight": torch.ones(64, 64)})
+
+    def read() -> None:
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else stored.sha256
+        found = Delta(file, sha256)
+        load_weights(empty_model(config), with_delta(checkpoint, found), device="cpu", dtype=torch.float32)
+
+    return Reader(file, read, folder)
+
+
+def search_state(folder: Path) -> Reader:
+    file = folder / "state.json"
+    found = Findings({(1, 2): (0.5, (0, 1))}, {"1:2": 0.25}, {"1:2": {2: (1, 0)}})
+    write_findings(file, {"length": 8}, found)
+    return Reader(file, lambda: read_findings(file, {"length": 8}), file)
+
+
+def models_toml(folder: Path) -> Reader:
+    file = folder / "models.toml"
+    file.write_bytes((Path(__file__).parents[1] / "weights" / "models.toml").read_bytes()[:2500].rpartition(b"\n\n")[0])
+    return Reader(file, lambda: read_registry(file), file)
+
+
+def pulled_index(folder: Path) -> Reader:
+    file = write_json(
+        folder / "model.safetensors.index.json", {"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}
+    )
+    return Reader(file, lambda: shard_names(file), file)
+
+
+READERS: dict[str, Callable[[Path], Reader]] = {
+    "safetensors": lambda folder: hugging_face(folder, "model.safetensors"),
+    "index": lambda folder: hugging_face(folder, "model.safetensors.index.json"),
+    "config.json": lambda folder: hugging_face(folder, "config.json"),
+    "params.json": lambda folder: described(folder, write_meta, "params.json"),
+    "mistral": lambda folder: described(folder, write_mistral, "consolidated.safetensors"),
+    "gguf": lambda folder: gguf(folder, {"nested": [[1, 2], ["x"]], "flag": True}),
+    "pth": lambda folder: pth(folder, pickle=False),
+    "pickle": lambda folder: pth(folder, pickle=True),
+    "tokenizer.model": lambda folder: tokenizer_file(folder, "tokenizer.model", sentencepiece_model()),
+    "tokenizer.json": lambda folder: tokenizer_file(
+        folder, "tokenizer.json", json.dumps(byte_level_json()).encode()
+    ),
+    "tokenizer.gguf": tokenizer_in_gguf,
+    "tokenizer_config.json": settings,
+    "plan": plan,
+    "delta": delta,
+    "search state": search_state,
+    "models.toml": models_toml,
+    "pulled index": pulled_index,
+}  # fmt: skip

@@ -1,0 +1,59 @@
+"""How a command line ends: whatever the system refuses is one line on stderr and status 2, never a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+import click
+import pytest
+import torch
+
+from minisa import console
+from minisa.errors import MinisaError
+
+
+def torch_allocates() -> None:
+    torch.empty(1 << 50, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        (MinisaError("a\nb"), "a b"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "plan.json"), "plan.json: Read-only file system"),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), "input or output: Input/output error"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x"), "no space left on the disk while writing x"),
+        (MemoryError(), "the device is out of memory"),
+        (torch_allocates, "the device is out of memory"),
+    ],
+)
+def test_one_line_and_status_2(
+    trouble: Exception | Callable[[], None],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @click.command()
+    def command() -> None:
+        if isinstance(trouble, Exception):
+            raise trouble
+        trouble()
+
+    monkeypatch.setattr("sys.argv", ["chat.py"])
+    with pytest.raises(SystemExit) as ended:
+        console.run(command)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"chat.py: {says}")
+
+
+def test_other_errors_are_ours_and_show_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def command() -> None:
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr("sys.argv", ["chat.py"])
+    with pytest.raises(RuntimeError, match="a mistake"):
+        console.run(command)

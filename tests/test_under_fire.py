@@ -1,0 +1,117 @@
+"""Every reader of files, with its file replaced, cut or changed: what is not read is refused in one line that names it.
+
+tests/fuzz.py does the same by hand, for hours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from minisa.errors import MAX_LENGTH, MinisaError
+from tests.fuzz import changed
+from tests.fuzz_readers import READERS, Reader
+
+SECONDS = 10
+FILES = [name for name in READERS if name != "pickle"]  # whose file is an archive's part
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, pipes and signals of POSIX")
+
+
+@pytest.fixture(params=READERS)
+def reader(request: pytest.FixtureRequest, tmp_path: Path) -> Reader:
+    return READERS[request.param](tmp_path)
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    def give_up(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def read(reader: Reader) -> str | None:
+    """The message of what is refused; None for what is read."""
+    try:
+        with in_time():
+            reader.read()
+        return None
+    except MinisaError as error:
+        message = str(error)
+    assert str(reader.named) in message
+    assert message.isprintable()
+    assert len(message) < MAX_LENGTH + 10
+    return message
+
+
+def put(reader: Reader, content: bytes) -> None:
+    (reader.rewrite or reader.file.write_bytes)(content)
+
+
+REPLACEMENTS: dict[str, Callable[[Path], None]] = {
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "nothing": lambda file: None,
+    "a link to itself": lambda file: file.symlink_to(file),
+    "a link to nothing": lambda file: file.symlink_to(file.with_name("gone")),
+    "a device": lambda file: file.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("replacement", REPLACEMENTS)
+@pytest.mark.parametrize("name", FILES)
+def test_something_else_in_the_place_of_a_file(name: str, replacement: str, tmp_path: Path) -> None:
+    reader = READERS[name](tmp_path)
+    reader.file.unlink()
+    REPLACEMENTS[replacement](reader.file)
+    message = read(reader)
+    optional = {"tokenizer_config.json": "a tokenizer without its settings", "search state": "nothing found so far"}
+    assert message is not None or name in optional
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_to_a_file_elsewhere_is_that_file(name: str, tmp_path: Path) -> None:
+    """As Hugging Face's cache has them."""
+    (tmp_path / "model").mkdir()
+    reader = READERS[name](tmp_path / "model")
+    reader.file.symlink_to(reader.file.rename(tmp_path / "blob"))
+    assert read(reader) is None
+
+
+def test_cut_short_anywhere(reader: Reader) -> None:
+    """At every byte of the beginning and the end, and here and there between; a cut TOML or text can still be one."""
+    content = reader.seed
+    assert read(reader) is None
+    edges = {*range(24), *range(len(content) - 24, len(content))}
+    for cut in sorted(edges | set(range(0, len(content), max(len(content) // 40, 1)))):
+        put(reader, content[:cut])
+        read(reader)
+
+
+def test_changed_at_random(reader: Reader) -> None:
+    for content in itertools.islice(changed(reader.seed, random.Random(0)), 60):
+        put(reader, content)
+        read(reader)
+
+
+def test_messages_are_one_line_whatever_they_quote() -> None:
+    message = str(MinisaError("a\nb\r\x1b[31m\x00c\u2028d\x85" + "e" * 10_000 + " end"))
+    assert message.startswith("a b [31m c d eee")
+    assert message.endswith("eee end")
+    assert len(message.splitlines()) == 1
+    assert message.isprintable()
+    assert len(message) < MAX_LENGTH + 10
