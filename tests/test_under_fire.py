@@ -30,10 +30,14 @@ def reader(request: pytest.FixtureRequest, tmp_path: Path) -> Reader:
     return READERS[request.param](tmp_path)
 
 
+class GivenUpError(BaseException):
+    """Took too long; not to be caught by what it interrupts."""
+
+
 @contextmanager
 def in_time() -> Iterator[None]:
     def give_up(*_: object) -> None:
-        raise TimeoutError
+        raise GivenUpError
 
     before = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(SECONDS)
