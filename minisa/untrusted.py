@@ -33,7 +33,7 @@ def open_plain(path: Path) -> BufferedReader:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_plain(path: Path, limit: int, what: str) -> bytes:
