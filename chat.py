@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import readline
 import sys
 from collections.abc import Iterator
@@ -69,6 +70,7 @@ def main(
 
     Without --prompt and with a terminal on stdin the session is interactive; text piped into stdin is one prompt.
     """
+    prompt, system = as_utf8(prompt), as_utf8(system)
     if prompt is not None:
         check_text("--prompt", prompt)
     elif sys.stdin is None or not sys.stdin.isatty():
@@ -222,6 +224,14 @@ def read_stdin() -> str:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise MinisaError(f"stdin is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
+
+
+def as_utf8(argument: str | None) -> str | None:
+    """A flag's text, if the terminal speaks UTF-8 and the locale has been told otherwise."""
+    try:
+        return None if argument is None else os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        return argument
 
 
 def check_text(name: str, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -60,6 +61,8 @@ def run(command: click.Command) -> NoReturn:
     name = Path(sys.argv[0]).name
     if name == "__main__.py":
         name = "minisa"
+    with contextlib.suppress(AttributeError):  # a stream that is closed, or somebody else's
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a character that it has not is a "?"
     try:
         status = command.main(prog_name=name, standalone_mode=False)
     except (MinisaError, click.ClickException) as error:

@@ -89,9 +89,10 @@ def plain_step(
 class TorchRunner:
     """Runs a model in PyTorch, eager or with compiled layers. A decode step sees exactly the slots in use."""
 
-    def __init__(self, model: Transformer, *, compile: bool = False) -> None:
+    def __init__(self, model: Transformer, *, compile: bool = False, name: str | None = None) -> None:
+        """name: for people, if there is more to say than how it runs."""
         self.model = model
-        self.name = "torch.compile" if compile else "eager"
+        self.name = name or ("torch.compile" if compile else "eager")
         # Elsewhere a step is not queued but done, and would keep back the token chosen before it.
         self.queues = model.norm.weight.is_cuda
         if compile:

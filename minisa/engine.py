@@ -104,15 +104,23 @@ def choose_plan(
     if sa == "default":
         spans = entry.sa if entry is not None else None
         if spans is not None and spans.endswith(".json"):
-            return SharingPlan.load(shipped_plan(spans)).check(config)
+            return _plan_of(shipped_plan(spans), config)
         if spans is None and config.n_layers == 32 and config.dim == 4096:
             spans = "23-26"  # the authors' choice for 7B and 8B models
         if spans is None:
             raise MinisaError("--sa: this model has no default plan; name the followers, e.g. --sa 19:21,25:27")
         return SharingPlan.parse(spans, config.n_layers).check(config)
     if str(sa).endswith(".json") or isinstance(sa, Path):
-        return SharingPlan.load(sa).check(config)
+        return _plan_of(sa, config)
     return SharingPlan.parse(sa, config.n_layers).check(config)
+
+
+def _plan_of(path: str | Path, config: ModelConfig) -> SharingPlan:
+    plan = SharingPlan.load(path)
+    try:
+        return plan.check(config)
+    except MinisaError as error:
+        raise MinisaError(f"{path}: {error}") from None
 
 
 def _affordable_length(

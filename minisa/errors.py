@@ -14,8 +14,10 @@ class MinisaError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        """What a message quotes of a file may be anything: its control characters and its middle are left out."""
-        message = _CONTROL.sub(" ", message)
+        """What a message quotes of a file may be anything: its control characters and its middle are left out, and
+        half a surrogate pair is spelled out.
+        """
+        message = _CONTROL.sub(" ", message).encode("utf-8", "backslashreplace").decode()
         if len(message) > MAX_LENGTH:
             message = f"{message[: MAX_LENGTH * 2 // 3]} … {message[-MAX_LENGTH // 3 :]}"
         super().__init__(message)

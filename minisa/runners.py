@@ -14,7 +14,7 @@ from minisa.config import ModelConfig
 from minisa.decode import Step, TorchRunner
 from minisa.graphs import GraphRunner
 from minisa.model import Transformer
-from minisa.native.build import open_library
+from minisa.native.build import compiler_works, open_library
 from minisa.native.runner import NativeRunner, supports
 from minisa.quantize import QuantizedEmbedding, use_kernels
 from minisa.sampling import Chooser
@@ -49,8 +49,8 @@ def choose_runner(model: Transformer, compile: bool | None = None) -> Runner:
     """The fastest runner for a loaded model.
 
     compile: True for a compiled one, waiting for the compiler if need be: CUDA graphs with Triton's kernels on a GPU;
-        on a CPU the C++ step where it fits, else torch.compile. False for PyTorch's eager mode. None for CUDA graphs
-        on a GPU too, and on a CPU for what is ready now, as in `native_step`.
+        on a CPU the C++ step where it fits, else torch.compile, and eager where no compiler works. False for PyTorch's
+        eager mode. None for CUDA graphs on a GPU too, and on a CPU for what is ready now, as in `native_step`.
     Weights move out of the model into a C++ step's own layout.
     """
     weight = model.norm.weight
@@ -63,6 +63,8 @@ def choose_runner(model: Transformer, compile: bool | None = None) -> Runner:
         library = native_step(model.config, weight.device, compile=compile, quantized=quantized)
         if library is not None:
             return NativeRunner(model, library)
+    if compile is True and weight.device.type == "cpu" and not compiler_works():
+        return TorchRunner(model, name="eager (no C++ compiler here)")
     return TorchRunner(model, compile=compile is True)
 
 

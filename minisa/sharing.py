@@ -258,7 +258,11 @@ class SharingPlan:
             leaders[int(layer)] = entry["leader"]
             if heads is not None:
                 head_maps[int(layer)] = heads
-        return cls.following(n_layers, leaders, head_maps, _delta(Path(path), record))
+        delta = _delta(Path(path), record)
+        try:
+            return cls.following(n_layers, leaders, head_maps, delta)
+        except MinisaError as error:
+            raise MinisaError(f"{path}: {error}") from None
 
 
 _KEYS = ("version", "n_layers", "followers", "delta", "delta_sha256", "made")

@@ -165,6 +165,30 @@ def test_pickles_with_anything_in_them(tmp_path: Path) -> None:
     check()
 
 
+INSTRUCTIONS = (
+    b"}", b"]", b")", b"(", b"N", b"\x88", b"\x89", b"K\x02", b"M\0\4", b"\x8a\x09" + b"\xff" * 9,
+    b"J\xff\xff\xff\xff", b"X\1\0\0\0a", b"X\7\0\0\0storage", b"X\1\0\0\x000", b"\x85", b"\x86", b"\x87", b"t",
+    b"q\1", b"h\1", b"q\2", b"h\2", b"a", b"e", b"s", b"u", b"Q", b"R", b"b", b".", b"0", b"2", b"\x93", b"\x81",
+    b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"ctorch._utils\n_rebuild_parameter\n", b"cbuiltins\nset\n",
+)  # fmt: skip
+STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\x10tQ"
+
+
+@settings(FUZZ, max_examples=150)
+@given(st.lists(st.sampled_from((*INSTRUCTIONS, STORAGE)), max_size=30))
+def test_pickles_of_any_instructions(tmp_path_factory: pytest.TempPathFactory, instructions: list[bytes]) -> None:
+    """Whatever a pickle says in torch's own words, and in some that it never uses."""
+    file = tmp_path_factory.getbasetemp() / "any.pth"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\0K\4\x85K\1\x85\x89}tR"
+    for end in (b".", b"s.", b"u.", tensor + b"s."):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("any/data.pkl", b"\x80\2}X\1\0\0\0a" + b"".join(instructions) + end)
+            archive.writestr("any/data/0", bytes(64))
+        with suppress(MinisaError):
+            read_pth(file)
+
+
 def paths_to_nothing(folder: Path) -> Iterator[tuple[Path, str]]:
     yield folder / "missing", "No such file or directory"
     yield folder / "missing" / "model.gguf", "No such file or directory"

@@ -6,12 +6,15 @@ tests/fuzz.py does the same by hand, for hours.
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import os
 import random
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +23,16 @@ from tests.fuzz import changed
 from tests.fuzz_readers import READERS, Reader
 
 SECONDS = 10
+JSON = (
+    "config.json",
+    "params.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "index",
+    "pulled index",
+    "plan",
+    "search state",
+)
 FILES = [name for name in READERS if name != "pickle"]  # whose file is an archive's part
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, pipes and signals of POSIX")
@@ -110,6 +123,32 @@ def test_changed_at_random(reader: Reader) -> None:
     for content in itertools.islice(changed(reader.seed, random.Random(0)), 60):
         put(reader, content)
         read(reader)
+
+
+WRONG = (None, True, -1, 10**30, 1e999, math.nan, "x\n", "\ud800", [], [[]], {}, {"": None})
+
+
+def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places in a JSON value, the whole of it first; of a long list or object the first ten."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in itertools.islice(items, 10):
+        yield from nodes(child, (*path, key))
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_json_of_the_wrong_type(name: str, tmp_path: Path) -> None:
+    """Every value of the file, in turn, is another."""
+    reader = READERS[name](tmp_path)
+    for path in nodes(json.loads(reader.seed)):
+        for wrong in WRONG:
+            whole = [json.loads(reader.seed)]
+            parent, key = whole, 0
+            for step in path:
+                parent, key = parent[key], step
+            parent[key] = wrong
+            put(reader, json.dumps(whole[0]).encode())
+            read(reader)
 
 
 def test_messages_are_one_line_whatever_they_quote() -> None:

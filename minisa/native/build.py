@@ -36,6 +36,15 @@ def open_library(*, wait: bool) -> ctypes.CDLL | None:
         return None
 
 
+def compiler_works() -> bool:
+    """Whether this machine can compile C++ at all, which torch.compile needs for a CPU too."""
+    command = [os.environ.get("CXX", "g++"), "-x", "c++", "-fsyntax-only", "-"]
+    try:
+        return subprocess.run(command, input=b"#include <cmath>", capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
 @functools.cache
 def library_path() -> Path | None:
     """Where the library for these sources, flags and processor is kept; None without a home folder."""

@@ -42,7 +42,7 @@ def read_findings(path: Path, settings: Mapping[str, Any]) -> Findings:
         return Findings()
     try:
         record = json.loads(read_plain(path, MAX_JSON, "state of a search"))
-        before = record["settings"]
+        before = dict(record["settings"])
         pairs = {
             tuple(map(int, key.split(":"))): (error, tuple(heads)) for key, (error, heads) in record["pairs"].items()
         }

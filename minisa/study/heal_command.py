@@ -120,7 +120,7 @@ def read_training(path: Path, settings: dict[str, Any]) -> Training:
         return Training()
     try:
         record = torch.load(path, weights_only=True)
-        before = record.pop("settings")
+        before = dict(record.pop("settings"))
         training = Training(**record)
     except Exception as error:  # torch.load raises whatever its formats do
         raise MinisaError(f"{path}: not what a healing leaves ({error}): remove it to begin again") from error

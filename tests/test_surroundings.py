@@ -1,0 +1,118 @@
+"""chat.py in surroundings that lack something: the text is the same in all of them, or the end is one line."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.soak import tiny_model
+
+ROOT = Path(__file__).parents[1]
+FLAGS = ("--prompt", "Füße", "--max-new-tokens", "16", "--device", "cpu", "--dtype", "fp32", "--temperature", "0.9")
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="terminals, forks and locales of POSIX")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def run(
+    tiny: Path, *flags: str, without: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    kept = {name: value for name, value in os.environ.items() if name not in without}
+    command = [sys.executable, "chat.py", "--model", str(tiny), "--seed", "7", *flags]
+    return subprocess.run(command, cwd=ROOT, env=kept | environment, capture_output=True, check=False, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def usual(tiny: Path) -> bytes:
+    """What is said with nothing lacking."""
+    ran = run(tiny, *FLAGS)
+    assert ran.returncode == 0, ran.stderr
+    assert len(ran.stdout) > 16
+    return ran.stdout
+
+
+def test_one_thread_no_home_nowhere_to_write_and_a_locale_of_ascii(tiny: Path, usual: bytes) -> None:
+    nowhere = {"XDG_CACHE_HOME": "/proc/nowhere", "XDG_CONFIG_HOME": "/proc/nowhere"}
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ran = run(tiny, *FLAGS, without=("HOME",), OMP_NUM_THREADS="1", **nowhere, **ascii_only)
+    assert (ran.returncode, ran.stdout) == (0, usual)
+    assert b"Traceback" not in ran.stderr
+
+
+def test_no_compiler(tiny: Path, usual: bytes) -> None:
+    """Asked to compile all the same: the line that says what runs says why."""
+    ran = run(tiny, *FLAGS, "--compile", without=("CXX",), PATH="/nowhere")
+    assert (ran.returncode, ran.stdout) == (0, usual)
+    assert b"fp32 on cpu, eager (no C++ compiler here)" in ran.stderr
+    assert len(ran.stderr.splitlines()) == 2  # this line, and the footer
+
+
+def test_a_terminal_of_latin_1(tiny: Path, usual: bytes) -> None:
+    """It shows a question mark for what it has not."""
+    ran = run(tiny, *FLAGS, PYTHONIOENCODING="latin-1")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == usual.decode().encode("latin-1", "replace")
+
+
+def test_no_stdin_at_all(tiny: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "chat.py", "--model", str(tiny)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, timeout=120)
+    assert (ran.returncode, ran.stderr) == (2, b"chat.py: stdin is closed: give --prompt TEXT\n")
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["hangup ends it", "as under nohup"])
+def test_a_terminal_that_is_closed(ignored: bool, tiny: Path, tmp_path: Path) -> None:
+    """While an answer is on its way: nobody is left, no process stays behind and nothing is said."""
+    errors = tmp_path / "stderr"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        os.execl(sys.executable, sys.executable, "chat.py", "--model", str(tiny), "--device", "cpu")
+    wait_until(lambda: b"/help" in errors.read_bytes() if errors.exists() else False)
+    os.write(terminal, b"Why?\n")
+    time.sleep(0.3)
+    os.close(terminal)
+    ended: list[int] = []
+    wait_until(lambda: bool((found := os.waitpid(pid, os.WNOHANG))[0]) and not ended.append(found[1]))
+    assert os.waitstatus_to_exitcode(ended[0]) in ((0, 1, 2) if ignored else (-signal.SIGHUP,))
+    assert "Traceback" not in errors.read_text()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+FORKED = """
+import os, sys, minisa
+child = os.fork()
+llm = minisa.load(sys.argv[1], dtype="fp32", device="cpu", compile=False)
+text = "".join(chunk.text for chunk in llm.chat([{"role": "user", "content": "Why?"}], max_new_tokens=12))
+print(ascii(text), flush=True)
+if child:
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+def test_a_fork_after_import(tiny: Path) -> None:
+    command = [sys.executable, "-c", FORKED, str(tiny)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    one, other = ran.stdout.splitlines()
+    assert one == other
+    assert len(one) > 12
