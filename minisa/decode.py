@@ -95,6 +95,7 @@ class TorchRunner:
         self.name = name or ("torch.compile" if compile else "eager")
         # Elsewhere a step is not queued but done, and would keep back the token chosen before it.
         self.queues = model.norm.weight.is_cuda
+        self.prepares = compile
         if compile:
             compile_layers(model)
 

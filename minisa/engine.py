@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minisa.attention import fastest_backend
+from minisa.batch import Batch, Prompt
 from minisa.cache import StaticCache
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta
 from minisa.config import ModelConfig
@@ -19,16 +21,16 @@ from minisa.costs import kv_bytes
 from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_name, free_memory
 from minisa.dialog import DIALOGS, Dialog, Message, find_dialog
 from minisa.errors import MinisaError
-from minisa.generate import Chunk, Options, Prefix, common_prefix, compute_prefix, generate
+from minisa.generate import compute_prefix, generate
+from minisa.loop import DecodingLoop
 from minisa.model import Transformer
 from minisa.quantize import check_quantization
 from minisa.registry import ModelEntry, resolve, shipped_plan
+from minisa.row import Chunk, Options, Prefix, common_prefix
 from minisa.runners import choose_runner, may_become_native, native_step
 from minisa.sampling import Sampling
 from minisa.sharing import SharingPlan
 from minisa.tokenizer import Tokenizer, load_tokenizer
-
-Prompt = str | Sequence[int]
 
 
 def load(
@@ -201,7 +203,7 @@ class LLM:
         memory of its own, `costs.kv_bytes` of so many tokens, and leaves llm.cache alone.
         Raises MinisaError as `generate` does.
         """
-        if beginning and not isinstance(beginning, str) and isinstance(beginning[0], Mapping):
+        if _is_dialog(beginning):
             # What two dialogs have in common that part there.
             one, other = (
                 self.dialog.render([*beginning, {"role": "user", "content": text}], self.tokenizer)
@@ -237,6 +239,43 @@ class LLM:
         options.setdefault("stop_ids", self.dialog.stop_ids(self.tokenizer))
         return self._start([self._prompt_ids(self.dialog.render(messages, self.tokenizer))], mid_text=False, **options)
 
+    def batch(self, **sampling: Any) -> Batch:
+        """Rows, max_batch of them, that prompts can be added to and cancelled from while others are continued.
+
+        sampling: temperature, top_k, top_p, min_p and repetition_penalty, as in `Sampling`, for every row.
+        Like the start of a generation it ends the one before.
+        Raises MinisaError for an option out of range.
+        """
+        if "seed" in sampling:
+            raise MinisaError("batch: seed is each prompt's own: leave it to add")
+        same = Sampling(**sampling)
+        self._cached.clear()
+        check = self._begin()
+        loop = DecodingLoop(self.runner, self.cache, self.tokenizer, same, self.cache.batch)
+        return Batch(loop, partial(self._request, same), check)
+
+    def _request(
+        self, sampling: Sampling, prompt: Prompt | Sequence[Message], *, seed: int | None, **options: Any
+    ) -> tuple[list[int], Options]:
+        """What Batch.add is given, as token ids and options."""
+        dialog = _is_dialog(prompt)
+        if dialog:
+            prompt = self.dialog.render(prompt, self.tokenizer)  # type: ignore[arg-type]
+            if options["stop_ids"] is None:
+                options["stop_ids"] = self.dialog.stop_ids(self.tokenizer)
+        ids = self._prompt_ids(prompt)  # type: ignore[arg-type]
+        return ids, self._options(replace(sampling, seed=seed), mid_text=not dialog, **options)
+
+    def _options(
+        self, sampling: Sampling, stop: str | Sequence[str], stop_ids: Iterable[int] | None, prefix: Prefix | None,
+        **others: Any,
+    ) -> Options:  # fmt: skip
+        if prefix is not None and prefix not in self._prefixes:
+            raise MinisaError("generate: prefix is another model's: make it by this one's llm.prefix")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        ids = self.tokenizer.eos_ids if stop_ids is None else frozenset(stop_ids)
+        return Options(sampling, stop=stops, stop_ids=ids, **others)
+
     def _start(
         self,
         rows: list[list[int]],
@@ -253,44 +292,34 @@ class LLM:
             raise MinisaError("generate: no prompt; give text or token ids")
         if len(rows) > self.cache.batch:
             raise MinisaError(f"generate: {len(rows)} prompts for max_batch {self.cache.batch}: load with a larger one")
-        if prefix is not None and prefix not in self._prefixes:
-            raise MinisaError("generate: prefix is another model's: make it by this one's llm.prefix")
         if speculate and len(rows) > 1:
             raise MinisaError(f"generate: speculate is for one prompt, {len(rows)} are given: leave it out")
-        options = Options(
-            sampling=Sampling(**sampling),
-            max_new_tokens=max_new_tokens,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            stop_ids=self.tokenizer.eos_ids if stop_ids is None else frozenset(stop_ids),
-            mid_text=mid_text,
-            speculate=speculate,
-        )
-        options.sampling.uniforms(
-            len(rows), 0
-        )  # a wrong number of seeds is an error of this call, not of the first next
+        how = {"max_new_tokens": max_new_tokens, "mid_text": mid_text, "speculate": speculate}
+        options = self._options(Sampling(**sampling), stop, stop_ids, prefix, **how)
+        options.sampling.seeds(len(rows))  # a wrong number of them is an error of this call, not of the first next
         return self._stream(rows, options, prefix)
 
     def _stream(self, rows: list[list[int]], options: Options, prefix: Prefix | None) -> Iterator[Chunk]:
+        check = self._begin()
+        cached = self._cached if len(rows) == 1 else None
+        if cached is None:
+            self._cached.clear()
+        for chunk in generate(self.runner, self.cache, self.tokenizer, rows, options, cached, prefix):
+            yield chunk
+            check()
+
+    def _begin(self) -> Callable[[], None]:
+        """Take the cache for a generation, with the fastest runner by now; what raises once another has taken it."""
         if may_become_native(self.runner, self._compile):
             self.runner = choose_runner(self.model, self._compile)
         self._generation += 1
         mine = self._generation
-        single = len(rows) == 1
-        if not single:
-            self._cached.clear()
-        chunks = generate(
-            self.runner,
-            self.cache,
-            self.tokenizer,
-            rows,
-            options,
-            self._cached if single else None,
-            prefix,
-        )
-        for chunk in chunks:
-            yield chunk
+
+        def check() -> None:
             if self._generation != mine:
                 raise MinisaError("generate: another generation has begun on this model; its cache is taken")
+
+        return check
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if prompt == "":
@@ -321,3 +350,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def _is_dialog(prompt: Prompt | Sequence[Message]) -> bool:
+    return bool(prompt) and not isinstance(prompt, str) and isinstance(prompt[0], Mapping)

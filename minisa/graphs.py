@@ -41,6 +41,7 @@ class GraphRunner(TorchRunner):
         super().__init__(model, compile=compile)
         self.name = "CUDA graph"
         self.queues = True
+        self.prepares = True
         self._record = record or CudaGraphs()
         self._graphs: dict[object, _Graph] = {}
 

@@ -1,6 +1,6 @@
 """From logits to tokens, on the device, without waiting for it.
 
-A sampler is a composition of small functions of logits [B, vocab_size]. All the randomness of a generation is drawn
+A sampler is a composition of small functions of logits [B, vocab_size]. All the randomness of a row is drawn
 up front, one uniform number for each position of each row, so that a step stays a pure function: the same seed gives
 the same text in eager, compiled and graph mode, and a row of a batch the same text as that row run alone.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,16 +49,20 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    def seeds(self, batch: int) -> list[int | None]:
+        """The seed of every row. Raises MinisaError if a list of them is not one a row."""
+        seeds: list[int | None] = list(self.seed) if isinstance(self.seed, Sequence) else [self.seed] * batch
+        if len(seeds) != batch:
+            raise MinisaError(f"seed: {len(seeds)} seeds for {batch} prompts: expected one number or one a prompt")
+        return seeds
+
     def uniforms(self, batch: int, max_seq_len: int) -> Tensor:
         """One number in [0, 1) for every position of every row: [batch, max_seq_len] fp32, on the CPU.
 
         Raises MinisaError if a list of seeds is not one a row.
         """
-        seeds = [self.seed] * batch if not isinstance(self.seed, Sequence) else list(self.seed)
-        if len(seeds) != batch:
-            raise MinisaError(f"seed: {len(seeds)} seeds for {batch} prompts: expected one number or one a prompt")
         rows = []
-        for seed in seeds:
+        for seed in self.seeds(batch):
             generator = torch.Generator()
             if seed is None:
                 generator.seed()
@@ -94,7 +98,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Chooser:
-    """A Sampling at work on the rows of one generation, all of its state on the device.
+    """A Sampling at work on rows, all of its state on the device.
 
     uniforms [B, max_seq_len], None for greedy: a number for each position. seen [B, vocab_size] bool, kept up to date:
     each row's text so far, None where repetitions are not penalized.
@@ -106,19 +110,12 @@ class Chooser:
     seen: Tensor | None
 
     @classmethod
-    def begin(
-        cls, sampling: Sampling, prompts: Sequence[Sequence[int]], max_seq_len: int, vocab_size: int,
-        device: torch.device,
-    ) -> Chooser:  # fmt: skip
-        """For rows that begin with prompts. Raises MinisaError if a list of seeds is not one a row."""
-        uniforms = sampling.uniforms(len(prompts), max_seq_len)
-        seen = None
-        if sampling.repetition_penalty != 1:
-            seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
-            for row, prompt in zip(seen, prompts, strict=True):
-                row[list(prompt)] = True
-            seen = seen.to(device)
-        return cls(sampling, len(prompts), None if sampling.greedy else uniforms.to(device), seen)
+    def idle(cls, sampling: Sampling, batch: int, max_seq_len: int, vocab_size: int, device: torch.device) -> Chooser:
+        """For rows that no prompt is in yet."""
+        uniforms = None if sampling.greedy else torch.zeros(batch, max_seq_len, device=device)
+        penalizes = sampling.repetition_penalty != 1
+        seen = torch.zeros(batch, vocab_size, dtype=torch.bool, device=device) if penalizes else None
+        return cls(sampling, batch, uniforms, seen)
 
     @classmethod
     def greedy(cls, batch: int) -> Chooser:
@@ -129,9 +126,26 @@ class Chooser:
         """The tokens [B] to follow those at positions [B], which logits [B, vocab_size] were computed for."""
         uniforms = None if self.uniforms is None else self.uniforms.gather(1, positions[:, None])[:, 0]
         tokens = self.sampling.choose(logits, uniforms, self.seen)
+        self.note(tokens)
+        return tokens
+
+    def note(self, tokens: Tensor) -> None:
+        """Tokens [B] have come to the rows' texts."""
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
-        return tokens
+
+    def rows(self, rows: slice) -> Chooser:
+        """Some of the rows; the memory is shared."""
+        uniforms, seen = (None if state is None else state[rows] for state in (self.uniforms, self.seen))
+        return replace(self, batch=len(range(self.batch)[rows]), uniforms=uniforms, seen=seen)
+
+    def begin(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """A prompt comes into these rows, which are one, with the seed of `sampling`."""
+        if self.uniforms is not None:
+            self.uniforms.copy_(sampling.uniforms(*self.uniforms.shape))
+        if self.seen is not None:
+            self.seen.zero_()
+            self.seen[:, list(prompt)] = True
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -67,6 +67,7 @@ class NativeRunner:
     """
 
     queues = False
+    prepares = False
     name = "C++ step"
 
     def __init__(self, model: Transformer, library: ctypes.CDLL, n_threads: int | None = None) -> None:

@@ -1,0 +1,78 @@
+"""Batch: prompts that come and go while others are being continued."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from minisa.dialog import Message
+from minisa.errors import MinisaError
+from minisa.loop import DecodingLoop
+from minisa.row import Chunk, Options, Prefix
+
+Prompt = str | Sequence[int]
+
+
+class Batch:
+    """Rows that are continued together, made by `LLM.batch`; an iterator of their chunks.
+
+        batch = llm.batch(temperature=0.8)
+        batch.add("One prompt")
+        for chunk in batch:
+            if waiting and batch.free:
+                batch.add(waiting.pop(), max_new_tokens=100)
+
+    Iteration ends when no row is left, and can be taken up again once another prompt is added. What a row says is what
+    its prompt says alone with the same options, whatever comes and goes beside it.
+    """
+
+    def __init__(
+        self, loop: DecodingLoop, request: Callable[..., tuple[list[int], Options]], check: Callable[[], None]
+    ) -> None:
+        self._loop = loop
+        self._request = request
+        self._check = check
+
+    @property
+    def free(self) -> int:
+        """Rows that a prompt could take now."""
+        return self._loop.free
+
+    def add(
+        self,
+        prompt: Prompt | Sequence[Message],
+        *,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_ids: Iterable[int] | None = None,
+        prefix: Prefix | None = None,
+        seed: int | None = None,
+    ) -> int:
+        """Let a prompt take a free row. It is computed when the next chunk is asked for, and the other rows wait.
+
+        prompt: text or token ids, to be continued as by `LLM.generate`, or messages, to be answered as by `LLM.chat`;
+            so are the options.
+        Returns the number that its chunks carry as `row`: 0 for the batch's first prompt, then 1, and so on.
+        Raises MinisaError as `LLM.generate` does, and if every row is taken.
+        """
+        self._check()
+        if not self.free:
+            raise MinisaError(
+                f"batch: all {self._loop.most_rows} rows are taken: go on until one ends, cancel one, or load with a "
+                "larger max_batch"
+            )
+        ids, options = self._request(
+            prompt, max_new_tokens=max_new_tokens, stop=stop, stop_ids=stop_ids, prefix=prefix, seed=seed
+        )
+        return self._loop.add(ids, options, prefix=prefix)
+
+    def cancel(self, row: int) -> None:
+        """End a row, by the number `add` returned: no chunk of it follows. One that has ended stays as it is."""
+        self._loop.cancel(row)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        """Raises MinisaError once another generation has begun on the model."""
+        self._check()
+        return next(self._loop)

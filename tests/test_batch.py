@@ -1,0 +1,377 @@
+"""Batches whose prompts come and go: whatever the schedule, a row says what its prompt says alone."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import shutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisa.cache import StaticCache
+from minisa.decode import TorchRunner
+from minisa.dialog import DIALOGS
+from minisa.engine import LLM
+from minisa.errors import MinisaError
+from minisa.generate import Chunk
+from minisa.native.build import open_library
+from minisa.native.runner import NativeRunner
+from minisa.sharing import SharingPlan
+from tests.test_generate import PROMPTS, ByteTokenizer, llm_of, text, tokens
+from tests.test_model import CONFIG, build
+from tests.tiny import tiny_config
+
+ROWS = 3
+SHARED = "the beginning that some have in common"
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 1.0},
+    "everything": {
+        "temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3,
+    },
+}  # fmt: skip
+
+
+def eager(**options: Any) -> LLM:
+    return llm_of(max_seq_len=64, max_batch=ROWS, **options)
+
+
+def queueing() -> LLM:
+    llm = eager()
+    llm.runner.queues = True  # type: ignore[misc]
+    return llm
+
+
+def narrow(dtype: torch.dtype) -> LLM:
+    llm = eager()
+    llm.cache = StaticCache.allocate(CONFIG, llm.plan, batch=ROWS, max_seq_len=64, dtype=dtype)
+    return llm
+
+
+def graphs() -> LLM:
+    pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux')
+    from tests.test_graphs import Recorder, graph_llm
+
+    return graph_llm(Recorder(), max_seq_len=64)
+
+
+def native() -> LLM:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    library = open_library(wait=True)
+    assert library is not None
+    config = tiny_config(n_layers=6, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=64)
+    plan = SharingPlan.following(6, {2: 1, 3: 1, 5: 4}, {2: [1, 0], 5: [0, 0]})
+    model = build(config, plan)
+    cache = StaticCache.allocate(config, plan, batch=ROWS, max_seq_len=64)
+    llm = LLM(model, ByteTokenizer(), lambda: DIALOGS["raw"], cache, compile=False)  # type: ignore[arg-type]
+    llm.runner = NativeRunner(model, library, n_threads=1)
+    return llm
+
+
+ENGINES: dict[str, Callable[[], LLM]] = {
+    "eager": eager,
+    "queueing": queueing,
+    "graphs": graphs,
+    "C++ step": native,
+    "bf16 cache": lambda: narrow(torch.bfloat16),
+    "fp8 cache": lambda: narrow(torch.float8_e4m3fn),
+}
+ALONE = {
+    "queueing": "eager",
+    "graphs": "eager",
+}  # what they are held to; the others, to themselves with one row at work
+
+NEVER = 1_000
+
+
+class Request(NamedTuple):
+    """A prompt, when it comes and when it is cancelled, if its row is still at work: after so many chunks of all."""
+
+    prompt: str
+    options: tuple[int | None, int, bool, bool]  # of `choices`
+    prefixed: bool
+    comes: int
+    cancelled: int
+
+
+def choices(max_new_tokens: int | None, seed: int, stop_ids: bool, stop: bool) -> dict[str, Any]:
+    return {
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "stop_ids": [7, 70, 170] if stop_ids else [],
+        "stop": ["e", "0"] if stop else [],
+    }
+
+
+REQUESTS = st.lists(
+    st.builds(
+        Request,
+        prompt=st.sampled_from([*PROMPTS, SHARED, SHARED[:13] + "others", SHARED + "!", "x" * 64, "y" * 60]),
+        options=st.tuples(st.sampled_from([1, 2, 7, 30, None]), st.integers(0, 1), st.booleans(), st.booleans()),
+        prefixed=st.booleans(),
+        comes=st.integers(0, 40),
+        cancelled=st.just(NEVER) | st.integers(1, 60),
+    ),
+    min_size=4,
+    max_size=9,
+)
+
+
+def play(llm: LLM, requests: list[Request], way: dict[str, Any]) -> list[list[Chunk]]:
+    """The chunks of every request; each comes when it is due and a row is free, or when all rows are."""
+    prefix, batch = llm.prefix(SHARED), llm.batch(**way)
+    due = sorted(range(len(requests)), key=lambda i: requests[i].comes)
+    request_of: dict[int, int] = {}  # by what `add` returned
+    chunks: list[list[Chunk]] = [[] for _ in requests]
+    taken = 0
+    while due or batch.free < llm.cache.batch:
+        while due and batch.free and (requests[due[0]].comes <= taken or batch.free == llm.cache.batch):
+            request = requests[due[0]]
+            row = batch.add(request.prompt, **choices(*request.options), prefix=prefix if request.prefixed else None)
+            request_of[row] = due.pop(0)
+        for chunk in itertools.islice(batch, 1):
+            taken += 1
+            chunks[request_of[chunk.row]].append(chunk)
+            for row, i in request_of.items():
+                if requests[i].cancelled == taken:
+                    batch.cancel(row)
+    assert next(batch, None) is None
+    return chunks
+
+
+@functools.cache
+def reference(engine: str) -> LLM:
+    return ENGINES[engine]()
+
+
+@functools.cache
+def alone(engine: str, way: str, prompt: str, max_new_tokens: int | None, seed: int, stop_ids: bool, stop: bool) -> Any:
+    options = WAYS[way] | choices(max_new_tokens, seed, stop_ids, stop)
+    return list(reference(engine).generate(prompt, **options))
+
+
+@pytest.mark.parametrize(
+    ("engine", "way", "schedules"),
+    [
+        ("eager", "greedy", 5),
+        ("eager", "everything", 5),
+        ("queueing", "sampled", 5),
+        ("queueing", "everything", 5),
+        ("graphs", "greedy", 5),
+        ("graphs", "everything", 5),
+        ("C++ step", "greedy", 30),
+        ("C++ step", "sampled", 30),
+        ("C++ step", "everything", 30),
+        ("bf16 cache", "greedy", 3),
+        ("fp8 cache", "everything", 3),
+    ],
+)
+def test_a_row_is_its_prompt_alone_whatever_comes_and_goes(engine: str, way: str, schedules: int) -> None:
+    """Rows that finish, are cancelled, are taken again, have much of their prompt in a prefix, or fill the context."""
+    llm = ENGINES[engine]()
+
+    @settings(max_examples=schedules, deadline=None, derandomize=True, database=None)
+    @given(requests=REQUESTS)
+    def check(requests: list[Request]) -> None:
+        played = play(llm, requests, WAYS[way])
+        for request, found in zip(requests, played, strict=True):
+            expected = alone(ALONE.get(engine, engine), way, request.prompt, *request.options)
+            if request.cancelled == NEVER:
+                assert len(found) == len(expected)
+            assert [says(chunk) for chunk in found] == [says(chunk) for chunk in expected[: len(found)]]
+
+    check()
+
+
+def says(chunk: Chunk) -> tuple[int, str, str | None]:
+    return chunk.token, chunk.text, chunk.finish_reason
+
+
+def test_rows_join_leave_and_are_taken_again() -> None:
+    """add and cancel between chunks; the numbers go on, though the row is the same."""
+    llm = llm_of(max_batch=2)
+    batch = llm.batch()
+    assert batch.free == 2
+    first, second = batch.add(PROMPTS[0], max_new_tokens=3), batch.add(PROMPTS[1])
+    assert (first, second, batch.free) == (0, 1, 0)
+    seen = [next(batch).row for _ in range(5)]
+    assert seen == [0, 1, 0, 1, 0]  # one token of each at a time
+    assert batch.free == 1  # the first had three
+    third = batch.add(PROMPTS[2], max_new_tokens=2)
+    assert third == 2
+    assert next(batch).row == second  # it was chosen together with the last of the first
+    batch.cancel(second)
+    assert batch.free == 1
+    batch.cancel(second)
+    batch.cancel(first)
+    rest = list(batch)
+    assert [chunk.row for chunk in rest] == [third, third]
+    assert tokens(rest, third) == tokens(llm_of().generate(PROMPTS[2], max_new_tokens=2))
+    assert batch.free == 2
+    with pytest.raises(MinisaError, match="cancel: no row 3 has been added"):
+        batch.cancel(3)
+
+
+def test_what_was_chosen_for_a_cancelled_row_is_not_given_out() -> None:
+    """Nor is it taken for a token of the prompt that has the row now."""
+    batch = llm_of(max_batch=2).batch()
+    batch.add(PROMPTS[0])
+    second = batch.add(PROMPTS[1])
+    next(batch)
+    batch.cancel(second)
+    third = batch.add(PROMPTS[2], max_new_tokens=4)
+    found = list(itertools.islice(batch, 12))
+    assert {chunk.row for chunk in found} == {0, third}
+    assert tokens(found, third) == tokens(llm_of().generate(PROMPTS[2], max_new_tokens=4))
+
+
+def test_iteration_ends_and_is_taken_up_again() -> None:
+    """Left between two rows' tokens, with one of them chosen and not given out; and after its end."""
+    options = {"max_new_tokens": 5, "repetition_penalty": 1.3}
+    batch = llm_of().batch(repetition_penalty=1.3)
+    assert list(batch) == []
+    for _ in range(2):
+        rows = [batch.add(prompt, max_new_tokens=5) for prompt in PROMPTS[:2]]
+        found = [next(iter(batch)), *batch]
+        assert next(batch, None) is None
+        for row, prompt in zip(rows, PROMPTS[:2], strict=True):
+            assert tokens(found, row) == tokens(llm_of().generate(prompt, **options))
+
+
+def test_without_a_seed_no_two_rows_are_alike() -> None:
+    batch = llm_of().batch(temperature=1.0)
+    rows = [batch.add("the same", max_new_tokens=20) for _ in range(2)]
+    chunks = list(batch)
+    assert tokens(chunks, rows[0]) != tokens(chunks, rows[1])
+
+
+def test_steps_take_in_rows_up_to_the_highest_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = llm_of()
+    widths: list[int] = []
+    decode = llm.runner.decode
+    monkeypatch.setattr(llm.runner, "decode", lambda ids, *rest: widths.append(len(ids)) or decode(ids, *rest))
+    list(llm.generate(PROMPTS, max_new_tokens=3))
+    assert widths == [4, 4]
+    widths.clear()
+    batch = llm.batch()
+    for new_tokens in (9, 2, 4):
+        batch.add("x", max_new_tokens=new_tokens)
+    while batch.free < 2:
+        next(batch)
+    batch.add("y", max_new_tokens=3)
+    list(batch)
+    assert widths == [3, 3, 3, 2, 1, 1, 1, 1]  # the newcomer takes the second row, not the fourth
+
+
+def test_a_runner_that_prepares_for_a_number_of_rows_meets_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling anew whenever a row comes or goes would take seconds; past a limit of its own the compiler gives up."""
+    monkeypatch.setattr("minisa.decode.compile_layers", lambda model: None)
+    llm = llm_of()
+    llm.runner = TorchRunner(llm.model, compile=True)
+    widths: list[int] = []
+    decode = llm.runner.decode
+    monkeypatch.setattr(llm.runner, "decode", lambda ids, *rest: widths.append(len(ids)) or decode(ids, *rest))
+    batch = llm.batch(repetition_penalty=1.3)
+    rows = [batch.add(prompt, max_new_tokens=3 + i) for i, prompt in enumerate(PROMPTS[:3])]
+    chunks = list(batch)
+    assert widths == [4, 4, 4, 4]
+    for row, prompt in zip(rows, PROMPTS, strict=False):
+        alone = llm_of().generate(prompt, max_new_tokens=3 + row, repetition_penalty=1.3)
+        assert tokens(chunks, row) == tokens(alone)
+
+
+def test_a_prompt_that_fills_the_context_beside_one_that_goes_on() -> None:
+    """Its row has no slot for another token, and a graph steps on in every row."""
+    llm = graphs()
+    for prompts in (["x" * 64, "y"], ["y", "x" * 64]):
+        found = list(llm.generate(prompts, max_new_tokens=3))
+        for row, prompt in enumerate(prompts):
+            assert tokens(found, row) == tokens(eager().generate(prompt, max_new_tokens=3))
+
+
+def test_times_of_a_row_begin_with_its_own_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by one whenever it is looked at."""
+    clock = itertools.count(1)
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    batch = llm_of().batch()
+    batch.add("a", max_new_tokens=4)  # at 1
+    next(batch)  # read at 2
+    next(batch)  # at 3
+    batch.add("b", max_new_tokens=3)  # at 4
+    stats = {chunk.row: chunk.stats for chunk in batch if chunk.stats}  # both read at 5, 6; the second also at 7
+    assert (stats[0].time_to_first_token, stats[1].time_to_first_token) == (1, 1)
+    assert stats[0].tokens_per_second == 3 / (6 - 2)
+    assert stats[1].tokens_per_second == 2 / (7 - 5)
+
+
+def test_a_batch_and_a_generation_take_the_cache_from_each_other() -> None:
+    llm = llm_of()
+    old = llm.generate("hello", max_new_tokens=20)
+    next(old)
+    batch = llm.batch()
+    with pytest.raises(MinisaError, match="another generation has begun"):
+        next(old)
+    batch.add("hello", max_new_tokens=3)
+    list(batch)
+    *_, last = llm.generate("hello", max_new_tokens=3)
+    assert last.stats is not None and last.stats.reused_tokens == 0
+    with pytest.raises(MinisaError, match="another generation has begun"):
+        batch.add("more")
+    with pytest.raises(MinisaError, match="another generation has begun"):
+        next(batch)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "says"),
+    [
+        ("", {}, "the prompt is empty"),
+        ([], {}, "the prompt is empty"),
+        ([300], {}, "token id 300"),
+        ("x" * 97, {}, "97 tokens long, the context 96"),
+        ("a", {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ("a", {"stop": ""}, "empty stop string"),
+        ("a", {"seed": 1 << 64}, "seed is"),
+        ([{"role": "judge", "content": "a"}], {}, "role 'judge' is unknown"),
+    ],
+)
+def test_a_bad_prompt_is_refused_and_takes_no_row(prompt: Any, options: dict[str, Any], says: str) -> None:
+    batch = llm_of().batch()
+    with pytest.raises(MinisaError, match=says):
+        batch.add(prompt, **options)
+    assert batch.free == 4
+
+
+def test_other_refusals() -> None:
+    llm = llm_of(max_batch=1)
+    with pytest.raises(MinisaError, match="top_p is 2"):
+        llm.batch(top_p=2)
+    with pytest.raises(MinisaError, match="seed is each prompt's own: leave it to add"):
+        llm.batch(temperature=1.0, seed=1)
+    batch = llm.batch()
+    with pytest.raises(MinisaError, match="prefix is another model's"):
+        batch.add("a", prefix=llm_of().prefix("a"))
+    batch.add("a")
+    with pytest.raises(MinisaError, match="all 1 rows are taken: go on until one ends, cancel one, or load with"):
+        batch.add("b")
+
+
+@pytest.mark.real_model
+def test_dialogs_are_answered_as_by_chat(smollm2: LLM) -> None:
+    """In the chat format, up to the end of the turn, and as a text of its own."""
+    dialogs = [
+        [{"role": "user", "content": "What is the capital of France?"}],
+        [{"role": "system", "content": "Answer with one word."}, {"role": "user", "content": "Say yes."}],
+    ]
+    expected = [text(smollm2.chat(messages, max_new_tokens=30)) for messages in dialogs]
+    batch = smollm2.batch()
+    for messages in dialogs:
+        batch.add(messages, max_new_tokens=30)
+    chunks = list(batch)
+    assert [text(chunks, row) for row in range(2)] == expected
+    assert next(chunk.finish_reason for chunk in chunks if chunk.row == 0 and chunk.stats) == "stop"
