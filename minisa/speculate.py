@@ -11,18 +11,22 @@ from collections.abc import Sequence
 
 NGRAM = 3  # tokens that must agree before what followed them is guessed
 LONGEST = 8  # tokens guessed at once
-PRICE = 0.25  # of a step, for feeding one token more in it
-EARNED = 0.04  # of a step, to be risked on guesses, for every token that comes
+PRICE = 0.25  # of a step, for feeding one token more in it: what a single core takes, where it is dearest
+EARNED = 0.03  # of a step, to be risked on guesses, for every token that comes
+TRIED = 2  # guesses that an answer may risk before it has earned any; right ones soon pay for more
 
 
 class PromptLookup:
-    """Guesses for one row. What wrong guesses cost is bounded by what the text, and right ones, have earned."""
+    """Guesses for one row. What wrong guesses cost is bounded by what the text, and right ones, have earned.
+
+    credit: steps that may be risked on guesses now; at most those of LONGEST.
+    """
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # where the text went on after its last NGRAM tokens
         self._found: int | None = None
-        self._credit = LONGEST * PRICE
+        self.credit = LONGEST * PRICE
         for token in tokens:
             self.append(token)
 
@@ -38,7 +42,7 @@ class PromptLookup:
         """At most so many tokens that may come next; none where the text has not been here before."""
         if self._found is None:
             return []
-        affordable = min(most, LONGEST, int(self._credit / PRICE))
+        affordable = min(most, LONGEST, int(self.credit / PRICE))
         guesses: list[int] = []
         for place in range(self._found, self._found + affordable):
             beyond = place - len(self._tokens)  # a short circle is gone round more than once
@@ -48,4 +52,4 @@ class PromptLookup:
     def settle(self, guessed: int, right: int) -> None:
         """After a step: how many tokens it was fed as guesses, and how many of these were right."""
         earned = right + EARNED * (right + 1)
-        self._credit = min(self._credit + earned - PRICE * guessed, LONGEST * PRICE)
+        self.credit = min(self.credit + earned - PRICE * guessed, LONGEST * PRICE)

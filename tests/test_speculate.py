@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from minisa.errors import MinisaError
-from minisa.speculate import EARNED, LONGEST, NGRAM, PRICE, PromptLookup
+from minisa.speculate import EARNED, LONGEST, NGRAM, PRICE, TRIED, PromptLookup
 from tests.test_generate import llm_of, text, tokens
 
 CIRCLES = {"repetition_penalty": 0.01}
@@ -79,6 +79,23 @@ def test_repeating_text_takes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> No
     assert tokens(llm.generate("go", speculate=True, **options)) == expected
     assert len(fed) + len(steps) < 40
     assert max(fed) == 1 + LONGEST
+
+
+def test_an_answer_begins_with_few_guesses_at_risk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short one would not earn back more. Here there always is a guess, and it is wrong: the model never says 0."""
+    llm = llm_of()
+    fed: list[int] = []
+    guess = PromptLookup.guess
+    monkeypatch.setattr(
+        PromptLookup, "guess", lambda self, most: [0] * len(setattr(self, "_found", 0) or guess(self, most))
+    )
+    all_logits = llm.runner.all_logits
+    monkeypatch.setattr(
+        llm.runner, "all_logits", lambda ids, *rest: fed.append(ids.shape[1] - 1) or all_logits(ids, *rest)
+    )
+    found = tokens(llm.generate("zzzz", speculate=True, max_new_tokens=40))
+    assert found == tokens(llm_of().generate("zzzz", max_new_tokens=40))
+    assert 0 < PRICE * sum(fed) <= PRICE * TRIED + EARNED * 40
 
 
 def test_closed_early_the_cache_is_what_it_says() -> None:
