@@ -60,23 +60,24 @@ Shared = Any  # what a leader leaves for its followers; likewise
 class AttentionBackend:
     """Three functions.
 
-    visible(positions [B, T], length, window) -> what lead() takes as `visible`
+    visible(positions [B, T], length, window, ring) -> what lead() takes as `visible`
     lead(q, k, v, visible) -> (output [B, H, T, D], what followers need)
     follow(shared, v, head_map) -> output [B, H, T, D]; head_map None is the identity
     """
 
     name: str
-    visible: Callable[[Tensor, int, int | None], Visible]
+    visible: Callable[..., Visible]
     lead: Callable[[Tensor, Tensor, Tensor, Visible], tuple[Tensor, Shared]]
     follow: Callable[[Shared, Tensor, HeadMap | None], Tensor]
 
 
-def visible_slots(positions: Tensor, length: int, window: int | None = None) -> Tensor | None:
+def visible_slots(positions: Tensor, length: int, window: int | None = None, ring: bool = False) -> Tensor | None:
     """Which of `length` cache slots each query may attend to: bool [B, 1, T, length], True for visible.
 
     positions [B, T] ascend along T; several of a row by itself are the last T of the slots. None stands for plain
     causal attention of T queries over T slots, which fused kernels know without a mask; those of a GPU know it of the
     last T of more slots too, which a CausalBias stands for. window: tokens a query looks back over, itself included.
+    ring: position p lies in slot p % length; for one query a row, and a window that fits.
     """
     n_queries = positions.shape[1]
     if window is None or window >= length:
@@ -87,6 +88,10 @@ def visible_slots(positions: Tensor, length: int, window: int | None = None) -> 
 
             return causal_lower_right(n_queries, length)
     slots = torch.arange(length, device=positions.device)
+    if ring:
+        assert window is not None
+        ages = (positions[:, None, :, None] - slots) % length  # of the tokens in the slots; the query's own is 0
+        return (ages < window) & (ages <= positions[:, None, :, None])
     visible = slots <= positions[:, None, :, None]  # [B, 1, T, length]
     if window is not None:
         visible &= slots > positions[:, None, :, None] - window

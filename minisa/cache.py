@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minisa.config import ModelConfig
+from minisa.costs import cache_slots
 from minisa.errors import MinisaError
 from minisa.sharing import SharingPlan
 
@@ -26,10 +27,16 @@ class StaticCache:
         key_slots    0    1    –    –      keys    [2, 2, Hkv, 100, D]: layers 2 and 3 own no key memory at all
         values       0    1    2    3      values  [4, 2, Hkv, 100, D]
 
-    Slot s of a row holds the token at position s. `view` narrows the cache to some rows and to the first slots;
+    Slot s of a row holds the token at position s. `view` narrows the cache to some rows and to the first positions;
     a view shares the memory, and attention reads exactly the slots of the view it is given: that is how the
     cost of a step grows with the context in use and not with max_seq_len. Slots not yet written hold zeros, or
     what an earlier, longer text left there; no position ever attends to a later slot, so neither is seen.
+
+    Of a model with a sliding window the slots are a ring: position p lies in slot p % S, where S is the window and
+    `costs.SLACK` more. With a window of 3 and, for once, a slack of 2, after 7 tokens and before the next:
+
+        slot         0    1    2    3    4
+        position     5    6    2    3    4     the token at position 7 goes to slot 2 and attends to 5, 6 and itself
 
     Of dtype fp32, fp16, bf16 or fp8 (torch.float8_e4m3fn); what is written is rounded to it.
     """
@@ -37,6 +44,7 @@ class StaticCache:
     keys: Tensor
     values: Tensor
     key_slots: tuple[int | None, ...]  # for each layer, its index in `keys`; None for a follower
+    length: int  # positions a row of this cache (or of this view) may take: in a ring more than its slots
 
     @classmethod
     def allocate(
@@ -48,13 +56,17 @@ class StaticCache:
         max_seq_len: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        ring: bool = True,
     ) -> StaticCache:
-        shape = (batch, config.n_kv_heads, max_seq_len, config.head_dim)
+        """For max_seq_len tokens a row. ring: False keeps every token, seen or not, in the slot of its position."""
+        slots = cache_slots(config, max_seq_len) if ring else max_seq_len
+        shape = (batch, config.n_kv_heads, slots, config.head_dim)
         slot_of = {layer: slot for slot, layer in enumerate(plan.leaders)}
         return cls(
             keys=_zeros((len(plan.leaders), *shape), device, dtype),
             values=_zeros((plan.n_layers, *shape), device, dtype),
             key_slots=tuple(slot_of.get(layer) for layer in range(plan.n_layers)),
+            length=max_seq_len,
         )
 
     @property
@@ -62,36 +74,72 @@ class StaticCache:
         return self.values.shape[1]
 
     @property
-    def length(self) -> int:
+    def slots(self) -> int:
         """Slots a row of this cache (or of this view)."""
         return self.values.shape[3]
 
-    def view(self, length: int | None = None, rows: slice = slice(None)) -> StaticCache:
-        """The first `length` slots of some rows; the memory is shared.
+    @property
+    def wraps(self) -> bool:
+        """Whether positions lie in the slots as in a ring; else each lies in the slot of its number."""
+        return self.slots < self.length
 
-        Raises MinisaError where the cache is shorter than that: it never wraps.
+    def view(self, length: int | None = None, rows: slice = slice(None)) -> StaticCache:
+        """The first `length` positions of some rows; the memory is shared.
+
+        Raises MinisaError where the cache is for fewer than that.
         """
         length = self.length if length is None else length
         if length > self.length:
             raise MinisaError(
                 f"{length} tokens do not fit a cache of {self.length}: raise max_seq_len or shorten the text"
             )
-        return StaticCache(self.keys[:, rows, :, :length], self.values[:, rows, :, :length], self.key_slots)
+        return StaticCache(self.keys[:, rows, :, :length], self.values[:, rows, :, :length], self.key_slots, length)
 
     def copy_(self, other: StaticCache) -> None:
-        """Take over another's slots; of the same model, plan and length, and of as many rows or one for all."""
+        """Take over another's slots; of the same model, plan and slots, and of as many rows or one for all."""
         self.keys.copy_(other.keys)
         self.values.copy_(other.values)
 
     def update_keys(self, layer: int, positions: Tensor, k: Tensor) -> Tensor:
-        """Write a leader's k [B, n_kv_heads, T, D] at positions [B, T]; returns its keys [B, n_kv_heads, S, D]."""
+        """Write a leader's k [B, n_kv_heads, T, D] at positions [B, T]; returns its keys [B, n_kv_heads, S, D].
+
+        Of a ring, for one position a row, these are the slots as they lie; for several, which are the same of every
+        row and the view's last, they are copied in the order of their positions.
+        """
         slot = self.key_slots[layer]
         assert slot is not None, f"layer {layer} follows and has no keys"
-        return _write(self.keys[slot], positions, k)
+        return self._update(self.keys[slot], positions, k)
 
     def update_values(self, layer: int, positions: Tensor, v: Tensor) -> Tensor:
-        """Write a layer's v [B, n_kv_heads, T, D] at positions [B, T]; returns its values [B, n_kv_heads, S, D]."""
-        return _write(self.values[layer], positions, v)
+        """As update_keys, for the v [B, n_kv_heads, T, D] of any layer."""
+        return self._update(self.values[layer], positions, v)
+
+    def as_read(self, positions: Tensor) -> tuple[Tensor, int, bool]:
+        """What updates at positions [B, T] return, as attention wants to know it: the positions counted from its first
+        slot, how many slots it has, and whether these are a ring."""
+        n_new = positions.shape[1]
+        if not self.wraps or n_new == 1:
+            return positions, self.slots, self.wraps
+        first = self._first_kept(n_new)
+        return positions - first, self.length - first, False
+
+    def _first_kept(self, n_new: int) -> int:
+        """The earliest position still in a ring when the last n_new of this view come."""
+        return max(self.length - n_new - self.slots, 0)
+
+    def _update(self, stored: Tensor, positions: Tensor, new: Tensor) -> Tensor:
+        n_new, slots = new.shape[2], self.slots
+        if not self.wraps:
+            _write(stored, positions, new)
+        elif n_new == 1:
+            _write(stored, positions % slots, new)
+        else:
+            # The first of these tokens still see what the last of them write over: read, then write.
+            before = torch.arange(self._first_kept(n_new), self.length - n_new, device=stored.device) % slots
+            read = torch.cat((_bits(stored)[:, :, before], _bits(to_dtype(new, stored.dtype))), dim=2)
+            _write(stored, positions[:, -slots:] % slots, new[:, :, -slots:])
+            return read.view(stored.dtype)
+        return stored
 
     def bytes(self) -> int:
         """Bytes of the storage behind the tensors; `costs.kv_bytes` is the formula it must equal."""
@@ -111,16 +159,18 @@ def _zeros(shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtyp
     return memory.view(dtype).view(shape)
 
 
-def _write(stored: Tensor, positions: Tensor, new: Tensor) -> Tensor:
-    """Raises torch's own error for a position outside the stored slots (a device assert on CUDA)."""
-    memory, new = stored, to_dtype(new, stored.dtype)
-    if stored.dtype == torch.float8_e4m3fn:  # which torch cannot scatter
-        memory, new = stored.view(torch.uint8), new.view(torch.uint8)
-    if len(positions) == 1:
-        memory.index_copy_(2, positions[0], new)
+def _write(stored: Tensor, slots: Tensor, new: Tensor) -> None:
+    """Raises torch's own error for a slot that is not stored (a device assert on CUDA)."""
+    memory, new = _bits(stored), _bits(to_dtype(new, stored.dtype))
+    if len(slots) == 1:
+        memory.index_copy_(2, slots[0], new)
     else:
-        memory.scatter_(2, positions[:, None, :, None].expand_as(new), new)
-    return stored
+        memory.scatter_(2, slots[:, None, :, None].expand_as(new), new)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """fp8 as bytes, which torch can index and scatter."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

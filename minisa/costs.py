@@ -12,6 +12,9 @@ from minisa.config import ModelConfig
 from minisa.sharing import SharingPlan
 
 SHARED_ITEMSIZE = 4  # the C++ step and the kernels keep the rows that followers read in fp32
+# Slots of a ring beyond the window, so that what is still to be seen survives what is written before it is seen (a
+# chunk of the C++ step, wrong guesses) and what is taken back (the end of an answer that the next turn leaves out).
+SLACK = 64
 
 
 def parameter_count(config: ModelConfig, plan: SharingPlan) -> int:
@@ -26,10 +29,15 @@ def weights_per_token(config: ModelConfig, plan: SharingPlan) -> int:
     return _layer_matrices(config, plan) + config.vocab_size * config.dim
 
 
+def cache_slots(config: ModelConfig, length: int) -> int:
+    """Slots a row of a cache has for `length` tokens: with a sliding window no more than a ring of it needs."""
+    return length if config.sliding_window is None else min(length, config.sliding_window + SLACK)
+
+
 def kv_bytes(config: ModelConfig, plan: SharingPlan, length: int, itemsize: int, batch: int = 1) -> int:
-    """Bytes of a cache of `length` slots: keys of leaders, values of every layer."""
+    """Bytes of a cache for `length` tokens a row: keys of leaders, values of every layer."""
     tensors = len(plan.leaders) + plan.n_layers
-    return tensors * batch * config.n_kv_heads * length * config.head_dim * itemsize
+    return tensors * batch * config.n_kv_heads * cache_slots(config, length) * config.head_dim * itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,7 @@ def step_cost(
 
     weight_bytes: bytes a weight as stored (2 for bf16). Attention weights are passed on in fp32.
     """
-    slots = batch * context
+    slots = batch * min(context, config.sliding_window or context)
     per_kv = config.n_kv_heads * config.head_dim * slots
     leaders, followers = len(plan.leaders), len(plan.followers)
     attention_flops = 2 * config.n_heads * config.head_dim * slots * (leaders + plan.n_layers)  # q·K, then P·V

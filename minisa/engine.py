@@ -17,7 +17,7 @@ from minisa.batch import Batch, Prompt
 from minisa.cache import StaticCache
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta
 from minisa.config import ModelConfig
-from minisa.costs import kv_bytes
+from minisa.costs import cache_slots, kv_bytes
 from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_name, free_memory
 from minisa.dialog import DIALOGS, Dialog, Message, find_dialog
 from minisa.errors import MinisaError
@@ -54,8 +54,8 @@ def load(
     sa: None for plain attention, spans such as "27-30", "default" for the model's own plan, a SharingPlan, or the
         path of a plan's JSON file.
     device: auto, cpu, cuda, cuda:N, mps. dtype: auto, fp32, bf16, fp16.
-    max_seq_len: cache slots a row; None takes the context the model was trained for, or what fits in half of the
-        free memory if that is less.
+    max_seq_len: tokens that a row of the cache is for; None takes the context the model was trained for, or what fits
+        in half of the free memory if that is less. With a sliding window their slots are a ring, and more are free.
     max_batch: rows of the cache.
     quantize: None, "int8" or "int4": the matrices' format, as in quantize.py.
     kv_dtype: what keys and values are kept in: auto for the weights' dtype, fp32, bf16, fp16, or fp8 (e4m3).
@@ -130,7 +130,7 @@ def _affordable_length(
 ) -> int:
     per_slot = kv_bytes(config, plan, 1, dtype.itemsize, batch)
     affordable = free_memory(device) // 2 // per_slot
-    if affordable >= config.max_seq_len:
+    if affordable >= cache_slots(config, config.max_seq_len):
         return config.max_seq_len
     return max(256, affordable // 256 * 256)
 

@@ -46,26 +46,27 @@ class GraphRunner(TorchRunner):
         self._graphs: dict[object, _Graph] = {}
 
     def stepper(self, cache: StaticCache, choose: Chooser) -> Step:
-        """As TorchRunner.stepper. The graph is recorded at the first step, when the last slot is still free."""
+        """As TorchRunner.stepper. The graph is recorded at the first step."""
         graph: _Graph | None = None
 
         def step(tokens: Tensor, positions: Tensor, in_use: int) -> tuple[Tensor, Tensor]:
             nonlocal graph
             if graph is None:
-                graph = self._graph(cache, choose)
+                graph = self._graph(cache, tokens, positions, choose)
                 graph.begin(tokens, positions, choose)
             return graph.step(choose.batch)
 
         return step
 
-    def _graph(self, cache: StaticCache, choose: Chooser) -> _Graph:
+    def _graph(self, cache: StaticCache, tokens: Tensor, positions: Tensor, choose: Chooser) -> _Graph:
         bucket = min(1 << (choose.batch - 1).bit_length(), cache.batch)
         sampling = replace(choose.sampling, seed=None)  # the seed is in the uniforms
         key = (cache.values.data_ptr(), cache.values.stride(), bucket, sampling)
         if key not in self._graphs:
             if len(self._graphs) >= MOST_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            self._graphs[key] = _Graph(self.model, cache.view(rows=slice(bucket)), choose, self._record)
+            rows = cache.view(rows=slice(bucket))
+            self._graphs[key] = _Graph(self.model, rows, tokens, positions, choose, self._record)
         return self._graphs[key]
 
 
@@ -81,13 +82,21 @@ class _State:
 class _Graph:
     """One recorded step."""
 
-    def __init__(self, model: Transformer, cache: StaticCache, like: Chooser, record: Record) -> None:
-        device, bucket = cache.values.device, cache.batch
-        last = cache.length - 1
-        # While it warms up every row is at the last slot, which nothing has been written to that will be read.
-        tokens, positions = torch.zeros(2, bucket, dtype=torch.int64, device=device)
-        positions += last
-        self._state = _State(tokens, positions, _widened(like, bucket))
+    def __init__(
+        self,
+        model: Transformer,
+        cache: StaticCache,
+        tokens: Tensor,
+        positions: Tensor,
+        choose: Chooser,
+        record: Record,
+    ) -> None:
+        bucket = cache.batch
+        self._last = last = cache.length - 1
+        zeros = torch.zeros(2, bucket, dtype=torch.int64, device=cache.values.device)
+        self._state = _State(zeros[0], zeros[1], _widened(choose, bucket))
+        # It warms up on the generation's next positions, which nothing has been written to that will be read.
+        self.begin(tokens, positions, choose)
 
         def body() -> None:
             state = self._state
@@ -103,7 +112,7 @@ class _Graph:
         ours, batch = self._state, choose.batch
         for mine, theirs in (
             (ours.tokens, tokens),
-            (ours.positions, positions),
+            (ours.positions, positions.clamp(max=self._last)),
             (ours.choose.uniforms, choose.uniforms),
             (ours.choose.seen, choose.seen),
         ):

@@ -17,7 +17,7 @@ from minisa.cache import StaticCache
 from minisa.decode import Step
 from minisa.device import begin_reading
 from minisa.errors import MinisaError
-from minisa.row import Chunk, Options, Prefix, Row, common_prefix
+from minisa.row import Chunk, Options, Prefix, Row, reusable
 from minisa.runners import Runner
 from minisa.sampling import Chooser, Sampling
 from minisa.tokenizer import Tokenizer
@@ -142,10 +142,10 @@ class DecodingLoop:
     def _prefill(self, row: Row, own: StaticCache) -> Tensor:
         """Logits [1, vocab_size] after a row's prompt, of which only what is not held yet is computed."""
         prompt = row.prompt
-        row.reused = common_prefix(row.held, prompt[:-1])
-        del row.held[row.reused :]
+        row.reused = reusable(own, row.held, prompt)
+        del row.held[0 if own.wraps else row.reused :]  # a prompt broken off may have written over a ring's tokens
         prefix = row.prefix
-        if prefix is not None and (common := common_prefix(prefix.tokens, prompt[:-1])) > row.reused:
+        if prefix is not None and (common := reusable(prefix.cache, prefix.tokens, prompt)) > row.reused:
             own.view(common).copy_(prefix.cache.view(common))
             row.reused = common
         logits = self._runner.prefill(torch.tensor([prompt[row.reused :]], device=self._device), row.reused, own)

@@ -52,10 +52,11 @@ class Transformer(nn.Module):
         """The final hidden states [B, T, dim], after the last norm; keys and values go to the cache.
 
         positions ascend along T and lie inside the cache, whose earlier slots they attend to; several of a row by
-        itself are the cache's last.
+        itself, or of any rows in a ring, are the cache's last.
         """
         angles = rope_angles(self.rope_frequencies, positions)
-        visible = self.backend.visible(positions, cache.length, self.config.sliding_window)
+        read_at, n_slots, ring = cache.as_read(positions)
+        visible = self.backend.visible(read_at, n_slots, self.config.sliding_window, ring)
         shared: dict[int, Shared] = {}  # what the leaders of spans still open have left
         x = self.tok_embeddings(tokens)  # [B, T, dim]
         for i, layer in enumerate(self.layers):

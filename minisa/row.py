@@ -10,10 +10,13 @@ from typing import Literal
 import torch
 
 from minisa.cache import StaticCache
+from minisa.costs import SLACK
 from minisa.device import peak_memory
 from minisa.errors import MinisaError
 from minisa.sampling import Sampling
 from minisa.tokenizer import Tokenizer
+
+WRITTEN_AHEAD = 16  # positions, at most, after the last token of a row that a step may have written to: wrong guesses
 
 FinishReason = Literal["stop", "length", "context"]
 
@@ -186,6 +189,19 @@ class StopStrings:
     def _release(self, length: int) -> str:
         released, self._held = self._held[:length], self._held[length:]
         return released
+
+
+def reusable(cache: StaticCache, held: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many of the prompt's first tokens a cache whose row holds `held` has what the next ones must see.
+
+    All that they have in common but the prompt's last, for its logits. A ring has them all or nothing to offer: nothing
+    where more was written after them than its slack, or would still be there after the prompt.
+    """
+    common = common_prefix(held, prompt[:-1])
+    written = len(held) + WRITTEN_AHEAD
+    if not cache.wraps or written <= cache.slots:
+        return common
+    return common if written - common <= SLACK and len(prompt) >= len(held) else 0
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

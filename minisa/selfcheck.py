@@ -33,6 +33,7 @@ SMALL = ModelConfig(
 )
 SMALL_PLAN = SharingPlan.following(4, {2: 1, 3: 1}, {3: [7, 0, 1, 2, 3, 3, 3, 6]})
 LENGTHS = (1, 63, 64, 65, 700)  # of contexts
+SLOTS = 768  # of a cache that holds them all
 PROMPTS, STEPS = (1, 17, 64, 300), 8  # tokens of each row's prompt; steps after them
 # What rounding once on the way and once at the end costs. Triton's interpreter makes a bf16 of fp32 by cutting bits
 # off, which is up to two units of 2^-9 in place of one, and always downwards.
@@ -69,16 +70,17 @@ def run_checks(device: torch.device) -> Iterator[Outcome]:
 
 
 def check_attention(device: torch.device) -> tuple[bool, str]:
-    """The kernels of kernels/decode_attention.py: head sizes, groups, lengths, dtypes, an fp8 cache, windows."""
+    """The kernels of kernels/decode_attention.py: head sizes, groups, lengths, dtypes, an fp8 cache, windows, a ring."""
     _need_triton(device)
     worst: dict[torch.dtype, float] = {}
     shapes = [(9, 3, 64), (4, 4, 96), (8, 2, 128), (20, 1, 64)]
-    for (n_heads, n_kv_heads, head_dim), dtype, window in product(shapes, BOUNDS, (None, 66)):
+    windows = ((None, SLOTS), (66, SLOTS), (66, 130))
+    for (n_heads, n_kv_heads, head_dim), dtype, (window, slots) in product(shapes, BOUNDS, windows):
         head_map = HeadMap.of([(head * 5 + 2) % n_heads for head in range(n_heads)], n_kv_heads, device)
         for kv_dtype in (dtype, torch.float8_e4m3fn):
-            tensors = attention_tensors(len(LENGTHS), n_heads, n_kv_heads, head_dim, dtype, device, kv_dtype)
+            tensors = attention_tensors(len(LENGTHS), n_heads, n_kv_heads, head_dim, dtype, device, kv_dtype, slots)
             positions = torch.tensor(LENGTHS, device=device) - 1
-            errors = attention_errors(*tensors, positions, head_map, window)
+            errors = attention_errors(*tensors, positions, head_map, window, ring=slots < max(LENGTHS))
             worst[dtype] = max(worst.get(dtype, 0.0), *errors)
     return _judge(worst)
 
@@ -155,7 +157,7 @@ CHECKS: dict[str, Callable[[torch.device], tuple[bool, str]]] = {
 
 def attention_tensors(
     batch: int, n_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device,
-    kv_dtype: torch.dtype | None = None, slots: int = 768,
+    kv_dtype: torch.dtype | None = None, slots: int = SLOTS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Noise: q [B, H, 1, D]; a leader's keys and values and a follower's values [B, Hkv, S, D], slices of a larger
     memory, as they are in the model."""
@@ -167,14 +169,15 @@ def attention_tensors(
 
 
 def attention_errors(
-    q: Tensor, k: Tensor, v: Tensor, v_own: Tensor, positions: Tensor, head_map: HeadMap | None, window: int | None
-) -> tuple[float, float]:
+    q: Tensor, k: Tensor, v: Tensor, v_own: Tensor, positions: Tensor, head_map: HeadMap | None, window: int | None,
+    ring: bool = False,
+) -> tuple[float, float]:  # fmt: skip
     """Of a leader's output and of a follower's, by the kernels, at positions [B]."""
     kernels, slots = find_backend("kernels"), k.shape[2]
-    mixed, shared = kernels.lead(q, k, v, kernels.visible(positions[:, None], slots, window))
+    mixed, shared = kernels.lead(q, k, v, kernels.visible(positions[:, None], slots, window, ring))
     followed = kernels.follow(shared, v_own, head_map)
     q, k, v, v_own = (x.to(q.dtype).double() for x in (q, k, v, v_own))
-    expected, weights = REFERENCE.lead(q, k, v, visible_slots(positions[:, None], slots, window))
+    expected, weights = REFERENCE.lead(q, k, v, visible_slots(positions[:, None], slots, window, ring))
     return _relative(mixed, expected), _relative(followed, REFERENCE.follow(weights, v_own, head_map))
 
 

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from minisa.costs import SLACK
+
 triton = pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux')
 
 SHARED_MEMORY = 99 << 10  # bytes a program may take on the cards with least of it (compute capability 8.6 and 8.9)
 
 
 def compile_for(capability: int) -> None:
-    """Llama-3-8B's shapes in bf16 with a bf16 and an fp8 cache, and its first product in int8 and int4."""
+    """Llama-3-8B's shapes in bf16 with a bf16 and an fp8 cache, Mistral's with its ring, and a first product in int8 and
+    int4."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -24,8 +27,9 @@ def compile_for(capability: int) -> None:
     sizes = {"GROUP": 4, "ROWS": 16, "HEAD_DIM": 128, "DIMS": 128}
     product = quantized_product._multiply.fn
     cases = []
-    for fp8 in (False, True):
-        common = {**sizes, "WINDOW": 0, "FP8": fp8, "BLOCK": decode_attention.BLOCK}
+    for fp8, window in ((False, 0), (True, 0), (False, 4096)):
+        common = {**sizes, "WINDOW": window, "RING": window and window + SLACK, "FP8": fp8}
+        common["BLOCK"] = decode_attention.BLOCK
         cases.append((decode_attention._lead, common, fp8))
         cases.append((decode_attention._follow, common | {"MAPPED": True, "DTYPE": triton.language.bfloat16}, fp8))
     merge = {"HEAD_DIM": 128, "DIMS": 128, "PARTS": 64, "NORMALIZED": False}

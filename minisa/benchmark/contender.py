@@ -134,7 +134,8 @@ class Minisa:
 
     @torch.inference_mode()
     def fill(self, tokens: list[int]) -> None:
-        """The slots of a longer context or of a burst stay as they are: no step looks past its own position."""
+        """The slots of a longer context or of a burst stay as they are: no step looks past its own position, and what
+        a burst writes over in a ring takes as long to read."""
         if len(tokens) > self._filled:
             new = self._row(tokens[self._filled :])
             for i in range(self.llm.cache.batch):

@@ -37,10 +37,14 @@ PROGRAMS_PER_PROCESSOR = 2  # parts are made until there are so many
 
 
 class Row(NamedTuple):
-    """What a decoding query sees: the slots up to its position [B], or the last `window` of them."""
+    """What a decoding query sees: the slots up to its position [B], or the last `window` of them.
+
+    ring: the slots, where position p lies in slot p % ring; else 0.
+    """
 
     positions: Tensor
     window: int | None
+    ring: int
 
 
 class SharedScores(NamedTuple):
@@ -57,7 +61,7 @@ class SharedScores(NamedTuple):
 
 @triton.jit
 def _slots_of(position, part, n_parts, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
-    """The slots [first, last) of one part of a row, in whole blocks."""
+    """The positions [first, last) of one part of a row, in whole blocks."""
     start = 0
     if WINDOW:
         start = tl.maximum(position + 1 - WINDOW, 0)
@@ -81,7 +85,7 @@ def _load(tensor, offsets, mask, dtype: tl.constexpr, FP8: tl.constexpr):
 def _lead(
     q, keys, values, positions, scores, partial, maxima, sums, scale, row_stride, head_stride, length,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
-    WINDOW: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, RING: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_kv_heads, n_parts = tl.num_programs(1), tl.num_programs(2)
@@ -99,12 +103,13 @@ def _lead(
     for block in range(first, last, BLOCK):
         at = block + slots
         seen = at < last
-        here = memory + at.to(tl.int64)[:, None] * HEAD_DIM + dims  # [BLOCK, DIMS]
+        slot = at % RING if RING else at
+        here = memory + slot.to(tl.int64)[:, None] * HEAD_DIM + dims  # [BLOCK, DIMS]
         there = seen[:, None] & is_dim
         k = _load(keys, here, there, query.dtype, FP8)
         s = product(query, tl.trans(k)) * scale
         s = tl.where(seen, s, float("-inf"))
-        tl.store(scores_of + at, s, mask=is_head[:, None] & seen)
+        tl.store(scores_of + slot, s, mask=is_head[:, None] & seen)
         higher = tl.maximum(most, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])
         shrink = tl.exp2(most - higher)
@@ -122,7 +127,8 @@ def _lead(
 def _follow(
     scores, lse, head_map, values, positions, partial, row_stride, head_stride, length,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
-    MAPPED: tl.constexpr, WINDOW: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    MAPPED: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     row, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_kv_heads, n_parts = tl.num_programs(1), tl.num_programs(2)
@@ -141,9 +147,10 @@ def _follow(
     for block in range(first, last, BLOCK):
         at = block + slots
         seen = at < last
-        s = tl.load(scores_of + at, mask=is_head[:, None] & seen, other=float("-inf"))
+        slot = at % RING if RING else at
+        s = tl.load(scores_of + slot, mask=is_head[:, None] & seen, other=float("-inf"))
         p = tl.exp2(s - base[:, None])
-        here = memory + at.to(tl.int64)[:, None] * HEAD_DIM + dims
+        here = memory + slot.to(tl.int64)[:, None] * HEAD_DIM + dims
         v = _load(values, here, seen[:, None] & is_dim, DTYPE, FP8)
         mixed += product(p.to(v.dtype), v)
     heads = (row * n_kv_heads + kv_head) * GROUP + group
@@ -186,7 +193,8 @@ def lead(q: Tensor, keys: Tensor, values: Tensor, row: Row) -> tuple[Tensor, Sha
     scale = math.log2(math.e) / head_dim**0.5
     _lead[batch, keys.shape[1], n_parts](
         q.contiguous(), _bytes(keys), _bytes(values), row.positions, scores, partial, maxima, sums, scale,
-        keys.stride(0), keys.stride(1), length, WINDOW=row.window or 0, FP8=_is_fp8(keys), **sizes,
+        keys.stride(0), keys.stride(1), length, WINDOW=row.window or 0, RING=row.ring, FP8=_is_fp8(keys),
+        **sizes,
     )  # fmt: skip
     out = _merged(q, partial, maxima, sums, lse)
     return out, SharedScores(scores, lse, row, q.dtype)
@@ -202,7 +210,7 @@ def follow(shared: SharedScores, values: Tensor, head_map: Tensor | None) -> Ten
     _follow[batch, values.shape[1], n_parts](
         scores, lse, lse if head_map is None else head_map, _bytes(values), row.positions, partial,
         values.stride(0), values.stride(1), length, MAPPED=head_map is not None, WINDOW=row.window or 0,
-        FP8=_is_fp8(values), DTYPE=_TRITON_TYPES[dtype], **sizes,
+        RING=row.ring, FP8=_is_fp8(values), DTYPE=_TRITON_TYPES[dtype], **sizes,
     )  # fmt: skip
     return _merged(out, partial, partial, partial, None)
 
@@ -254,12 +262,10 @@ def _bytes(kv: Tensor) -> Tensor:
 _TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def _visible(positions: Tensor, length: int, window: int | None) -> Visible:
-    return (
-        Row(positions[:, 0].contiguous(), window)
-        if positions.shape[1] == 1
-        else TORCH.visible(positions, length, window)
-    )
+def _visible(positions: Tensor, length: int, window: int | None, ring: bool = False) -> Visible:
+    if positions.shape[1] == 1:
+        return Row(positions[:, 0].contiguous(), window, length if ring else 0)
+    return TORCH.visible(positions, length, window)
 
 
 def _lead_any(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Shared]:

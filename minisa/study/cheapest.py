@@ -103,6 +103,7 @@ class _Trials:
                 max_seq_len=windows.shape[1],
                 device=weight.device,
                 dtype=weight.dtype,
+                ring=False,
             )
             for part in self._parts
         ]

@@ -161,7 +161,7 @@ class Generation:
         prompts = [self.prompts[item] for item in batch]
         length = min(max(map(len, prompts)) + ANSWER_TOKENS, llm.config.max_seq_len)
         cache = StaticCache.allocate(
-            llm.config, llm.plan, batch=len(batch), max_seq_len=length, device=llm.device, dtype=llm.dtype
+            llm.config, llm.plan, batch=len(batch), max_seq_len=length, device=llm.device, dtype=llm.dtype, ring=False
         )
         options = Options(max_new_tokens=ANSWER_TOKENS, stop=GENERATION_STOPS, stop_ids=llm.tokenizer.eos_ids)
         texts = [""] * len(batch)

@@ -146,7 +146,7 @@ def _queries(model: Transformer, window: Tensor) -> list[Queries]:
     """What every layer's attention weights follow from, for tokens [T]."""
     weight = model.norm.weight
     cache = StaticCache.allocate(
-        model.config, model.plan, max_seq_len=len(window), device=weight.device, dtype=weight.dtype
+        model.config, model.plan, max_seq_len=len(window), device=weight.device, dtype=weight.dtype, ring=False
     )
     with _watched(model) as queries:
         model.hidden(window[None], torch.arange(len(window), device=weight.device)[None], cache)

@@ -116,6 +116,7 @@ def likelihoods(model: Transformer, items: Sequence[Item]) -> list[list[Likeliho
         max_seq_len=longest_prefix + longest,
         device=device,
         dtype=dtype,
+        ring=False,
     )
     owners = torch.tensor([i for i, _ in rows], device=device)
     if longest_prefix:
@@ -146,6 +147,7 @@ def _feed_once(model: Transformer, prefixes: Tensor, owners: Tensor, cache: Stat
         max_seq_len=length,
         device=prefixes.device,
         dtype=cache.values.dtype,
+        ring=False,
     )
     for _ in prefill_chunks(model, prefixes, 0, once):
         pass

@@ -42,7 +42,7 @@ def final_hidden(model: Transformer, windows: Tensor) -> Tensor:
     tokens = windows.to(weight.device)
     batch, length = tokens.shape
     cache = StaticCache.allocate(
-        model.config, model.plan, batch=batch, max_seq_len=length, device=weight.device, dtype=weight.dtype
+        model.config, model.plan, batch=batch, max_seq_len=length, device=weight.device, dtype=weight.dtype, ring=False
     )
     positions = torch.arange(length, device=weight.device).expand(batch, -1)
     return model.hidden(tokens, positions, cache)

@@ -1,0 +1,241 @@
+"""The ring that a sliding-window model's cache is, against caches that keep every token and mask what is not seen."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minisa import decode
+from minisa.cache import StaticCache
+from minisa.config import PRESETS
+from minisa.costs import SLACK, kv_bytes, step_cost
+from minisa.decode import TorchRunner, prefill_chunks
+from minisa.dialog import DIALOGS
+from minisa.engine import LLM
+from minisa.errors import MinisaError
+from minisa.generate import WRITTEN_AHEAD
+from minisa.sharing import SharingPlan
+from minisa.speculate import LONGEST
+from tests.test_generate import ByteTokenizer, text, tokens
+from tests.test_model import CONFIG, PLANS, build, tokens_of
+
+WINDOW = 24
+SLOTS = WINDOW + SLACK
+LENGTH = 3 * SLOTS + 5
+WINDOWED = replace(CONFIG, sliding_window=WINDOW, max_seq_len=512)
+
+
+def cache_of(plan: SharingPlan, *, ring: bool = True, **options: Any) -> StaticCache:
+    return StaticCache.allocate(WINDOWED, plan, **{"max_seq_len": LENGTH, "ring": ring} | options)
+
+
+def masked(plan: SharingPlan, ids: Tensor) -> Tensor:
+    """Logits [B, T, vocab_size] of the reference in one go, every token kept."""
+    batch, length = ids.shape
+    cache = cache_of(plan, ring=False, batch=batch, max_seq_len=length)
+    assert cache.slots == length
+    return build(WINDOWED, plan, "reference")(ids, torch.arange(length).expand(batch, -1), cache)
+
+
+def llm_of(*, ring: bool = True, plan: str = "head maps", max_seq_len: int = LENGTH, **options: Any) -> LLM:
+    cache = cache_of(PLANS[plan], ring=ring, batch=4, max_seq_len=max_seq_len)
+    return LLM(build(WINDOWED, PLANS[plan]), ByteTokenizer(), lambda: DIALOGS["raw"], cache, compile=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("plan", ["none", "span"])
+@pytest.mark.parametrize("length", [SLOTS - 1, SLOTS, SLOTS + 1, 500])
+def test_bytes_by_the_formula(length: int, plan: str, dtype: torch.dtype) -> None:
+    cache = cache_of(PLANS[plan], batch=3, max_seq_len=length, dtype=dtype)
+    assert cache.bytes() == kv_bytes(WINDOWED, PLANS[plan], length, dtype.itemsize, 3)
+    slots = min(length, 24 + 64)
+    per_slot = (6 + len(PLANS[plan].leaders)) * 3 * 2 * 16 * dtype.itemsize
+    assert (cache.slots, cache.length, cache.bytes()) == (slots, length, slots * per_slot)
+    assert cache_of(PLANS[plan], ring=False, max_seq_len=length).slots == length
+
+
+def test_mistral_7b_by_hand() -> None:
+    """32 layers of 8 heads of 128 in bf16, keys and values: 128 KiB a token, of which 4,096 + 64 are kept."""
+    config, plan = PRESETS["mistral-7b-v0.1"], SharingPlan.none(32)
+    assert kv_bytes(config, plan, 4096, 2) == 4096 << 17
+    assert kv_bytes(config, plan, 32_768, 2) == (4096 + 64) << 17
+    assert kv_bytes(PRESETS["mistral-7b-v0.2"], plan, 32_768, 2) == 32_768 << 17
+    assert step_cost(config, plan, 32_768, weight_bytes=2, kv_itemsize=2).keys == 4096 << 16
+
+
+@pytest.mark.parametrize("chunk", [7, SLOTS + 30, LENGTH], ids=["short chunks", "longer than the ring", "one chunk"])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_chunks_and_steps_across_the_wrap(
+    plan: str, backend: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt in chunks, steps that go round once more, and a chunk after them."""
+    ids = tokens_of(WINDOWED, 1, LENGTH)
+    expected = masked(PLANS[plan], ids)
+    monkeypatch.setattr(decode, "PREFILL_CHUNK", chunk)
+    model, cache = build(WINDOWED, PLANS[plan], backend), cache_of(PLANS[plan])
+    fed = 2 * SLOTS - 9
+    hidden = list(prefill_chunks(model, ids[:, :fed], 0, cache))
+    found = [model.head(torch.cat(hidden, 1))]
+    runner = TorchRunner(model)
+    for i in range(fed, fed + SLOTS):
+        found.append(runner.decode(ids[:, i], torch.tensor([i]), cache, i + 1)[:, None])
+    found.append(next(runner.all_logits(ids[:, fed + SLOTS :], fed + SLOTS, cache))[None])
+    assert (torch.cat(found, 1) - expected[:, : sum(part.shape[1] for part in found)]).abs().max() < 1e-4
+
+
+def test_the_bound_would_see_a_token_that_is_not_there() -> None:
+    """A slot lost to the window, or one beyond it that is seen, changes the logits by more than any bound here."""
+    ids = tokens_of(WINDOWED, 1, LENGTH)
+    expected = masked(PLANS["none"], ids)
+    for window in (WINDOW - 1, WINDOW + 1):
+        config = replace(WINDOWED, sliding_window=window)
+        cache = StaticCache.allocate(config, PLANS["none"], max_seq_len=LENGTH)
+        other = torch.cat(list(TorchRunner(build(config, PLANS["none"])).all_logits(ids, 0, cache)))
+        assert (other - expected[0])[SLOTS:].abs().amax(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("plan", ["none", "head maps"])
+def test_ragged_rows_and_narrow_dtypes(plan: str, dtype: torch.dtype) -> None:
+    """Rows that have gone round, rows that do so now, and rows that have not, in one batch."""
+    ids, prompts = tokens_of(WINDOWED, 4, LENGTH), (1, SLOTS - 5, SLOTS + 3, 3 * SLOTS - 20)
+    model = build(WINDOWED, PLANS[plan])
+    runner = TorchRunner(model)
+    ring, whole = (cache_of(PLANS[plan], ring=ring, batch=4, dtype=dtype) for ring in (True, False))
+    bits = torch.uint8 if dtype.itemsize == 1 else dtype
+    for cache in (ring, whole):
+        cache.keys.view(bits).fill_(9)  # what an earlier text may have left
+        cache.values.view(bits).fill_(9)
+        for row, length in enumerate(prompts):
+            runner.prefill(ids[row : row + 1, :length], 0, cache.view(rows=slice(row, row + 1)))
+    positions = torch.tensor(prompts)
+    for _ in range(20):
+        fed, in_use = ids[range(4), positions], int(positions.max()) + 1
+        found, expected = (runner.decode(fed, positions, cache, in_use) for cache in (ring, whole))
+        assert (found - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 5e-3)
+        positions = positions + 1
+
+
+def test_positions_end_where_the_context_does() -> None:
+    cache = cache_of(PLANS["none"])
+    assert cache.view(LENGTH).slots == SLOTS
+    assert (cache.view(SLOTS).slots, cache.view(SLOTS).wraps) == (SLOTS, False)
+    with pytest.raises(MinisaError, match=f"{LENGTH + 1} tokens do not fit a cache of {LENGTH}"):
+        cache.view(LENGTH + 1)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 0.8, "seed": 5, "top_k": 40, "repetition_penalty": 1.3},
+    "guessing": {"speculate": True, "repetition_penalty": 0.01},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("prompt", ["x", "abc" * (SLOTS // 2)])
+def test_the_same_text_to_the_context_s_end(prompt: str, options: dict[str, Any]) -> None:
+    expected = list(llm_of(ring=False).generate(prompt, **options | {"speculate": False}))
+    found = list(llm_of().generate(prompt, **options))
+    assert tokens(found) == tokens(expected) and text(found) == text(expected)
+    assert found[-1].finish_reason == "context"
+    assert len(found) == LENGTH - len(prompt) + 1
+    with pytest.raises(MinisaError, match=f"{LENGTH + 1} tokens long, the context {LENGTH}"):
+        llm_of().generate("y" * (LENGTH + 1))
+
+
+def test_rows_of_a_batch() -> None:
+    prompts = ["x", "y" * SLOTS, "z" * (LENGTH - 10), "xyz" * 20]
+    found = list(llm_of().generate(prompts, max_new_tokens=SLOTS))
+    for row, prompt in enumerate(prompts):
+        assert tokens(found, row) == tokens(llm_of(ring=False).generate(prompt, max_new_tokens=SLOTS))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_dialog_of_turns_that_take_back_and_break_off(seed: int) -> None:
+    """Every turn begins with some of the text so far, a little less than all or far less, goes on with new tokens, and
+    may be left before its end; after each the answer is that of a model without a ring and without a past."""
+    draw = random.Random(seed)
+    llm, text_so_far, reused = llm_of(max_seq_len=480), [1], 0
+    beginning = [draw.randrange(256) for _ in range(SLOTS + 40)]
+    prefix = llm.prefix(beginning)
+    for _ in range(40):
+        kept = len(text_so_far) - draw.choice([0, 0, 1, 9, 30, WINDOW, SLACK, SLOTS + 9])
+        if draw.random() < 0.15:
+            text_so_far, kept = beginning, draw.choice([len(beginning), len(beginning) - 30, 50])
+        prompt = text_so_far[: max(kept, 0)] + [draw.randrange(256) for _ in range(draw.choice([1, 2, 5, 40, 120]))]
+        prompt = prompt[:400]
+        options: dict[str, Any] = {"max_new_tokens": draw.choice([1, 9, 60]), "speculate": draw.random() < 0.3}
+        chunks = llm.generate(prompt, prefix=prefix if draw.random() < 0.5 else None, **options)
+        taken = draw.choice([1, 5, 60])
+        answer = []
+        for chunk in chunks:
+            answer.append(chunk.token)
+            if chunk.stats is not None:
+                reused += chunk.stats.reused_tokens > SLOTS
+            if len(answer) == taken:
+                break
+        chunks.close()  # type: ignore[attr-defined]
+        fresh = llm_of(ring=False, max_seq_len=480).generate(prompt, max_new_tokens=options["max_new_tokens"])
+        assert answer == tokens(fresh)[: len(answer)]
+        text_so_far = prompt + answer
+    assert reused > 3
+
+
+def test_a_turn_longer_than_the_ring_is_not_computed_again() -> None:
+    llm = llm_of()
+    prompt = "a question " * 10
+    answer = tokens(llm.generate(prompt, max_new_tokens=40))
+    longer = [*prompt.encode(), *answer, *b" and more"]
+    found = list(llm.generate(longer, max_new_tokens=8))
+    assert found[-1].stats is not None and found[-1].stats.reused_tokens == len(prompt) + 40 - 1
+    assert tokens(found) == tokens(llm_of(ring=False).generate(longer, max_new_tokens=8))
+
+
+def test_a_prompt_broken_off_leaves_nothing_that_a_ring_has_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a prompt is fed: the tokens before it, which the cache held, may have been written over."""
+    llm, prefill = llm_of(), TorchRunner.prefill
+    tail = list(range(150))
+    beginning = [7] * 60
+    list(llm.generate(beginning, max_new_tokens=2))
+
+    def broken_off(self: TorchRunner, *inputs: Any) -> Tensor:
+        prefill(self, *inputs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TorchRunner, "prefill", broken_off)
+        next(llm.generate(beginning + tail))
+    found = tokens(llm.generate([*beginning, 1], max_new_tokens=5))
+    assert found == tokens(llm_of(ring=False).generate([*beginning, 1], max_new_tokens=5))
+
+
+@pytest.mark.parametrize("cut", [0, 10, 60])
+def test_a_prefix_longer_than_the_ring(cut: int) -> None:
+    """Taken over whole, or but for a few tokens; where more of it is left out, too much is lost to begin there."""
+    llm = llm_of()
+    beginning = [i * 7 % 256 for i in range(SLOTS + 80)]
+    prefix = llm.prefix(beginning)
+    assert prefix.cache.bytes() == kv_bytes(WINDOWED, llm.plan, len(beginning), 4)
+    assert prefix.cache.slots == SLOTS
+    prompts = [[*beginning[: len(beginning) - cut], *range(tail)] for tail in (1, 70)]
+    found = list(llm.generate(prompts, max_new_tokens=12, prefix=prefix))
+    for row, prompt in enumerate(prompts):
+        assert tokens(found, row) == tokens(llm_of(ring=False).generate(prompt, max_new_tokens=12))
+        reused = len(beginning) - cut if cut <= SLACK - WRITTEN_AHEAD and len(prompt) >= len(beginning) else 0
+        assert next(c.stats.reused_tokens for c in found if c.row == row and c.stats) == reused
+
+
+def test_the_slack_is_enough() -> None:
+    """Of a chunk of the C++ step the first token sees its window, which the last has not written over; nor have
+    guesses, or steps that ran ahead, what is left when a turn takes back what it may."""
+    from minisa.graphs import WARM_UP
+    from minisa.native.runner import CHUNK
+
+    assert CHUNK <= SLACK + 2
+    assert WRITTEN_AHEAD > LONGEST + WARM_UP
