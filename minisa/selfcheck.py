@@ -70,7 +70,7 @@ def run_checks(device: torch.device) -> Iterator[Outcome]:
 
 
 def check_attention(device: torch.device) -> tuple[bool, str]:
-    """The kernels of kernels/decode_attention.py: head sizes, groups, lengths, dtypes, an fp8 cache, windows, a ring."""
+    """The kernels of kernels/decode_attention.py: head sizes, groups, lengths, dtypes, an fp8 cache, windows, rings."""
     _need_triton(device)
     worst: dict[torch.dtype, float] = {}
     shapes = [(9, 3, 64), (4, 4, 96), (8, 2, 128), (20, 1, 64)]

@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux')
 
 from minisa.cache import StaticCache
+from minisa.config import ModelConfig
 from minisa.dialog import DIALOGS
 from minisa.engine import LLM
 from minisa.graphs import WARM_UP, Body, CudaGraphs, GraphRunner
@@ -23,6 +24,10 @@ from minisa.sharing import SharingPlan
 from tests.test_generate import PROMPTS, ByteTokenizer, llm_of, text, tokens
 from tests.test_kernels import DEVICE
 from tests.test_model import CONFIG, PLANS, build
+from tests.test_ring import LENGTH as RING
+from tests.test_ring import PLANS as RING_PLANS
+from tests.test_ring import SLOTS, WINDOWED
+from tests.test_ring import llm_of as ring_llm_of
 
 SAMPLED = {"temperature": 0.8, "seed": 5, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3}
 
@@ -49,12 +54,16 @@ def recorder() -> Iterator[Recorder]:
 
 
 def graph_llm(
-    recorder: Recorder, plan: SharingPlan = PLANS["head maps"], max_seq_len: int = 96, backend: str = "torch"
+    recorder: Recorder,
+    plan: SharingPlan = PLANS["head maps"],
+    max_seq_len: int = 96,
+    backend: str = "torch",
+    config: ModelConfig = CONFIG,
 ) -> LLM:
     """The torch backend is as right in a graph as the kernels, which Triton's interpreter takes a hundred times longer
     for."""
-    model = build(CONFIG, plan, backend).to(DEVICE)
-    cache = StaticCache.allocate(CONFIG, plan, batch=4, max_seq_len=max_seq_len, device=DEVICE)
+    model = build(config, plan, backend).to(DEVICE)
+    cache = StaticCache.allocate(config, plan, batch=4, max_seq_len=max_seq_len, device=DEVICE)
     llm = LLM(model, ByteTokenizer(), lambda: DIALOGS["raw"], cache, compile=False)  # type: ignore[arg-type]
     llm.runner = GraphRunner(model, compile=False, record=recorder)
     return llm
@@ -97,7 +106,7 @@ def test_one_graph_for_each_number_of_rows_and_way_of_sampling(recorder: Recorde
 
 
 def test_the_context_s_end_and_the_cache_that_was_kept(recorder: Recorder) -> None:
-    """Warming up writes to the last slot: neither a prompt that fills the context nor a conversation may notice."""
+    """Warming up writes to slots: neither a prompt that fills the context nor a conversation may notice."""
     plain, graphs = llm_of(max_seq_len=24), graph_llm(recorder, max_seq_len=24)
     for prompt in ("y" * 24, "y" * 20, "y" * 24, "y" * 23 + "z"):
         expected, found = list(plain.generate(prompt)), list(graphs.generate(prompt))
@@ -105,6 +114,25 @@ def test_the_context_s_end_and_the_cache_that_was_kept(recorder: Recorder) -> No
         assert found[-1].finish_reason == "context"
         assert found[-1].stats is not None and expected[-1].stats is not None
         assert found[-1].stats.reused_tokens == expected[-1].stats.reused_tokens
+
+
+def test_a_prompt_that_fills_the_context_beside_one_that_does_not(recorder: Recorder) -> None:
+    plain, graphs = llm_of(max_seq_len=24), graph_llm(recorder, max_seq_len=24)
+    found = list(graphs.generate(["y" * 24, "x"]))
+    assert len(tokens(found, 0)) == 1
+    assert tokens(found, 1) == tokens(plain.generate("x"))
+
+
+@pytest.mark.parametrize("backend", ["torch", "kernels"])
+def test_a_ring(backend: str, recorder: Recorder) -> None:
+    """Warming up leaves alone what the ring's window holds; then round and round, other rows at other places."""
+    ring = graph_llm(recorder, RING_PLANS["head maps"], RING, backend, WINDOWED)
+    prompts, options = ["y" * (SLOTS - 2), "z" * (SLOTS + 30), "x"], {"max_new_tokens": 9 if backend == "torch" else 3}
+    found = list(ring.generate(prompts, **options))
+    for row, prompt in enumerate(prompts):
+        assert tokens(found, row) == tokens(ring_llm_of(ring=False).generate(prompt, **options))
+    for prompt in ("w" * (RING - 9), "w" * RING) if backend == "torch" else ():
+        assert tokens(ring.generate(prompt)) == tokens(ring_llm_of(ring=False).generate(prompt))
 
 
 def test_an_answer_broken_off_and_another_begun(recorder: Recorder) -> None:

@@ -43,6 +43,27 @@ def test_dtypes_ragged_rows_and_windows(dtype: torch.dtype, window: int | None) 
     compare(tensors, torch.tensor(LENGTHS, device=DEVICE) - 1, head_map, window)
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn])
+def test_a_ring(kv_dtype: torch.dtype) -> None:
+    """Rows not yet round, going round and long past it: the same as from slots in the order of their positions."""
+    window, slots, length = BLOCK + 3, BLOCK + 20, 3 * BLOCK
+    q, *straight = attention_tensors(4, 6, 2, 64, torch.float32, DEVICE, kv_dtype, length)
+    positions = torch.tensor([5, slots - 1, slots + 9, length - 1], device=DEVICE)
+    rings = [torch.zeros_like(kv[:, :, :slots]) for kv in straight]
+    for row, position in enumerate(positions.tolist()):
+        for ring, kv in zip(rings, straight, strict=True):
+            for p in range(position + 1):
+                ring[row, :, p % slots] = kv[row, :, p]
+    head_map = HeadMap.of([5, 0, 3, 3, 1, 2], 2, DEVICE)
+    assert max(attention_errors(q, *rings, positions, head_map, window, ring=True)) < BOUNDS[torch.float32]
+    found = []
+    for k, v, v_own in (rings, straight):
+        visible = KERNELS.visible(positions[:, None], k.shape[2], window, k.shape[2] == slots)
+        mixed, shared = KERNELS.lead(q, k, v, visible)
+        found.append(torch.cat((mixed, KERNELS.follow(shared, v_own, head_map))))
+    assert (found[0] - found[1]).norm() / found[1].norm() < BOUNDS[torch.float32]
+
+
 def test_slots_beyond_the_position_are_never_seen() -> None:
     """Whatever an earlier text left there, NaN included."""
     q, k, v, v_own = attention_tensors(2, 6, 2, 64, torch.float32, DEVICE)

@@ -17,8 +17,7 @@ SHARED_MEMORY = 99 << 10  # bytes a program may take on the cards with least of 
 
 
 def compile_for(capability: int) -> None:
-    """Llama-3-8B's shapes in bf16 with a bf16 and an fp8 cache, Mistral's with its ring, and a first product in int8 and
-    int4."""
+    """Llama-3-8B's shapes in bf16 with a bf16 and an fp8 cache, and its first product in int8 and int4; a ring."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
