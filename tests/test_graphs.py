@@ -127,7 +127,10 @@ def test_a_prompt_that_fills_the_context_beside_one_that_does_not(recorder: Reco
 def test_a_ring(backend: str, recorder: Recorder) -> None:
     """Warming up leaves alone what the ring's window holds; then round and round, other rows at other places."""
     ring = graph_llm(recorder, RING_PLANS["head maps"], RING, backend, WINDOWED)
-    prompts, options = ["y" * (SLOTS - 2), "z" * (SLOTS + 30), "x"], {"max_new_tokens": 9 if backend == "torch" else 3}
+    prompts, options = (
+        ["y" * (SLOTS - 2), "z" * (RING - 1 - SLOTS + 4), "x"],
+        {"max_new_tokens": 9 if backend == "torch" else 3},
+    )
     found = list(ring.generate(prompts, **options))
     for row, prompt in enumerate(prompts):
         assert tokens(found, row) == tokens(ring_llm_of(ring=False).generate(prompt, **options))

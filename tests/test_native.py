@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minisa.cache import StaticCache, to_dtype
 from minisa.config import ModelConfig
-from minisa.costs import parameter_count
+from minisa.costs import SLACK, parameter_count
 from minisa.decode import TorchRunner
 from minisa.device import choose_dtype
 from minisa.errors import MinisaError
@@ -130,6 +130,47 @@ def test_sliding_window(window: int, library: ctypes.CDLL) -> None:
     expected_cache, cache = caches(reference.model, 1, 80)
     expected = torch.cat(list(reference.all_logits(tokens, 0, expected_cache)))
     assert_near(torch.cat(list(native.all_logits(tokens, 0, cache))), expected)
+
+
+@pytest.mark.parametrize(
+    ("window", "dtype"),
+    [(1, torch.float32), (24, torch.float32), (24, torch.bfloat16), (24, torch.float8_e4m3fn)],
+)
+def test_a_ring(window: int, dtype: torch.dtype, library: ctypes.CDLL) -> None:
+    """Chunks that cross the ring's end, then ragged steps: the same as from a cache that keeps every token."""
+    config, plan = replace(SHAPES["gqa"], sliding_window=window), plan_of(SHAPES["gqa"], "interleaved", True)
+    model = build_model(config, plan)
+    native, ids, slots = NativeRunner(model, library, n_threads=2), tokens_of(config, 2, 300), window + SLACK
+    ring, whole = (
+        StaticCache.allocate(config, plan, batch=2, max_seq_len=300, dtype=dtype, ring=ring) for ring in (True, False)
+    )
+    assert (ring.slots, whole.slots) == (slots, 300)
+    lengths = (2 * slots + 30, slots - 3)
+    for row, length in enumerate(lengths):
+        rows, prompt = slice(row, row + 1), ids[row : row + 1, :length]
+        found, expected = (native.prefill(prompt, 0, cache.view(rows=rows)) for cache in (ring, whole))
+        assert torch.equal(found, expected)
+    positions = torch.tensor(lengths)
+    for _ in range(6):
+        fed, in_use = ids[range(2), positions], int(positions.max()) + 1
+        assert torch.equal(*(native.decode(fed, positions, cache, in_use) for cache in (ring, whole)))
+        positions = positions + 1
+
+
+@pytest.mark.parametrize("plan", ["none", "interleaved"])
+def test_chunks_no_longer_than_their_weights_have_room(
+    plan: str, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SHAPES["gqa"]
+    reference, native = pair(config, plan_of(config, plan, True), library)
+    n_spans = {"none": 0, "interleaved": 2}[plan]
+    monkeypatch.setattr("minisa.native.runner.SCRATCH", 100 * 4 * config.n_heads * n_spans * 20)
+    ids = tokens_of(config, 1, 150)
+    expected_cache, cache = caches(reference.model, 1, 150)
+    chunks = list(native.all_logits(ids, 0, cache))
+    sizes = [64, 64, 22] if plan == "none" else [31, 21, 17, 15, 13, 12, 11, 10, 10, 9, 1]
+    assert [len(chunk) for chunk in chunks] == sizes
+    assert_near(torch.cat(chunks), torch.cat(list(reference.all_logits(ids, 0, expected_cache))))
 
 
 def test_bf16_cache_and_another_cache_after_it(library: ctypes.CDLL) -> None:

@@ -8,10 +8,21 @@ struct Softmax {  // of one part of a row: the row holds e^(score - max), and `s
     float max, sum;
 };
 
+template <class Cache>
+struct Seen {  // the keys or values of one head that a row sees, counted from the first; they may go round a ring
+    const Cache* slots;
+    int first, ring, head_dim;
+    const Cache* operator[](int i) const {
+        int slot = first + i;
+        return slots + (size_t)(slot < ring ? slot : slot - ring) * head_dim;
+    }
+};
+
 // rows[h][p] = scale * q[h] . keys[p], up to a whole vector; and the largest of them.
 template <int H, class Cache>
-static void score(const float* q, const Cache* keys, int begin, int end, int head_dim, float scale, float* const* rows,
+static void score(const float* q, Seen<Cache> keys, int begin, int end, float scale, float* const* rows,
                   Softmax* softmax) {
+    int head_dim = keys.head_dim;
     f32s most[H];
     for (int h = 0; h < H; ++h) most[h] = f32s{} - INFINITY;
     for (int p = begin; p < end; p += kLanes) {
@@ -20,7 +31,7 @@ static void score(const float* q, const Cache* keys, int begin, int end, int hea
         for (int i = 0; i < kLanes; i += 4) {  // four keys at a time, so that queries are loaded less often
             f32s sums[H][4] = {};
             const Cache* key[4];
-            for (int j = 0; j < 4; ++j) key[j] = keys + (size_t)(p + std::min(i + j, n - 1)) * head_dim;
+            for (int j = 0; j < 4; ++j) key[j] = keys[p + std::min(i + j, n - 1)];
             for (int d = 0; d < head_dim; d += kLanes) {
                 for (int h = 0; h < H; ++h) {
                     f32s part = load(q + h * head_dim + d);
@@ -40,7 +51,8 @@ static void score(const float* q, const Cache* keys, int begin, int end, int hea
 }
 
 template <int H, class Cache>  // out[h] = sum over p of rows[h][p] * values[p]
-static void weigh(const float* const* rows, const Cache* values, int begin, int end, int head_dim, float* out) {
+static void weigh(const float* const* rows, Seen<Cache> values, int begin, int end, float* out) {
+    int head_dim = values.head_dim;
     memset(out, 0, sizeof(float) * H * head_dim);
     for (int p = begin; p < end; p += kLanes) {  // some values stay in the nearest cache while their columns are summed
         int n = std::min(kLanes, end - p);
@@ -49,7 +61,7 @@ static void weigh(const float* const* rows, const Cache* values, int begin, int 
             for (int h = 0; h < H; ++h)
                 for (int v = 0; v < 2; ++v) sums[h][v] = load(out + h * head_dim + d + v * kLanes);
             for (int i = 0; i < n; ++i) {
-                const Cache* value = values + (size_t)(p + i) * head_dim + d;
+                const Cache* value = values[p + i] + d;
                 f32s low = load(value), high = load(value + kLanes);
                 for (int h = 0; h < H; ++h) {
                     sums[h][0] += low * rows[h][p + i];

@@ -79,7 +79,7 @@ def _start(compiler: str, target: Path) -> subprocess.Popen[bytes] | None:
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.engine_open.argtypes, library.engine_open.restype = [pointer, integer, integer], pointer
-    library.engine_step.argtypes = [pointer, pointer, pointer, pointer, integer, integer, pointer]
+    library.engine_step.argtypes = [*[pointer] * 6, integer, integer, pointer]
     library.engine_step.restype = None
     library.engine_close.argtypes, library.engine_close.restype = [pointer], None
     return library

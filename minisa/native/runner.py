@@ -21,7 +21,8 @@ from minisa.rope import rope_angles
 from minisa.sampling import Chooser
 
 CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # as in tables.h
-CHUNK = 64  # rows of prefill at a time: each keeps a row of attention weights a head for its followers
+CHUNK = 64  # rows of prefill at a time, or as many as have room for their attention weights until their span ends
+SCRATCH = 128 << 20  # bytes of this room, but for a batch that needs more to decode
 
 
 class _Matrix(ctypes.Structure):
@@ -33,13 +34,13 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm")),
         *((name, _Matrix) for name in ("wqkv", "wo", "w13", "w2")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "head_map")),
-        *((name, ctypes.c_int32) for name in ("slot", "reserved")),
+        *((name, ctypes.c_int32) for name in ("span", "reserved")),
     ]
 
 
 _SIZES = (
     *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
-    *("max_seq_len", "sliding_window", "n_slots", "cache_format"),
+    *("cache_slots", "sliding_window", "n_spans", "cache_format"),
 )
 
 
@@ -48,7 +49,7 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _SIZES),
         ("norm_eps", ctypes.c_float),
         *((name, _Matrix) for name in ("embedding", "head")),
-        *((name, ctypes.c_void_p) for name in ("final_norm", "cos", "sin")),
+        ("final_norm", ctypes.c_void_p),
         ("layers", ctypes.POINTER(_Layer)),
     ]
 
@@ -75,7 +76,7 @@ class NativeRunner:
         self.library = library
         self.n_threads = n_threads or min(torch.get_num_threads(), _usable_cores())
         self._weights = _PackedWeights(model)
-        self._slots = _scratch_slots(model.plan.sources)
+        self._spans = _scratch_spans(model.plan.sources)
         self._bound: _Bound | None = None
 
     @property
@@ -105,12 +106,20 @@ class NativeRunner:
     def _chunks(self, ids: Tensor, start: int, cache: StaticCache, row: int, *, every: bool) -> Iterator[Tensor]:
         """Logits of each chunk: of every token, or of the whole's last token only."""
         stop = start + len(ids)
-        for part in ids.split(CHUNK):
-            end = start + len(part)
+        while start < stop:
+            end = min(start + self._chunk(start), stop)
+            part, ids = ids[: end - start], ids[end - start :]
             n_logits = len(part) if every else int(end == stop)
             positions, rows = torch.arange(start, end), torch.full((len(part),), row)
             yield self._step(part, positions, rows, cache.view(end), n_logits)
             start = end
+
+    def _chunk(self, start: int) -> int:
+        """How many rows to feed at once from a position on."""
+        config = self.model.config
+        seen = min(start + CHUNK, config.sliding_window or start + CHUNK)
+        row_bytes = 4 * seen * config.n_heads * (max(self._spans) + 1)
+        return CHUNK if CHUNK * row_bytes <= SCRATCH else max(SCRATCH // row_bytes, 1)
 
     def _step(self, tokens: Tensor, positions: Tensor, rows: Tensor, cache: StaticCache, n_logits: int) -> Tensor:
         """Feed tokens [N] at positions [N] of the cache's rows [N]; logits [n_logits, vocab_size] of the last ones."""
@@ -202,8 +211,6 @@ class _Bound:
         self._library = runner.library
         self._storage = _storage(cache)
         keys_at, values_at, (per_layer, per_row, per_head, per_slot, _) = self._storage
-        length = per_head // per_slot
-        cos, sin = rope_angles(model.rope_frequencies, torch.arange(length)[None])
         identity = tuple(range(config.n_heads))
         head_maps = [torch.tensor(heads or identity, dtype=torch.int32) for heads in plan.head_maps]
         layer_bytes = per_layer * cache.values.element_size()
@@ -217,7 +224,7 @@ class _Bound:
                 None if slot is None else keys_at + slot * layer_bytes,
                 values_at + i * layer_bytes,
                 head_maps[i].data_ptr(),
-                runner._slots[i],
+                runner._spans[i],
             )
         self._model = _Model(
             dim=config.dim,
@@ -227,19 +234,18 @@ class _Bound:
             head_dim=config.head_dim,
             hidden_dim=config.hidden_dim,
             vocab_size=config.vocab_size,
-            max_seq_len=length,
+            cache_slots=per_head // per_slot,
             sliding_window=config.sliding_window or 0,
-            n_slots=max(runner._slots) + 1,
+            n_spans=max(runner._spans) + 1,
             cache_format=CACHE_FORMATS[cache.values.dtype],
             norm_eps=config.norm_eps,
             embedding=_matrix(weights.embedding),
             head=_matrix(weights.head),
             final_norm=weights.final_norm.data_ptr(),
-            cos=cos.data_ptr(),
-            sin=sin.data_ptr(),
             layers=table,
         )
-        self._alive = (weights, cache.values, cache.keys, cos, sin, head_maps, table)  # what the tables point into
+        self._frequencies = model.rope_frequencies
+        self._alive = (weights, cache.values, cache.keys, head_maps, table)  # what the tables point into
         max_rows = max(CHUNK, per_layer // per_row)
         self._engine = self._library.engine_open(ctypes.byref(self._model), runner.n_threads, max_rows)
 
@@ -249,6 +255,7 @@ class _Bound:
     def step(self, tokens: Tensor, positions: Tensor, rows: Tensor, n_logits: int) -> Tensor:
         logits = torch.empty(n_logits, self._model.vocab_size)
         inputs = [tensor.int().contiguous() for tensor in (tokens, positions, rows)]
+        inputs += rope_angles(self._frequencies, positions[None])
         self._library.engine_step(
             self._engine, *(tensor.data_ptr() for tensor in inputs), len(tokens), n_logits, logits.data_ptr()
         )
@@ -274,14 +281,17 @@ def _matrix(packed: Packed) -> _Matrix:
     return _Matrix(packed.data.data_ptr(), FORMATS[packed.format], packed.rows, packed.cols, 0)
 
 
-def _scratch_slots(sources: Sequence[int]) -> list[int]:
-    """For each layer the scratch that holds its span's attention weights, free again after the last follower."""
+def _scratch_spans(sources: Sequence[int]) -> list[int]:
+    """For each layer the scratch that holds its span's attention weights, free again after the last follower; -1 for a
+    layer that leads nobody."""
     last = {source: i for i, source in enumerate(sources)}
-    slots: list[int] = []
+    spans: list[int] = []
     for i, source in enumerate(sources):
         if source != i:
-            slots.append(slots[source])
+            spans.append(spans[source])
+        elif last[i] == i:
+            spans.append(-1)
         else:
-            busy = {slots[leader] for leader, end in last.items() if leader < i < end}
-            slots.append(next(slot for slot in range(len(sources)) if slot not in busy))
-    return slots
+            busy = {spans[leader] for leader, end in last.items() if leader < i < end}
+            spans.append(next(span for span in range(len(sources)) if span not in busy))
+    return spans

@@ -24,20 +24,28 @@ class Engine {
         qkv.resize((size_t)max_rows * (m.n_heads + 2 * m.n_kv_heads) * m.head_dim);
         hidden.resize((size_t)max_rows * m.hidden_dim);
         parts.resize((size_t)max_parts() * m.n_heads * m.head_dim);
-        weights.reset(new float[(size_t)m.n_slots * max_rows * m.n_heads * row_size()]);
-        softmax.resize((size_t)m.n_slots * max_parts() * m.n_heads);
+        softmax.resize((size_t)(m.n_spans + 1) * max_parts() * m.n_heads);
         team = std::make_unique<Team>(n_threads, [this](int thread) {
             Share share{thread, this->n_threads};
             m.cache_format == 0 ? run<float>(share) : m.cache_format == 1 ? run<bf16>(share) : run<fp8>(share);
         });
     }
 
-    // tokens, positions, sequences (rows of the cache): [n_rows]; logits: [n_logits, vocab_size], of the last rows.
-    void step(const int32_t* tokens, const int32_t* positions, const int32_t* sequences, int n_rows, int n_logits,
-              float* logits) {
+    // tokens, positions, sequences (rows of the cache): [n_rows]; cos, sin, of the positions' angles: [n_rows,
+    // head_dim / 2]; logits: [n_logits, vocab_size], of the last rows.
+    void step(const int32_t* tokens, const int32_t* positions, const int32_t* sequences, const float* cos,
+              const float* sin, int n_rows, int n_logits, float* logits) {
         this->tokens = tokens, this->positions = positions, this->sequences = sequences;
-        this->n_rows = n_rows, this->n_logits = n_logits, this->logits = logits;
+        this->cos = cos, this->sin = sin, this->n_rows = n_rows, this->n_logits = n_logits, this->logits = logits;
         n_splits = n_rows < kFewRows ? n_threads : 1;
+        int longest = 0;
+        for (int row = 0; row < n_rows; ++row) longest = std::max(longest, positions[row] + 1 - first_seen(row));
+        row_size = (longest + kLanes - 1) / kLanes * kLanes;
+        size_t needed = ((size_t)m.n_spans * n_rows * m.n_heads + n_threads * kHeads) * row_size;
+        if (needed > n_weights) {  // what is not used yet takes no memory
+            weights.reset();
+            weights.reset(new float[n_weights = needed + needed / 4]);
+        }
         team->run();
     }
 
@@ -128,19 +136,19 @@ class Engine {
         for (int item = share.thread; item < n_rows * n_heads; item += n_threads) {
             int row = item / n_heads, head = item % n_heads;
             float* in = &qkv[((size_t)row * n_heads + head) * hd];
-            if (head < n_queries + n_keys) turn(in, positions[row]);
+            if (head < n_queries + n_keys) turn(in, row);
             if (head < n_queries) continue;
             int kv_head = (head - n_queries) % m.n_kv_heads;
             Cache* out = cached<Cache>(head < n_queries + n_keys ? layer.keys : layer.values, row, kv_head);
-            for (int d = 0; d < hd; d += kLanes) store(out + (size_t)positions[row] * hd + d, load(in + d));
+            out += (size_t)(positions[row] % m.cache_slots) * hd;
+            for (int d = 0; d < hd; d += kLanes) store(out + d, load(in + d));
         }
     }
 
-    void turn(float* head, int position) {  // rotary embedding, the two halves of a head as real and imaginary parts
-        int half = m.head_dim / 2;
-        const float *cos = m.cos + (size_t)position * half, *sin = m.sin + (size_t)position * half;
+    void turn(float* head, int row) {  // rotary embedding, the two halves of a head as real and imaginary parts
+        int half = m.head_dim / 2, at = row * half;
         for (int i = 0; i < half; i += kLanes) {
-            f32s a = load(head + i), b = load(head + half + i), c = load(cos + i), s = load(sin + i);
+            f32s a = load(head + i), b = load(head + half + i), c = load(cos + at + i), s = load(sin + at + i);
             store(head + i, a * c - b * s);
             store(head + half + i, b * c + a * s);
         }
@@ -148,33 +156,39 @@ class Engine {
 
     template <class Cache>
     Cache* cached(void* tensor, int row, int kv_head) {
-        return (Cache*)tensor + ((size_t)sequences[row] * m.n_kv_heads + kv_head) * m.max_seq_len * m.head_dim;
+        return (Cache*)tensor + ((size_t)sequences[row] * m.n_kv_heads + kv_head) * m.cache_slots * m.head_dim;
+    }
+    template <class Cache>
+    Seen<Cache> seen(void* tensor, int row, int kv_head) {
+        return {cached<Cache>(tensor, row, kv_head), first_seen(row) % m.cache_slots, m.cache_slots, m.head_dim};
     }
 
     // A few rows: each is split by positions between the threads; many: every thread has rows of its own.
-    // A part of a row leaves its unnormalized weights and its Softmax to the followers, in the span's slot.
+    // A part of a row leaves its unnormalized weights and its Softmax to the span's followers, if it has any.
     template <class Cache>
     void attend(const Layer& layer, Share share) {
         int hd = m.head_dim, group = m.n_heads / m.n_kv_heads, n_values = layer.keys ? m.n_heads + 2 * m.n_kv_heads : 0;
         for (int item = share.thread; item < n_rows * n_splits; item += n_threads) {
-            int row = item / n_splits, last = positions[row] + 1;
-            int first = m.sliding_window ? std::max(0, last - m.sliding_window) : 0;
-            Share part{item % n_splits, n_splits};  // in whole vectors, whose last lanes may lie beyond `last`
-            int n_vectors = (last - first + kLanes - 1) / kLanes;
-            int begin = first + part.begin(n_vectors) * kLanes;
-            int end = std::min(last, first + part.end(n_vectors) * kLanes);
+            int row = item / n_splits, length = positions[row] + 1 - first_seen(row);
+            Share part{item % n_splits, n_splits};  // in whole vectors, whose last lanes may lie beyond `length`
+            int n_vectors = (length + kLanes - 1) / kLanes;
+            int begin = part.begin(n_vectors) * kLanes, end = std::min(length, part.end(n_vectors) * kLanes);
             for (int kv_head = 0; kv_head < m.n_kv_heads; ++kv_head) {
                 by_heads(group, [&]<int H>(std::integral_constant<int, H>, int offset) {
                     int head = kv_head * group + offset;
                     float* rows[H];
-                    for (int h = 0; h < H; ++h) rows[h] = weights_of(layer.slot, row, layer.head_map[head + h]);
+                    for (int h = 0; h < H; ++h) {
+                        rows[h] = layer.span < 0 ? own_weights(share.thread, h)
+                                                 : weights_of(layer.span, row, layer.head_map[head + h]);
+                    }
                     if (layer.keys) {
-                        Softmax* softmax = &softmax_of(layer.slot, item, head);
+                        Softmax* softmax = &softmax_of(layer.span, item, head);
                         const float* q = &qkv[(size_t)row * n_values * hd + head * hd];
-                        score<H>(q, cached<Cache>(layer.keys, row, kv_head), begin, end, hd, 1.f / std::sqrt((float)hd), rows, softmax);
+                        score<H>(q, seen<Cache>(layer.keys, row, kv_head), begin, end, 1.f / std::sqrt((float)hd), rows,
+                                 softmax);
                         for (int h = 0; h < H; ++h) softmax[h].sum = exponentiate(rows[h], begin, end, softmax[h].max);
                     }
-                    weigh<H>(rows, cached<Cache>(layer.values, row, kv_head), begin, end, hd, part_of(item, head));
+                    weigh<H>(rows, seen<Cache>(layer.values, row, kv_head), begin, end, part_of(item, head));
                 });
             }
         }
@@ -188,15 +202,15 @@ class Engine {
                 int source = layer.head_map[head];
                 float most = -INFINITY, sum = 0;
                 for (int i = 0; i < n_splits; ++i)
-                    most = std::max(most, softmax_of(layer.slot, row * n_splits + i, source).max);
+                    most = std::max(most, softmax_of(layer.span, row * n_splits + i, source).max);
                 for (int i = 0; i < n_splits; ++i) {
-                    Softmax part = softmax_of(layer.slot, row * n_splits + i, source);
+                    Softmax part = softmax_of(layer.span, row * n_splits + i, source);
                     sum += part.sum * std::exp(part.max - most);
                 }
                 float* to = out + head * m.head_dim;
                 memset(to, 0, sizeof(float) * m.head_dim);
                 for (int i = 0; i < n_splits; ++i) {
-                    float factor = std::exp(softmax_of(layer.slot, row * n_splits + i, source).max - most) / sum;
+                    float factor = std::exp(softmax_of(layer.span, row * n_splits + i, source).max - most) / sum;
                     const float* from = part_of(row * n_splits + i, head);
                     for (int d = 0; d < m.head_dim; d += kLanes) store(to + d, load(to + d) + load(from + d) * factor);
                 }
@@ -206,26 +220,32 @@ class Engine {
     }
 
     static constexpr int kFewRows = 8;
-    int row_size() const { return m.max_seq_len + kLanes; }
+    int first_seen(int row) const { return m.sliding_window ? std::max(0, positions[row] + 1 - m.sliding_window) : 0; }
     int max_parts() const { return std::max(max_rows, kFewRows * n_threads); }
-    float* weights_of(int slot, int row, int head) {
-        return &weights[(((size_t)slot * max_rows + row) * m.n_heads + head) * row_size()];
+    float* weights_of(int span, int row, int head) {
+        return &weights[(((size_t)span * n_rows + row) * m.n_heads + head) * row_size];
     }
-    Softmax& softmax_of(int slot, int part, int head) {
-        return softmax[((size_t)slot * max_parts() + part) * m.n_heads + head];
+    float* own_weights(int thread, int head) { return weights_of(m.n_spans, 0, thread * kHeads + head); }
+    Softmax& softmax_of(int span, int part, int head) {
+        return softmax[((size_t)(span + 1) * max_parts() + part) * m.n_heads + head];
     }
     float* part_of(int part, int head) { return &parts[((size_t)part * m.n_heads + head) * m.head_dim]; }
 
     const Model m;
     const int n_threads, max_rows;
     const int32_t *tokens, *positions, *sequences;
+    const float *cos, *sin;
     int n_rows, n_logits, n_splits;
     float* logits;
 
     std::vector<float> x, qkv, hidden;  // [rows, dim], [rows, heads * head_dim], [rows, hidden_dim]
     std::vector<float> parts;           // [row parts, n_heads * head_dim]: attention's unnormalized sums
-    std::unique_ptr<float[]> weights;   // [slots, rows, n_heads, max_seq_len]: unnormalized attention weights
-    std::vector<Softmax> softmax;       // [slots, row parts, n_heads]
+    // Unnormalized attention weights of what a row sees: [spans, n_rows, n_heads, row_size], then those of layers that
+    // lead nobody, for each thread the heads at hand: [n_threads, kHeads, row_size].
+    std::unique_ptr<float[]> weights;
+    size_t n_weights = 0;               // allocated
+    int row_size = 0;
+    std::vector<Softmax> softmax;       // [spans + 1, row parts, n_heads]
     std::vector<float> normed;          // a row for each thread
     std::vector<Activations> own;       // one for each thread
     Activations shared;
@@ -235,9 +255,9 @@ class Engine {
 
 extern "C" {
 void* engine_open(const Model* model, int n_threads, int max_rows) { return new Engine(*model, n_threads, max_rows); }
-void engine_step(void* engine, const int32_t* tokens, const int32_t* positions, const int32_t* sequences, int n_rows,
-                 int n_logits, float* logits) {
-    ((Engine*)engine)->step(tokens, positions, sequences, n_rows, n_logits, logits);
+void engine_step(void* engine, const int32_t* tokens, const int32_t* positions, const int32_t* sequences,
+                 const float* cos, const float* sin, int n_rows, int n_logits, float* logits) {
+    ((Engine*)engine)->step(tokens, positions, sequences, cos, sin, n_rows, n_logits, logits);
 }
 void engine_close(void* engine) { delete (Engine*)engine; }
 }
