@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisa.errors import MinisaError
+
+MASK = 1 << 25  # of its numbers at a time on the CPU, where the fused call makes a float of each
 
 
 class Queries(NamedTuple):
@@ -146,7 +149,12 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.is_cuda and type(mask) is Tensor:  # no fused kernel there takes both groups and such a mask
         k, v, grouped = _for_each_query_head(k, q.shape[1]), _for_each_query_head(v, q.shape[1]), False
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    attend = partial(F.scaled_dot_product_attention, key=k, value=v, is_causal=mask is None, enable_gqa=grouped)
+    n_rows = max(MASK // k.shape[2], 1)
+    if q.is_cuda or mask is None or q.shape[2] <= n_rows:
+        return attend(q, attn_mask=mask)
+    parts = zip(q.split(n_rows, dim=2), mask.split(n_rows, dim=2), strict=True)
+    return torch.cat([attend(rows, attn_mask=seen) for rows, seen in parts], dim=2)
 
 
 def _grouped(x: Tensor, kv: Tensor) -> Tensor:

@@ -212,6 +212,16 @@ def test_prefill_of_a_follower_never_holds_a_square_matrix() -> None:
     assert largest <= decode.PREFILL_CHUNK * length  # a chunk's mask, once and not a head
 
 
+@pytest.mark.parametrize("plan", ["none", "head maps"])
+def test_masks_are_floats_a_few_rows_at_a_time(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = tokens_of(CONFIG, 1, 40)
+    expected = in_one_go(build(CONFIG, PLANS[plan], "reference"), tokens)
+    cache, model = StaticCache.allocate(CONFIG, PLANS[plan], max_seq_len=40), build(CONFIG, PLANS[plan])
+    monkeypatch.setattr("minisa.attention.MASK", 100)
+    hidden = [next(prefill_chunks(model, tokens[:, part], part.start, cache)) for part in (slice(0, 9), slice(9, 40))]
+    assert (model.head(torch.cat(hidden, 1)) - expected).abs().max() < 1e-4
+
+
 def test_half_precision_cast_of_the_rotary_table_is_refused() -> None:
     model = build(CONFIG, PLANS["none"]).bfloat16()
     with pytest.raises(TypeError, match="rope_frequencies must stay fp32"):
