@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from minisa.cache import StaticCache
@@ -176,7 +176,7 @@ def test_a_row_is_its_prompt_alone_whatever_comes_and_goes(engine: str, way: str
     """Rows that finish, are cancelled, are taken again, have much of their prompt in a prefix, or fill the context."""
     llm = ENGINES[engine]()
 
-    @settings(max_examples=schedules, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=schedules, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
     @given(requests=REQUESTS)
     def check(requests: list[Request]) -> None:
         played = play(llm, requests, WAYS[way])

@@ -18,7 +18,7 @@ from minisa.decode import TorchRunner, prefill_chunks
 from minisa.dialog import DIALOGS
 from minisa.engine import LLM
 from minisa.errors import MinisaError
-from minisa.generate import WRITTEN_AHEAD
+from minisa.row import WRITTEN_AHEAD
 from minisa.sharing import SharingPlan
 from minisa.speculate import LONGEST
 from tests.test_generate import ByteTokenizer, text, tokens
