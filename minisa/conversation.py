@@ -7,7 +7,7 @@ from typing import Any
 
 from minisa.dialog import Message
 from minisa.engine import LLM
-from minisa.generate import Chunk, Stats
+from minisa.row import Chunk, Stats
 
 
 class Conversation:

@@ -11,12 +11,10 @@ import torch
 
 from minisa.cache import StaticCache
 from minisa.loop import DecodingLoop
-from minisa.row import Chunk, FinishReason, Options, Prefix, Stats, StopStrings
+from minisa.row import Chunk, Options, Prefix
 from minisa.runners import Runner
 from minisa.speculate import PRICE, TRIED, PromptLookup
 from minisa.tokenizer import Tokenizer
-
-__all__ = ["Chunk", "FinishReason", "Options", "Prefix", "Stats", "StopStrings", "compute_prefix", "generate"]
 
 
 @torch.inference_mode()

@@ -18,9 +18,9 @@ from minisa.decode import TorchRunner
 from minisa.dialog import DIALOGS
 from minisa.engine import LLM
 from minisa.errors import MinisaError
-from minisa.generate import Chunk
 from minisa.native.build import open_library
 from minisa.native.runner import NativeRunner
+from minisa.row import Chunk
 from minisa.sharing import SharingPlan
 from tests.test_generate import PROMPTS, ByteTokenizer, llm_of, text, tokens
 from tests.test_model import CONFIG, build

@@ -17,8 +17,8 @@ from minisa.cache import StaticCache
 from minisa.dialog import DIALOGS
 from minisa.engine import LLM
 from minisa.errors import MinisaError
-from minisa.generate import Chunk, StopStrings
 from minisa.model import Transformer
+from minisa.row import Chunk, StopStrings
 from minisa.sharing import SharingPlan
 from tests.test_model import CONFIG, PLANS, build
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from minisa.cache import StaticCache
 from minisa.engine import LLM
-from minisa.generate import Options, generate
+from minisa.generate import generate
+from minisa.row import Options
 from minisa.study.likelihood import Item, batches, encode, likelihoods
 from minisa.study.loss import token_losses
 from minisa.study.results import Record
