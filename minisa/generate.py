@@ -13,7 +13,7 @@ from minisa.cache import StaticCache
 from minisa.loop import DecodingLoop
 from minisa.row import Chunk, Options, Prefix
 from minisa.runners import Runner
-from minisa.speculate import PRICE, TRIED, PromptLookup
+from minisa.speculate import PromptLookup
 from minisa.tokenizer import Tokenizer
 
 
@@ -59,7 +59,6 @@ class SpeculativeLoop(DecodingLoop):
     def add(self, prompt: list[int], *rest: Any) -> int:
         """As DecodingLoop.add."""
         self._lookup = PromptLookup(prompt)
-        self._lookup.credit = TRIED * PRICE
         return super().add(prompt, *rest)
 
     @torch.inference_mode()

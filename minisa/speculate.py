@@ -19,14 +19,14 @@ TRIED = 2  # guesses that an answer may risk before it has earned any; right one
 class PromptLookup:
     """Guesses for one row. What wrong guesses cost is bounded by what the text, and right ones, have earned.
 
-    credit: steps that may be risked on guesses now; at most those of LONGEST.
+    tried: guesses that may be risked before any have been right.
     """
 
-    def __init__(self, tokens: Sequence[int]) -> None:
+    def __init__(self, tokens: Sequence[int], tried: int = TRIED) -> None:
         self._tokens: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # where the text went on after its last NGRAM tokens
         self._found: int | None = None
-        self.credit = LONGEST * PRICE
+        self._credit = tried * PRICE  # steps that may be risked now; at most those of LONGEST
         for token in tokens:
             self.append(token)
 
@@ -42,7 +42,7 @@ class PromptLookup:
         """At most so many tokens that may come next; none where the text has not been here before."""
         if self._found is None:
             return []
-        affordable = min(most, LONGEST, int(self.credit / PRICE))
+        affordable = min(most, LONGEST, int(self._credit / PRICE))
         guesses: list[int] = []
         for place in range(self._found, self._found + affordable):
             beyond = place - len(self._tokens)  # a short circle is gone round more than once
@@ -52,4 +52,4 @@ class PromptLookup:
     def settle(self, guessed: int, right: int) -> None:
         """After a step: how many tokens it was fed as guesses, and how many of these were right."""
         earned = right + EARNED * (right + 1)
-        self.credit = min(self.credit + earned - PRICE * guessed, LONGEST * PRICE)
+        self._credit = min(self._credit + earned - PRICE * guessed, LONGEST * PRICE)
