@@ -24,6 +24,7 @@ from minisa.native.build import open_library
 from minisa.native.runner import NativeRunner, supports
 from minisa.runners import choose_runner, may_become_native, native_step
 from minisa.sharing import SharingPlan
+from minisa.speculate import LONGEST
 from tests.test_model import build as build_model
 from tests.test_model import tokens_of
 from tests.tiny import tiny_config
@@ -120,6 +121,18 @@ def test_the_bound_would_see_one_token_too_few(library: ctypes.CDLL) -> None:
     expected = reference.prefill(tokens, 0, expected_cache)
     shorter = native.prefill(tokens[:, 1:], 0, cache)
     assert (shorter - expected).norm() / expected.norm() > 0.1
+
+
+def test_guesses_are_checked_to_the_last_bit(library: ctypes.CDLL) -> None:
+    """Or a near tie would go another way with them than without."""
+    config = SHAPES["gqa"]
+    model = build_model(config, plan_of(config, "interleaved", True))
+    native, ids = NativeRunner(model, library, n_threads=2), tokens_of(config, 1, 128)
+    cache, _ = caches(model, 1, 128)
+    native.prefill(ids[:, :120], 0, cache)
+    together = torch.cat(list(native.all_logits(ids[:, 120 : 121 + LONGEST], 120, cache)))
+    for i, logits in enumerate(together, 120):
+        assert torch.equal(native.decode(ids[:, i].clone(), torch.tensor([i]), cache, i + 1)[0], logits)
 
 
 @pytest.mark.parametrize("window", [1, 24])

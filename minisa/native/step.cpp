@@ -219,6 +219,7 @@ class Engine {
         });
     }
 
+    // More than a step with guesses feeds (speculate.py): its sums are to be those of one row.
     static constexpr int kFewRows = 8;
     int first_seen(int row) const { return m.sliding_window ? std::max(0, positions[row] + 1 - m.sliding_window) : 0; }
     int max_parts() const { return std::max(max_rows, kFewRows * n_threads); }
