@@ -98,9 +98,9 @@ class ModelConfig:
         """From a Hugging Face config.json of LlamaForCausalLM or MistralForCausalLM."""
         architectures = raw.get("architectures") or [f"model_type {raw.get('model_type', 'missing')}"]
         if not set(architectures) & {"LlamaForCausalLM", "MistralForCausalLM"}:
-            named = " ".join(", ".join(map(str, architectures)).split())  # on one line, whatever it is
             raise MinisaError(
-                f"config.json: architecture {named} is not supported: expected LlamaForCausalLM or MistralForCausalLM"
+                f"config.json: architecture {', '.join(map(str, architectures))} is not supported: "
+                "expected LlamaForCausalLM or MistralForCausalLM"
             )
         for key in ("attention_bias", "mlp_bias"):
             if raw.get(key):
