@@ -18,7 +18,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from urllib.parse import urljoin
 
@@ -153,12 +153,12 @@ def _run_pip(command: list[str], scratch: Path, watch: Callable[[], None]) -> tu
 
 
 def _largest_file(folder: Path) -> int:
+    """The size in bytes of the largest file below `folder`, which pip adds to and removes from meanwhile."""
     sizes = [0]
-    for path in folder.rglob("*"):
-        try:
-            sizes.append(path.lstat().st_size)
-        except OSError:  # pip has just moved it
-            continue
+    for parent, _, names in os.walk(folder):  # a folder that has gone has nothing in it; Path.rglob would raise
+        for name in names:
+            with suppress(OSError):
+                sizes.append(os.lstat(os.path.join(parent, name)).st_size)
     return max(sizes)
 
 

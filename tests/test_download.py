@@ -314,6 +314,21 @@ def test_pip_is_watched_and_stopped_with_us(tmp_path: Path) -> None:
         os.kill(int((tmp_path / "pip.log").read_text()), 0)
 
 
+def test_folders_that_pip_removes_meanwhile_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some.whl").write_bytes(bytes(7))
+    (tmp_path / "pip-build-tracker").mkdir()
+    listing = os.scandir
+
+    def late(path: str | Path) -> object:
+        if Path(path).name == "pip-build-tracker":
+            Path(path).rmdir()
+        return listing(path)
+
+    monkeypatch.setattr("os.scandir", late)
+    assert download._largest_file(tmp_path) == 7
+    assert not (tmp_path / "pip-build-tracker").exists()
+
+
 def test_pips_status_and_words_are_handed_back(tmp_path: Path) -> None:
     code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"
     status, log = download._run_pip([sys.executable, "-c", code], tmp_path, lambda: None)
