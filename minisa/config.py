@@ -146,7 +146,7 @@ class ModelConfig:
 
         vocab_size: rows of the embedding matrix; Meta's Llama 2 files say -1 and leave it to the tokenizer.
         Meta's files do not say the context length either: 131,072 where `use_scaled_rope` is set (Llama 3.1
-        and 3.2), else what the RoPE base was made for.
+        and later), 2,048 where the shape is one of Llama 1's, else what the RoPE base was made for.
         """
         if raw.get("moe") or raw.get("num_experts"):
             raise MinisaError(
@@ -169,8 +169,11 @@ class ModelConfig:
             context = 32_768 if "hidden_dim" in raw else 16_384  # Mistral v0.2+, Code Llama
         elif rope_theta >= 500_000:
             context = 8192  # Llama 3
+        elif window:
+            context = 32_768  # Mistral v0.1
         else:
-            context = 32_768 if window else 4096  # Mistral v0.1, Llama 2
+            llama1 = raw.get("norm_eps") == 1e-6 or (dim >= 8192 and "n_kv_heads" not in raw)  # up to 33B; 65B
+            context = 2048 if llama1 else 4096  # Llama 2
         return cls(
             dim=dim,
             n_layers=_integer(raw, "n_layers"),

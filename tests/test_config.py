@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from minisa.config import PRESETS, ModelConfig, RopeScaling
+from minisa.costs import parameter_count
 from minisa.errors import MinisaError
+from minisa.sharing import SharingPlan
+from tests.families import FAMILIES
 
 LLAMA31_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -61,10 +64,21 @@ def test_published_descriptions_give_the_presets() -> None:
     assert ModelConfig.from_params({**meta, "use_scaled_rope": True}, 128256) == PRESETS["llama3.1-8b"]
     llama2 = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
     assert ModelConfig.from_params(llama2, 32000) == PRESETS["llama2-7b"]
+    assert ModelConfig.from_params({**llama2, "norm_eps": 1e-06}, 32000) == FAMILIES["llama-7b"].config
+    llama65b = {"dim": 8192, "multiple_of": 256, "n_heads": 64, "n_layers": 80, "norm_eps": 1e-05, "vocab_size": -1}
+    assert ModelConfig.from_params(llama65b, 32000) == FAMILIES["llama-65b"].config
+    code = {"dim": 8192, "n_layers": 48, "n_heads": 64, "n_kv_heads": 8, "ffn_dim_multiplier": 1.0, "rope_theta": 1e6}
+    assert ModelConfig.from_params(code, 32000) == FAMILIES["code-llama-34b"].config
     mistral = {"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8}
     mistral |= {"norm_eps": 1e-05, "vocab_size": 32000}
     assert ModelConfig.from_params({**mistral, "sliding_window": 4096}, 32000) == PRESETS["mistral-7b-v0.1"]
     assert ModelConfig.from_params({**mistral, "rope_theta": 1e6}, 32768) == PRESETS["mistral-7b-v0.3"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_as_many_parameters_as_published(name: str) -> None:
+    family = FAMILIES[name]
+    assert parameter_count(family.config, SharingPlan.none(family.config.n_layers)) == family.parameters
 
 
 def test_transformers_5_spelling() -> None:

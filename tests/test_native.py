@@ -25,6 +25,7 @@ from minisa.native.runner import NativeRunner, supports
 from minisa.runners import choose_runner, may_become_native, native_step
 from minisa.sharing import SharingPlan
 from minisa.speculate import LONGEST
+from tests.families import FAMILIES
 from tests.test_model import build as build_model
 from tests.test_model import tokens_of
 from tests.tiny import tiny_config
@@ -100,6 +101,21 @@ def test_prefill_decode_and_ragged_batches(shape: str, plan: str, mapped: bool, 
         positions = positions + 1
     assert_near(cache.values, expected_cache.values)
     assert_near(cache.keys, expected_cache.keys)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_heads_and_window(family: str, library: ctypes.CDLL) -> None:
+    config = FAMILIES[family].in_miniature()
+    reference, native = pair(config, SharingPlan.parse("1", config.n_layers), library)
+    tokens = tokens_of(config, 1, 60)
+    expected_cache, cache = caches(reference.model, 1, 60)
+    assert_near(native.prefill(tokens[:, :50], 0, cache), reference.prefill(tokens[:, :50], 0, expected_cache))
+    for position in range(50, 60):
+        fed, positions = tokens[:, position], torch.tensor([position])
+        assert_near(
+            native.decode(fed, positions, cache, position + 1),
+            reference.decode(fed, positions, expected_cache, position + 1),
+        )
 
 
 @pytest.mark.parametrize("n_threads", [1, 3])

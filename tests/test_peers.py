@@ -11,23 +11,16 @@ import torch
 from torch import Tensor
 
 from minisa import LLM
+from minisa.cache import StaticCache
 from minisa.checkpoint import load_weights, open_checkpoint
 from minisa.config import RopeScaling
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
+from tests.families import FAMILIES
 from tests.test_model import in_one_go
 from tests.tiny import random_weights, tiny_config, write_gguf, write_hf, write_meta, write_mistral
 
 transformers = pytest.importorskip("transformers", reason='needs pip install "minisa[peers]"')
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama2": {"n_kv_heads": 4},
-    "llama3.1": {"rope_theta": 500_000.0, "rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 64)},
-    "llama3.2": {"tie_embeddings": True, "rope_scaling": RopeScaling("llama3", 32.0, 1.0, 4.0, 64)},
-    "linear": {"rope_scaling": RopeScaling("linear", 2.0)},
-    "mistral-v0.1": {"sliding_window": 24},
-    "nemo": {"dim": 96, "head_dim": 32},
-}
 
 
 def peer_logits(path: Path, tokens: Tensor) -> Tensor:
@@ -36,25 +29,51 @@ def peer_logits(path: Path, tokens: Tensor) -> Tensor:
         return model(tokens).logits
 
 
-def our_logits(path: Path, tokens: Tensor) -> Tensor:
+def load(path: Path) -> Transformer:
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(checkpoint.config, SharingPlan.none(checkpoint.config.n_layers))
     load_weights(model, checkpoint, device="cpu", dtype=torch.float32)
+    return model
+
+
+def our_logits(path: Path, tokens: Tensor) -> Tensor:
+    model = load(path)
     with torch.inference_mode():
         return in_one_go(model, tokens)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_from_its_own_format(family: str, tmp_path: Path) -> None:
-    """One random model in Hugging Face's layout gives transformers' logits, and so do its other formats."""
-    config = tiny_config(**{"n_heads": 4, "n_kv_heads": 2, "max_seq_len": 256} | FAMILIES[family])
+def test_every_family(family: str, tmp_path: Path) -> None:
+    """A small random model of each, in shards, gives transformers' logits, and so does its GGUF."""
+    config = FAMILIES[family].in_miniature()
     weights = random_weights(config, 1)
     tokens = torch.randint(config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(2))
-    write_hf(tmp_path / "hf", config, weights, shards=2)
-    expected = peer_logits(tmp_path / "hf", tokens)
+    expected = peer_logits(write_hf(tmp_path / "hf", config, weights, shards=2), tokens)
     assert expected.std() > 0.1  # there is something to compare
-    assert (our_logits(tmp_path / "hf", tokens) - expected).abs().max() < 1e-4
+    for path in (tmp_path / "hf", write_gguf(tmp_path / "model.gguf", config, weights)):
+        assert (our_logits(path, tokens) - expected).abs().max() < 1e-4
+
+
+def test_a_ring_that_has_wrapped_twice(tmp_path: Path) -> None:
+    config, plain = replace(FAMILIES["mistral-7b-v0.1"].in_miniature(), max_seq_len=512), SharingPlan.none(2)
+    path = write_hf(tmp_path, config, random_weights(config, 1))
+    tokens = torch.randint(config.vocab_size, (1, 300), generator=torch.Generator().manual_seed(2))
+    cache = StaticCache.allocate(config, plain, batch=1, max_seq_len=300)
+    assert cache.slots < 100
+    model, found = load(path), []
+    with torch.inference_mode():
+        for start in range(0, 300, 60):
+            positions = torch.arange(start, start + 60)[None]
+            found.append(model(tokens[:, start : start + 60], positions, cache.view(start + 60)))
+    assert (torch.cat(found, 1) - peer_logits(path, tokens)).abs().max() < 1e-4
+
+
+def test_linear_scaling(tmp_path: Path) -> None:
+    config = tiny_config(rope_scaling=RopeScaling("linear", 2.0))
+    tokens = torch.randint(config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(2))
+    path = write_hf(tmp_path, config, random_weights(config, 1))
+    assert (our_logits(path, tokens) - peer_logits(path, tokens)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("write", [write_meta, write_mistral, write_gguf], ids=["meta", "mistral", "gguf"])
