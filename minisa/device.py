@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -13,6 +15,14 @@ from minisa.errors import MinisaError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KV_DTYPES = DTYPES | {"fp8": torch.float8_e4m3fn}
+
+
+@cache
+def keep_forks_running() -> None:
+    """PyTorch keeps to one thread in processes forked from this one: OpenMP's others stay behind, and a child that
+    asked for them would wait for ever."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 def choose_device(name: str = "auto") -> torch.device:

@@ -18,7 +18,7 @@ from minisa.cache import StaticCache
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta
 from minisa.config import ModelConfig
 from minisa.costs import cache_slots, kv_bytes
-from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_name, free_memory
+from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_name, free_memory, keep_forks_running
 from minisa.dialog import DIALOGS, Dialog, Message, find_dialog
 from minisa.errors import MinisaError
 from minisa.generate import compute_prefix, generate
@@ -148,6 +148,7 @@ class LLM:
         compile: bool | None = None,
         quantized: str | None = None,
     ) -> None:
+        keep_forks_running()
         self.model = model
         self.tokenizer = tokenizer
         self._find_dialog = find_dialog

@@ -39,9 +39,9 @@ TEXTS = (
 COMMANDS = ("/reset", "/system Answer like a pirate.", "/system", "/stats", "/sa", "/help", "/nonsense")
 
 
-def tiny_model(folder: Path) -> Path:
+def tiny_model(folder: Path, **shape: int) -> Path:
     """A checkpoint with a chat format."""
-    config = tiny_config(vocab_size=275, max_seq_len=256)
+    config = tiny_config(vocab_size=275, max_seq_len=256, **shape)
     write_hf(folder, config, random_weights(config))
     write_json(folder / "tokenizer.json", byte_level_json())
     write_json(folder / "tokenizer_config.json", {"chat_template": "<|im_start|>"})

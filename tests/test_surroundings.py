@@ -100,19 +100,33 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
 
 
 FORKED = """
-import os, sys, minisa
+import os, sys, minisa, torch
+def answer():
+    return "".join(chunk.text for chunk in llm.chat([{"role": "user", "content": 20 * "Why? "}], max_new_tokens=12))
+def load():
+    compiled = sys.argv[2] == "True"
+    return minisa.load(sys.argv[1], dtype="bf16" if compiled else "fp32", device="cpu", compile=compiled)
+torch.set_num_threads(2)
+if sys.argv[3] == "after a generation":
+    llm = load()
+    answer()
 child = os.fork()
-llm = minisa.load(sys.argv[1], dtype="fp32", device="cpu", compile=False)
-text = "".join(chunk.text for chunk in llm.chat([{"role": "user", "content": "Why?"}], max_new_tokens=12))
-print(ascii(text), flush=True)
+if sys.argv[3] == "after import":
+    llm = load()
+print(llm.runner.name, ascii(answer()), flush=True)
 if child:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 
 
-def test_a_fork_after_import(tiny: Path) -> None:
-    command = [sys.executable, "-c", FORKED, str(tiny)]
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("when", ["after import", "after a generation"])
+def test_a_fork(when: str, compiled: bool, tmp_path: Path) -> None:
+    """Threads do not come along: parent and child each have what they need, whatever ran before."""
+    model = tiny_model(tmp_path, n_heads=2, n_kv_heads=1, head_dim=32)  # wide enough for the C++ step
+    command = [sys.executable, "-c", FORKED, str(model), str(compiled), when]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     one, other = ran.stdout.splitlines()
     assert one == other
-    assert len(one) > 12
+    assert len(one) > 24
+    assert one.startswith("C++ step" if compiled else "eager")

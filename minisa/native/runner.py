@@ -247,10 +247,12 @@ class _Bound:
         self._frequencies = model.rope_frequencies
         self._alive = (weights, cache.values, cache.keys, head_maps, table)  # what the tables point into
         max_rows = max(CHUNK, per_layer // per_row)
+        self._process = os.getpid()
         self._engine = self._library.engine_open(ctypes.byref(self._model), runner.n_threads, max_rows)
 
     def holds(self, cache: StaticCache) -> bool:
-        return _storage(cache) == self._storage
+        """Whether it is bound to this memory, and has its threads: after a fork they are the parent's."""
+        return _storage(cache) == self._storage and self._process == os.getpid()
 
     def step(self, tokens: Tensor, positions: Tensor, rows: Tensor, n_logits: int) -> Tensor:
         logits = torch.empty(n_logits, self._model.vocab_size)
@@ -262,7 +264,7 @@ class _Bound:
         return logits
 
     def __del__(self) -> None:
-        if hasattr(self, "_engine"):
+        if hasattr(self, "_engine") and self._process == os.getpid():  # closing waits for the threads
             self._library.engine_close(self._engine)
 
 
