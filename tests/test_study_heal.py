@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from torch import Tensor
 
 from minisa.checkpoint.safetensors import read_safetensors
 from minisa.cli import main
 from minisa.engine import load
 from minisa.errors import MinisaError
+from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from minisa.study import heal as heal_module
 from minisa.study.heal import Training, heal, trainable
@@ -60,7 +62,7 @@ def test_it_heals(which: str) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())
 
 
-def test_a_step_follows_the_gradient_of_the_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_follows_the_gradient_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut at the first trained layer, at the logits and in chunks, it is the gradient of one whole expression."""
     monkeypatch.setattr("minisa.study.heal.ROWS", 10)
     plain = build(CONFIG, PLANS["none"])
@@ -76,12 +78,21 @@ def test_a_step_follows_the_gradient_of_the_divergence(monkeypatch: pytest.Monke
     with torch.no_grad():
         weight.copy_(before)
         wanted = in_one_go(plain, TEXT[:2])[:, rows].softmax(-1)
+        targets = states_after_layers(plain, TEXT[:2])[3:]
     student.zero_grad()
-    walk = heal_module.Walk(student)
-    logits = student.head(student.norm(walk.onward([walk.embed(TEXT[:2])], 0)[-1]))[:, rows]
-    (F.kl_div(logits.log_softmax(-1), wanted, reduction="none").sum(-1).mean()).backward()
+    states = states_after_layers(student, TEXT[:2])[3:]
+    logits = student.head(student.norm(states[-1]))[:, rows]
+    divergence = F.kl_div(logits.log_softmax(-1), wanted, reduction="none").sum(-1).mean()
+    distance = ((states - targets).norm(dim=-1) / targets.norm(dim=-1)).square().mean()
+    (divergence + heal_module.STATES * distance).backward()
     assert weight.grad is not None
     assert torch.allclose(found, weight.grad, atol=1e-5, rtol=1e-3)
+
+
+def states_after_layers(model: Transformer, windows: Tensor) -> Tensor:
+    """[L, N, T, dim]."""
+    walk = heal_module.Walk(model)
+    return torch.stack(walk.onward([walk.embed(windows)], 0, keep=True))
 
 
 def test_what_the_plan_brings_is_where_it_starts() -> None:

@@ -1,8 +1,9 @@
 """Heal: the shared model learns to predict as the plain one does.
 
-Distillation: the plain model's predictions are the targets, the loss is KL(plain ‖ shared), the optimizer Adam. Only
-some weights of the layers from the first follower on are trained, so nothing before it is run twice or kept for the
-backward pass; both models share every weight that is not trained.
+Distillation: the loss is KL(plain ‖ shared) of the predictions and how far the hidden states after every layer are
+from the plain model's, which says more about each token than its prediction does; the optimizer is Adam. Only some
+weights of the layers from the first follower on are trained, so nothing before it is run twice or kept for the backward
+pass; both models share every weight that is not trained.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from minisa.study.walk import Walk, layer_of, replace, share
 
 ROWS = 256  # positions whose predictions are held at once
 WARM_UP = 10  # steps over which the rate rises; it falls in a straight line to the end of the run
+STATES = 20.0  # nats that a relative squared distance of 1 from the plain model's states weighs
 EVERY = 2  # of the positions, one in so many is predicted: rows of the vocabulary are a quarter of a step's cost
 _FOLLOWER = ("attention.wv", "attention.wo", "attention_norm", "ffn_norm")
 _LEADER = ("attention.wq", "attention.wk", *_FOLLOWER)
@@ -134,13 +136,17 @@ def heal(
 def _step(
     teacher: Walk, learner: Walk, windows: Tensor, rows: slice, first: int, optimizer: torch.optim.Optimizer
 ) -> None:
-    """One step of Adam on the mean divergence of predictions at `rows` of windows; layers before `first` run once."""
+    """One step of Adam; layers before `first` run once. The loss is the mean divergence of predictions at `rows` of
+    windows and STATES times the mean of ‖shared − plain‖² / ‖plain‖² over every position and every layer after that."""
     with torch.no_grad():
         states = [teacher.embed(windows)]
         for i in range(first):
             states.append(teacher.layer(i, states[-1], {}))
-        wanted = teacher.model.norm(teacher.onward(states, first)[-1][:, rows]).flatten(0, 1)
-    found = learner.model.norm(learner.onward(states, first)[-1][:, rows]).flatten(0, 1)
+        targets = teacher.onward(states, first, keep=True)
+        wanted = teacher.model.norm(targets[-1][:, rows]).flatten(0, 1)
+    reached = learner.onward(states, first, keep=True)
+    distances = [((x - y).square().sum(-1) / y.square().sum(-1)).mean() for x, y in zip(reached, targets, strict=True)]
+    found = learner.model.norm(reached[-1][:, rows]).flatten(0, 1)
     cut = found.detach().requires_grad_()  # so that the logits of a few positions are held at a time
     for theirs, ours in zip(wanted.split(ROWS), cut.split(ROWS), strict=True):
         with torch.no_grad():
@@ -149,6 +155,6 @@ def _step(
         # The plain model's own entropy is no function of what is trained.
         loss = (logits.logsumexp(-1) - torch.einsum("nv,nv->n", logits, target)).sum() / len(cut)
         loss.backward()
-    found.backward(cut.grad)
+    torch.autograd.backward([found, STATES * torch.stack(distances).mean()], [cut.grad, None])
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
