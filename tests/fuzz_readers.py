@@ -16,10 +16,11 @@ from minisa.engine import choose_plan
 from minisa.registry import read_registry, shard_names
 from minisa.sharing import Delta, SharingPlan
 from minisa.study.findings import Findings, read_findings, write_findings
+from minisa.study.training import Training, read_training, write_training
 from minisa.tokenizer import load_tokenizer
-from tests.encode import repack_zip
+from tests.encode import repack_zip, split_gguf
 from tests.tiny import empty_model, random_weights, tiny_config, write_gguf, write_hf, write_meta, write_mistral
-from tests.vocabularies import byte_level_json, gguf_byte_level, sentencepiece_model, write_json
+from tests.vocabularies import byte_level_json, gguf_byte_level, sentencepiece_model, tekken_json, write_json
 
 CONFIG = tiny_config(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=32, vocab_size=32)
 
@@ -92,6 +93,13 @@ def tokenizer_in_gguf(folder: Path) -> Reader:
     return Reader(file, lambda: tokenize(file), file)
 
 
+def gguf_part(folder: Path) -> Reader:
+    """Of a model in three parts, the second, which the first is opened with."""
+    whole = write_gguf(folder / "m.gguf", CONFIG, random_weights(CONFIG), metadata=gguf_byte_level(byte_level_json()))
+    first, second, _ = split_gguf(whole, 3)
+    return Reader(second, lambda: load(first), folder)
+
+
 def settings(folder: Path) -> Reader:
     (folder / "tokenizer.model").write_bytes(sentencepiece_model())
     file = write_json(
@@ -131,6 +139,13 @@ def search_state(folder: Path) -> Reader:
     return Reader(file, lambda: read_findings(file, {"length": 8}), file)
 
 
+def heal_state(folder: Path) -> Reader:
+    file, ones = folder / "state.heal", {"layers.2.attention.wo.weight": torch.ones(4, 4)}
+    training = Training(3, 1.5, 0.25, [(0, 0.5), (3, 0.25)], ones, ones, ones, ones)
+    write_training(file, {"length": 8}, training)
+    return Reader(file, lambda: read_training(file, {"length": 8}), file)
+
+
 def models_toml(folder: Path) -> Reader:
     file = folder / "models.toml"
     file.write_bytes((Path(__file__).parents[1] / "weights" / "models.toml").read_bytes()[:2500].rpartition(b"\n\n")[0])
@@ -151,17 +166,20 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "params.json": lambda folder: described(folder, write_meta, "params.json"),
     "mistral": lambda folder: described(folder, write_mistral, "consolidated.safetensors"),
     "gguf": lambda folder: gguf(folder, {"nested": [[1, 2], ["x"]], "flag": True}),
+    "gguf part": gguf_part,
     "pth": lambda folder: pth(folder, pickle=False),
     "pickle": lambda folder: pth(folder, pickle=True),
     "tokenizer.model": lambda folder: tokenizer_file(folder, "tokenizer.model", sentencepiece_model()),
     "tokenizer.json": lambda folder: tokenizer_file(
         folder, "tokenizer.json", json.dumps(byte_level_json()).encode()
     ),
+    "tekken.json": lambda folder: tokenizer_file(folder, "tekken.json", json.dumps(tekken_json()).encode()),
     "tokenizer.gguf": tokenizer_in_gguf,
     "tokenizer_config.json": settings,
     "plan": plan,
     "delta": delta,
     "search state": search_state,
+    "heal state": heal_state,
     "models.toml": models_toml,
     "pulled index": pulled_index,
 }  # fmt: skip

@@ -23,8 +23,7 @@ from minisa.registry import shard_names
 from minisa.sharing import SharingPlan
 from minisa.tokenizer import load_tokenizer
 from tests.encode import encode_safetensors, gguf_string
-from tests.test_bytelevel import tekken_json
-from tests.vocabularies import byte_level_json, write_json
+from tests.vocabularies import byte_level_json, tekken_json, write_json
 
 MEMORY, SECONDS = 700 << 20, 20  # of address space above what torch takes; of time for each
 

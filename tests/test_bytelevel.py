@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import copy
 import json
@@ -29,6 +28,7 @@ from tests.vocabularies import (
     gguf_byte_level,
     gpt2_letters,
     pieces,
+    tekken_json,
     write_json,
 )
 
@@ -224,13 +224,6 @@ def test_gguf_that_is_refused(changes: dict[str, Any], says: str, tmp_path: Path
         load_tokenizer(file)
     assert says in str(error.value)
     assert str(error.value).startswith(f"{file}: ")
-
-
-def tekken_json() -> dict[str, Any]:
-    tokens = [*(bytes([i]) for i in range(256)), b"he", b"ll"]
-    vocab = [{"rank": i, "token_bytes": base64.b64encode(token).decode()} for i, token in enumerate(tokens)]
-    config = {"pattern": TEKKEN_SPLIT, "default_num_special_tokens": 30, "default_vocab_size": 287}
-    return {"config": config, "vocab": vocab}
 
 
 def test_tekken_cuts_its_vocabulary_and_fills_up_its_special_tokens(tmp_path: Path) -> None:

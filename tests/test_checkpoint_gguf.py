@@ -14,7 +14,7 @@ import torch
 from minisa.checkpoint import ggml, load_weights, open_checkpoint, read_gguf
 from minisa.errors import MinisaError
 from minisa.tokenizer import load_tokenizer
-from tests.encode import GGML_CODES, encode_gguf, gguf_string
+from tests.encode import GGML_CODES, encode_gguf, gguf_string, split_gguf
 from tests.tiny import empty_model, random_weights, tiny_config, write_gguf
 from tests.vocabularies import byte_level_json, gguf_byte_level
 
@@ -212,26 +212,11 @@ def test_a_file_by_the_gguf_packages_writer(tmp_path: Path) -> None:
     assert raw == matrix.tobytes()
 
 
-def split(whole: Path, count: int) -> list[Path]:
-    """The file in parts, as llama.cpp writes them: all of the description in the first."""
-    header, data = read_gguf(whole), whole.read_bytes()
-    paths = [whole.with_name(f"parts-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
-    for i, path in enumerate(paths):
-        metadata: dict[str, Any] = {"split.no": i, "split.count": count, "split.tensors.count": len(header.tensors)}
-        tensors = {
-            info.name: (info.type.code, info.shape, data[info.offset : info.offset + info.nbytes])
-            for info in header.tensors[i::count]
-        }
-        path.write_bytes(encode_gguf((header.metadata if i == 0 else {}) | metadata, tensors))
-    whole.unlink()
-    return paths
-
-
 @pytest.fixture
 def parts(tmp_path: Path) -> list[Path]:
     config = tiny_config(n_layers=2)
     vocabulary = gguf_byte_level(byte_level_json())
-    return split(write_gguf(tmp_path / "m.gguf", config, random_weights(config), metadata=vocabulary), 3)
+    return split_gguf(write_gguf(tmp_path / "m.gguf", config, random_weights(config), metadata=vocabulary), 3)
 
 
 @pytest.mark.parametrize("named", [0, 2, None], ids=["by the first", "by the last", "by the folder"])

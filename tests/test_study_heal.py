@@ -12,18 +12,19 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from torch import Tensor
 
-from minisa.checkpoint.safetensors import read_safetensors
+from minisa.checkpoint.safetensors import read_safetensors, write_safetensors
 from minisa.cli import main
 from minisa.engine import load
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from minisa.study import heal as heal_module
-from minisa.study.heal import Training, heal, trainable
+from minisa.study.heal import heal, trainable
 from minisa.study.judge import Judge
 from minisa.study.loss import final_hidden
 from minisa.study.plans import read_plan
 from minisa.study.refit import refit
+from minisa.study.training import Training, read_training, write_training
 from minisa.study.walk import replace, share
 from tests.test_model import CONFIG, N_LAYERS, PLANS, build, in_one_go, tokens_of
 from tests.tiny import random_weights, tiny_config, write_hf
@@ -104,7 +105,7 @@ def test_what_the_plan_brings_is_where_it_starts() -> None:
     assert training.history[0][1] == pytest.approx(Judge(plain, HELD_OUT).divergence(PLAN, weights), rel=1e-4)
 
 
-def test_broken_off_it_goes_on_with_the_same_steps() -> None:
+def test_broken_off_it_goes_on_with_the_same_steps(tmp_path: Path) -> None:
     plain = build(CONFIG, PLANS["none"])
     whole, broken = Training(), Training()
     options: dict[str, Any] = {"steps": 12, "rate": 1e-3, "batch": 4, "checks": 4}
@@ -117,10 +118,13 @@ def test_broken_off_it_goes_on_with_the_same_steps() -> None:
     with pytest.raises(KeyboardInterrupt):
         heal(plain, PLAN, TEXT, HELD_OUT, broken, saved=interrupt, **options)
     assert 3 <= broken.step < 12
-    heal(plain, PLAN, TEXT, HELD_OUT, broken, **options)
-    assert broken.step == whole.step
+    write_training(tmp_path / "state", {}, broken)
+    resumed = read_training(tmp_path / "state", {})
+    heal(plain, PLAN, TEXT, HELD_OUT, resumed, **options)
+    assert resumed.step == whole.step
+    assert resumed.history[:2] == broken.history[:2]
     for name, tensor in whole.weights.items():
-        assert torch.allclose(broken.weights[name], tensor, atol=1e-6)
+        assert torch.allclose(resumed.weights[name], tensor, atol=1e-6)
 
 
 def test_nothing_better_is_found_nothing_is_kept() -> None:
@@ -233,7 +237,20 @@ def test_a_second_run_goes_on_and_other_settings_are_refused(folder: Path, tmp_p
     ):
         error = invoke("heal", folder, out=out, **changes).exception
         assert isinstance(error, MinisaError) and says in str(error)
-    Path(f"{out}.heal").write_bytes(b"no")
+    state = Path(f"{out}.heal")
+    tensors = {name: stored.read_rows(0, stored.shape[0]) for name, stored in read_safetensors(state).items()}
+    name = "weights/layers.3.attention.wv.weight"
+    for content, says in (
+        ({**tensors, name: tensors[name][:-1]}, "which this model does not train: remove its state"),
+        ({**tensors, "weights/layers.0.attention.wv.weight": tensors[name]}, "which this model does not train"),
+        ({**tensors, "step/x": tensors[name]}, "not what a healing leaves (it has step/x)"),
+        ({name: tensors[name]}, "not what a healing leaves"),
+        ({"record": torch.zeros(3, dtype=torch.uint8)}, "not what a healing leaves"),
+    ):
+        write_safetensors(state, content)
+        error = invoke("heal", folder, out=out, steps=9).exception
+        assert isinstance(error, MinisaError) and says in str(error)
+    state.write_bytes(b"no")
     error = invoke("heal", folder, out=out).exception
     assert isinstance(error, MinisaError) and "not what a healing leaves" in str(error)
 

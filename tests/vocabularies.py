@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import itertools
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
+from minisa.bytelevel import TEKKEN_SPLIT
 from minisa.tokenizer import Tokenizer, load_tokenizer
 
 SPLIT_LLAMA3 = "|".join(
@@ -159,3 +161,10 @@ def load_real(name: str, request: pytest.FixtureRequest) -> Tokenizer:
 @functools.cache
 def _load(path: Path) -> Tokenizer:
     return load_tokenizer(path)
+
+
+def tekken_json() -> dict[str, Any]:
+    tokens = [*(bytes([i]) for i in range(256)), b"he", b"ll"]
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(token).decode()} for i, token in enumerate(tokens)]
+    config = {"pattern": TEKKEN_SPLIT, "default_num_special_tokens": 30, "default_vocab_size": 287}
+    return {"config": config, "vocab": vocab}

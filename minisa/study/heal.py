@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from torch import Tensor
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from minisa.study.judge import Judge
+from minisa.study.training import MOMENTS, Training
 from minisa.study.walk import Walk, layer_of, replace, share
 
 ROWS = 256  # positions whose predictions are held at once
@@ -40,19 +39,6 @@ def trainable(plan: SharingPlan, which: str) -> list[str]:
         parts = (*(_FOLLOWER if i in plan.followers else _LEADER), *(_FEED_FORWARD if which == "all" else ()))
         names += [f"layers.{i}.{part}.weight" for part in parts]
     return names
-
-
-@dataclass(slots=True)
-class Training:
-    """Where a healing is; what a run that is broken off leaves for the next."""
-
-    step: int = 0
-    seconds: float = 0.0
-    best: float = float("inf")  # divergence on held-out text, nats a token
-    history: list[tuple[int, float]] = field(default_factory=list)  # (step, divergence)
-    weights: dict[str, Tensor] = field(default_factory=dict)  # as trained so far
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
 
 
 def heal(
@@ -78,15 +64,19 @@ def heal(
     weights: what the plan brings already, in the place of the model's. which: as in `trainable`. rate: Adam's, at its
     height. checks: how often in the run held_out is measured; the best weights there are kept in training.best_weights,
     which stays empty if nothing is better than the start. saved: called after every check, and when interrupted.
+    Raises MinisaError where `training` is of another model.
     """
     names = trainable(plan, which)
-    student = replace(share(plain, plan), {**(weights or {}), **training.weights})
+    student = share(plain, plan)
+    training.require_fit({name: student.get_parameter(name) for name in names})
+    replace(student, {**(weights or {}), **training.weights})
     own = {name: student.get_parameter(name) for name in names}
     replace(student, own)  # copies: the plain model's must not be trained
     parameters = {name: student.get_parameter(name).requires_grad_() for name in names}
     optimizer = torch.optim.Adam(parameters.values(), lr=rate, betas=(0.9, 0.99))
-    if training.optimizer:
-        optimizer.load_state_dict(training.optimizer)
+    for name in training.exp_avg:
+        moments = {moment: getattr(training, moment)[name].to(parameters[name].device) for moment in MOMENTS}
+        optimizer.state[parameters[name]] = {"step": torch.tensor(float(training.step)), **moments}
     judge = Judge(plain, held_out)
     fixed = {name: tensor for name, tensor in (weights or {}).items() if name not in parameters}
     first = min(map(layer_of, [*names, *fixed]))
@@ -102,7 +92,9 @@ def heal(
     def keep() -> None:
         training.seconds = time.monotonic() - began
         training.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        training.optimizer = optimizer.state_dict()
+        for moment in MOMENTS:
+            kept = {name: optimizer.state[parameter].get(moment) for name, parameter in parameters.items()}
+            setattr(training, moment, {name: tensor for name, tensor in kept.items() if tensor is not None})
         saved()
 
     def check() -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
-import torch
 
 from minisa.console import open_model
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL
-from minisa.study.heal import TRAINABLE, Training
+from minisa.study.heal import TRAINABLE
 from minisa.study.heal import heal as train
 from minisa.study.plans import provenance, read_plan, save_plan
 from minisa.study.text import sample, sha256_of
+from minisa.study.training import read_training, write_training
 
 FILE = click.Path(dir_okay=False)
 
@@ -112,32 +111,3 @@ def heal(
         f"divergence on {held_out.numel():,} held-out tokens: {before:.4f} nats a token before, "
         f"{training.best:.4f} after {training.step} steps\n{out}: {plan}"
     )
-
-
-def read_training(path: Path, settings: dict[str, Any]) -> Training:
-    """What an earlier run left. MinisaError if that was of other settings, naming one, or if the file is broken."""
-    if not path.exists():
-        return Training()
-    try:
-        record = torch.load(path, weights_only=True)
-        before = dict(record.pop("settings"))
-        training = Training(**record)
-    except Exception as error:  # torch.load raises whatever its formats do
-        raise MinisaError(f"{path}: not what a healing leaves ({error}): remove it to begin again") from error
-    for key, value in settings.items():
-        if before.get(key) != value:
-            raise MinisaError(
-                f"{path}: begun with {key} {before.get(key)}, now it is {value}: remove the file, or give another --out"
-            )
-    return training
-
-
-def write_training(path: Path, settings: dict[str, Any], training: Training) -> None:
-    """Keep where the training is, whole at every moment."""
-    record = {name: getattr(training, name) for name in Training.__slots__}
-    partial = path.with_name(path.name + ".part")
-    try:
-        torch.save({"settings": settings, **record}, partial)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise MinisaError(f"{path}: cannot keep the state of the training: {error}") from error

@@ -31,7 +31,9 @@ def share(model: Transformer, plan: SharingPlan) -> Transformer:
 
 def replace(model: Transformer, weights: Mapping[str, Tensor]) -> Transformer:
     """model, with these parameters in the place of its own; whoever shares the old ones keeps them."""
-    model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, strict=False, assign=True)
+    device = model.norm.weight.device
+    copies = {name: tensor.to(device, copy=True) for name, tensor in weights.items()}
+    model.load_state_dict(copies, strict=False, assign=True)
     return model.requires_grad_(False)
 
 
