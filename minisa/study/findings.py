@@ -10,6 +10,7 @@ from typing import Any
 
 from minisa.errors import MinisaError
 from minisa.sharing import SharingPlan
+from minisa.study.resuming import require_same_settings
 from minisa.untrusted import MAX_JSON, read_plain, write_whole
 
 Heads = tuple[int, ...]
@@ -52,11 +53,7 @@ def read_findings(path: Path, settings: Mapping[str, Any]) -> Findings:
         findings = Findings(pairs, dict(record["measured"]), maps)  # type: ignore[arg-type]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MinisaError(f"{path}: not what a search leaves ({error}): remove it to begin again") from error
-    for key, value in settings.items():
-        if before.get(key) != value:
-            raise MinisaError(
-                f"{path}: begun with {key} {before.get(key)}, now it is {value}: remove the file, or give another --out"
-            )
+    require_same_settings(path, before, settings)
     return findings
 
 

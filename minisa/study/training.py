@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minisa.checkpoint.safetensors import read_safetensors, write_safetensors
 from minisa.errors import MinisaError
+from minisa.study.resuming import require_same_settings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as torch.optim calls them
 _TENSORS = ("weights", "best_weights", *MOMENTS)
@@ -59,11 +60,7 @@ def read_training(path: Path, settings: Mapping[str, Any]) -> Training:
             getattr(training, kind)[parameter] = tensor.float()
     except (MinisaError, OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise MinisaError(f"{path}: not what a healing leaves ({error}): remove it to begin again") from error
-    for key, value in settings.items():
-        if before.get(key) != value:
-            raise MinisaError(
-                f"{path}: begun with {key} {before.get(key)}, now it is {value}: remove the file, or give another --out"
-            )
+    require_same_settings(path, before, settings)
     return training
 
 
