@@ -101,12 +101,12 @@ def heal(
         now = {name: parameter.detach() for name, parameter in parameters.items()}
         divergence = judge.divergence(plan, {**fixed, **now})
         training.history.append((training.step, divergence))
-        report(f"step {training.step}: {divergence:.4f} nats a token from plain")
         if divergence < training.best:
             training.best = divergence
             if training.step:
                 training.best_weights = {name: tensor.clone() for name, tensor in now.items()}
         keep()
+        report(f"step {training.step}: {divergence:.4f} nats a token from plain")
 
     if not training.history:
         check()
