@@ -140,10 +140,10 @@ def search_state(folder: Path) -> Reader:
 
 
 def heal_state(folder: Path) -> Reader:
-    file, ones = folder / "state.heal", {"layers.2.attention.wo.weight": torch.ones(4, 4)}
+    file, ones = folder / "state.heal", {f"layers.{i}.attention.wo.weight": torch.ones(4, 4) for i in (1, 2)}
     training = Training(3, 1.5, 0.25, [(0, 0.5), (3, 0.25)], ones, ones, ones, ones)
     write_training(file, {"length": 8}, training)
-    return Reader(file, lambda: read_training(file, {"length": 8}), file)
+    return Reader(file, lambda: read_training(file, {"length": 8}, ones), file)
 
 
 def models_toml(folder: Path) -> Reader:

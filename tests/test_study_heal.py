@@ -119,7 +119,7 @@ def test_broken_off_it_goes_on_with_the_same_steps(tmp_path: Path) -> None:
         heal(plain, PLAN, TEXT, HELD_OUT, broken, saved=interrupt, **options)
     assert 3 <= broken.step < 12
     write_training(tmp_path / "state", {}, broken)
-    resumed = read_training(tmp_path / "state", {})
+    resumed = read_training(tmp_path / "state", {}, whole.weights)
     heal(plain, PLAN, TEXT, HELD_OUT, resumed, **options)
     assert resumed.step == whole.step
     assert resumed.history[:2] == broken.history[:2]
@@ -216,6 +216,7 @@ def test_flags_of_heal(folder: Path, tmp_path: Path) -> None:
     assert run("seed", seed=3)["divergence"] != base["divergence"]
     assert run("steps", steps=3)["steps"] == 3
     assert run("minutes", minutes=0.02)["minutes"] <= 0.1
+    assert invoke("heal", folder, out=tmp_path / "never.json", minutes=0).exit_code == 2
     assert run("held", held_out_tokens=160)["held_out_tokens"] == 160
     assert run("long", length=32)["length"] == 32
     assert run("rate", rate=1e-3)["divergence"] != base["divergence"]
@@ -240,11 +241,13 @@ def test_a_second_run_goes_on_and_other_settings_are_refused(folder: Path, tmp_p
     state = Path(f"{out}.heal")
     tensors = {name: stored.read_rows(0, stored.shape[0]) for name, stored in read_safetensors(state).items()}
     name = "weights/layers.3.attention.wv.weight"
+    without = {key: tensor for key, tensor in tensors.items() if key != name}
     for content, says in (
-        ({**tensors, name: tensors[name][:-1]}, "which this model does not train: remove its state"),
-        ({**tensors, "weights/layers.0.attention.wv.weight": tensors[name]}, "which this model does not train"),
-        ({**tensors, "step/x": tensors[name]}, "not what a healing leaves (it has step/x)"),
-        ({name: tensors[name]}, "not what a healing leaves"),
+        ({**tensors, name: tensors[name][:-1]}, "weights are not those of this model: remove it"),
+        (without, "weights are not those of this model"),
+        (without | {name.replace("weights", "exp_avg"): tensors[name]}, "weights are not those of this model"),
+        ({**tensors, "weights/layers.0.attention.wv.weight": tensors[name]}, "is nothing this model trains"),
+        ({name: tensors[name]}, "not what a healing leaves: remove it"),
         ({"record": torch.zeros(3, dtype=torch.uint8)}, "not what a healing leaves"),
     ):
         write_safetensors(state, content)

@@ -64,11 +64,9 @@ def heal(
     weights: what the plan brings already, in the place of the model's. which: as in `trainable`. rate: Adam's, at its
     height. checks: how often in the run held_out is measured; the best weights there are kept in training.best_weights,
     which stays empty if nothing is better than the start. saved: called after every check, and when interrupted.
-    Raises MinisaError where `training` is of another model.
     """
     names = trainable(plan, which)
     student = share(plain, plan)
-    training.require_fit({name: student.get_parameter(name) for name in names})
     replace(student, {**(weights or {}), **training.weights})
     own = {name: student.get_parameter(name) for name in names}
     replace(student, own)  # copies: the plain model's must not be trained
@@ -129,7 +127,8 @@ def _step(
     teacher: Walk, learner: Walk, windows: Tensor, rows: slice, first: int, optimizer: torch.optim.Optimizer
 ) -> None:
     """One step of Adam; layers before `first` run once. The loss is the mean divergence of predictions at `rows` of
-    windows and STATES times the mean of ‖shared − plain‖² / ‖plain‖² over every position and every layer after that."""
+    windows and STATES times the mean of ‖shared − plain‖² / ‖plain‖² over every position and every layer from `first`
+    on."""
     with torch.no_grad():
         states = [teacher.embed(windows)]
         for i in range(first):

@@ -9,7 +9,7 @@ import click
 from minisa.console import open_model
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL
-from minisa.study.heal import TRAINABLE
+from minisa.study.heal import STATES, TRAINABLE, trainable
 from minisa.study.heal import heal as train
 from minisa.study.plans import provenance, read_plan, save_plan
 from minisa.study.text import sample, sha256_of
@@ -22,7 +22,7 @@ FILE = click.Path(dir_okay=False)
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path.")
 @click.option("--sa", required=True, metavar="SPANS|PLAN.json", help="The plan, as everywhere.")
 @click.option("--text", "texts", type=FILE, multiple=True, required=True, help="UTF-8 text; may be given repeatedly.")
-@click.option("--minutes", type=click.FloatRange(0), help="Time to train.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Time to train.")
 @click.option("--steps", type=click.IntRange(1), help="Steps to train, in place of --minutes: the same every time.")
 @click.option(
     "--train", "which", type=click.Choice(TRAINABLE), default="attention", show_default=True,
@@ -61,16 +61,18 @@ def heal(
         "texts": [sha256_of(text) for text in texts],
         "train": which,
         "rate": rate,
+        "states": STATES,
         "length": length,
         "held_out_tokens": held_out_tokens,
         "seed": seed,
     }
     plan, weights = read_plan(model, sa)
     settings["plan"] = f"{plan} {plan.head_maps} {plan.delta.sha256 if plan.delta else ''}"
-    training = read_training(state, settings)
+    llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
+    trained = {name: llm.model.get_parameter(name) for name in trainable(plan, which)}
+    training = read_training(state, settings, trained)
     if training.step:
         click.echo(f"going on from {state}: {training.step} steps, {training.seconds / 60:.1f} min", err=True)
-    llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
     n_held_out = max(held_out_tokens // length, 1)
     held_out, windows = sample(llm, texts, length, (n_held_out,), seed)
     if not len(windows):
@@ -102,6 +104,7 @@ def heal(
         "minutes": round(training.seconds / 60, 1),
         "train": which,
         "rate": rate,
+        "states": STATES,
         "held_out_tokens": held_out.numel(),
         "divergence": round(training.best, 5),
         "divergence_before": round(before, 5),

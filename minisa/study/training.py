@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minisa.checkpoint.files import StoredTensor
 from minisa.checkpoint.safetensors import read_safetensors, write_safetensors
 from minisa.errors import MinisaError
 from minisa.study.resuming import require_same_settings
+from minisa.untrusted import MAX_JSON, parse_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as torch.optim calls them
 _TENSORS = ("weights", "best_weights", *MOMENTS)
@@ -33,35 +36,47 @@ class Training:
     exp_avg: dict[str, Tensor] = field(default_factory=dict)
     exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
 
-    def require_fit(self, parameters: Mapping[str, Tensor]) -> None:
-        """MinisaError where it is of other parameters than these."""
-        for name, tensor in (item for kind in _TENSORS for item in getattr(self, kind).items()):
-            if name not in parameters or parameters[name].shape != tensor.shape:
-                raise MinisaError(
-                    f"the healing to go on with has {name} {list(tensor.shape)}, which this model does not train: "
-                    "remove its state to begin again"
-                )
 
+def read_training(path: Path, settings: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Training:
+    """What an earlier run left. parameters: those that are trained, by name.
 
-def read_training(path: Path, settings: Mapping[str, Any]) -> Training:
-    """What an earlier run left. MinisaError if that was of other settings, naming one, or if the file is broken."""
+    Raises MinisaError if the run was of other settings, naming one, or of other parameters, or if the file is broken.
+    """
     if not path.exists():
         return Training()
-    try:
-        tensors = {name: stored.read_rows(0, stored.shape[0]) for name, stored in read_safetensors(path).items()}
-        record = json.loads(tensors.pop(_RECORD).numpy().tobytes())
+    with _broken(path):
+        tensors = read_safetensors(path)
+        record = _record(tensors.pop(_RECORD))
         before = dict(record["settings"])
         training = Training(int(record["step"]), float(record["seconds"]), float(record["best"]))
         training.history = [(int(step), float(divergence)) for step, divergence in record["history"]]
-        for name, tensor in tensors.items():
-            kind, parameter = name.split("/")
-            if kind not in _TENSORS:
-                raise ValueError(f"it has {name}")
-            getattr(training, kind)[parameter] = tensor.float()
-    except (MinisaError, OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
-        raise MinisaError(f"{path}: not what a healing leaves ({error}): remove it to begin again") from error
     require_same_settings(path, before, settings)
+    wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    for kind in _TENSORS:
+        stored = {name: tensors.pop(f"{kind}/{name}") for name in wanted if f"{kind}/{name}" in tensors}
+        absent = not stored and (kind == "best_weights" or not training.step)
+        if not absent and {name: tensor.shape for name, tensor in stored.items()} != wanted:
+            raise MinisaError(f"{path}: {kind} are not those of this model: remove it to begin again")
+        with _broken(path):
+            kept = {name: tensor.read_rows(0, tensor.shape[0]).float() for name, tensor in stored.items()}
+        setattr(training, kind, kept)
+    if tensors:
+        raise MinisaError(f"{path}: {min(tensors)} is nothing this model trains: remove it to begin again")
     return training
+
+
+def _record(stored: StoredTensor) -> dict[str, Any]:
+    if len(stored.shape) != 1 or stored.shape[0] > MAX_JSON:
+        raise ValueError(f"a record of shape {stored.shape}")
+    return parse_json(stored.read_rows(0, stored.shape[0]).numpy().tobytes(), _RECORD)
+
+
+@contextmanager
+def _broken(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (MinisaError, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise MinisaError(f"{path}: not what a healing leaves: remove it to begin again") from error
 
 
 def write_training(path: Path, settings: Mapping[str, Any], training: Training) -> None:
