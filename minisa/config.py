@@ -146,7 +146,7 @@ class ModelConfig:
 
         vocab_size: rows of the embedding matrix; Meta's Llama 2 files say -1 and leave it to the tokenizer.
         Meta's files do not say the context length either: 131,072 where `use_scaled_rope` is set (Llama 3.1
-        and later), 2,048 where the shape is one of Llama 1's, else what the RoPE base was made for.
+        and later), 2,048 where norm_eps or the shape is one of Llama 1's, else what the RoPE base was made for.
         """
         if raw.get("moe") or raw.get("num_experts"):
             raise MinisaError(

@@ -1,4 +1,4 @@
-"""Which device and dtype to run on, and how much memory was used there."""
+"""Which device and dtype to run on, how many threads after a fork, and how much memory was used."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ KV_DTYPES = DTYPES | {"fp8": torch.float8_e4m3fn}
 
 @cache
 def keep_forks_running() -> None:
-    """PyTorch keeps to one thread in processes forked from this one: OpenMP's others stay behind, and a child that
-    asked for them would wait for ever."""
+    """PyTorch keeps to one thread in all processes forked from this one: OpenMP's others stay behind, and a child that
+    asked for them would wait for ever. A model loaded before the fork keeps its C++ step's threads, one loaded in the
+    child has one thread; a process started anew (multiprocessing's "spawn") has all of them."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 

@@ -136,7 +136,10 @@ def _affordable_length(
 
 
 class LLM:
-    """A loaded model. One generation at a time: starting the next one ends the one before."""
+    """A loaded model. One generation at a time: starting the next one ends the one before.
+
+    It goes on in a forked process too, where PyTorch then has one thread (keep_forks_running in device.py).
+    """
 
     def __init__(
         self,

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisa.checkpoint import read_gguf
-
 SAFETENSORS_DTYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
     torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3",
@@ -132,18 +130,3 @@ def repack_zip(file: Path, edit: Callable[[str, bytes], bytes | None], compressi
         for name, part in parts.items():
             if part is not None:
                 archive.writestr(name, part)
-
-
-def split_gguf(whole: Path, count: int) -> list[Path]:
-    """The file in parts, as llama.cpp writes them: all of the description in the first."""
-    header, data = read_gguf(whole), whole.read_bytes()
-    paths = [whole.with_name(f"parts-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
-    for i, path in enumerate(paths):
-        metadata: dict[str, Any] = {"split.no": i, "split.count": count, "split.tensors.count": len(header.tensors)}
-        tensors = {
-            info.name: (info.type.code, info.shape, data[info.offset : info.offset + info.nbytes])
-            for info in header.tensors[i::count]
-        }
-        path.write_bytes(encode_gguf((header.metadata if i == 0 else {}) | metadata, tensors))
-    whole.unlink()
-    return paths

@@ -1,4 +1,4 @@
-"""The families minisa is for, as their makers published them: what config.json says, and how many parameters there are.
+"""The families minisa is for, as their makers published them: the shape in config.json, and how many parameters it has.
 
 Each is also made small, with everything that sets it apart kept: heads for each key head, a head_dim of its own, ties,
 windows and rotary bases.
@@ -14,7 +14,8 @@ from minisa.config import ModelConfig
 
 @dataclass(frozen=True)
 class Family:
-    """description: config.json's keys that matter. parameters: as published, the output head once."""
+    """description: of config.json, all that shapes the model; the context where a test compares it. parameters: as
+    published."""
 
     description: dict[str, Any]
     parameters: int

@@ -18,8 +18,17 @@ from minisa.sharing import Delta, SharingPlan
 from minisa.study.findings import Findings, read_findings, write_findings
 from minisa.study.training import Training, read_training, write_training
 from minisa.tokenizer import load_tokenizer
-from tests.encode import repack_zip, split_gguf
-from tests.tiny import empty_model, random_weights, tiny_config, write_gguf, write_hf, write_meta, write_mistral
+from tests.encode import repack_zip
+from tests.tiny import (
+    empty_model,
+    random_weights,
+    split_gguf,
+    tiny_config,
+    write_gguf,
+    write_hf,
+    write_meta,
+    write_mistral,
+)
 from tests.vocabularies import byte_level_json, gguf_byte_level, sentencepiece_model, tekken_json, write_json
 
 CONFIG = tiny_config(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=32, vocab_size=32)

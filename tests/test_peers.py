@@ -55,7 +55,7 @@ def test_every_family(family: str, tmp_path: Path) -> None:
         assert (our_logits(path, tokens) - expected).abs().max() < 1e-4
 
 
-def test_a_ring_that_has_wrapped_twice(tmp_path: Path) -> None:
+def test_a_ring_that_has_wrapped(tmp_path: Path) -> None:
     config, plain = replace(FAMILIES["mistral-7b-v0.1"].in_miniature(), max_seq_len=512), SharingPlan.none(2)
     path = write_hf(tmp_path, config, random_weights(config, 1))
     tokens = torch.randint(config.vocab_size, (1, 300), generator=torch.Generator().manual_seed(2))
@@ -66,7 +66,9 @@ def test_a_ring_that_has_wrapped_twice(tmp_path: Path) -> None:
         for start in range(0, 300, 60):
             positions = torch.arange(start, start + 60)[None]
             found.append(model(tokens[:, start : start + 60], positions, cache.view(start + 60)))
-    assert (torch.cat(found, 1) - peer_logits(path, tokens)).abs().max() < 1e-4
+    expected = peer_logits(path, tokens)
+    assert expected.std() > 0.1
+    assert (torch.cat(found, 1) - expected).abs().max() < 1e-4
 
 
 def test_linear_scaling(tmp_path: Path) -> None:

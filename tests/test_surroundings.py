@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from tests.soak import tiny_model
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ("--prompt", "Füße", "--max-new-tokens", "16", "--device", "cpu", "--dtype", "fp32", "--temperature", "0.9")
+
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="terminals, forks and locales of POSIX")
 
@@ -119,7 +122,7 @@ if child:
 """
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_COMPILER)])
 @pytest.mark.parametrize("when", ["after import", "after a generation"])
 def test_a_fork(when: str, compiled: bool, tmp_path: Path) -> None:
     """Threads do not come along: parent and child each have what they need, whatever ran before."""

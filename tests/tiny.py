@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minisa.checkpoint import read_gguf
 from minisa.config import ModelConfig, RopeScaling
 from tests.encode import GGML_CODES, encode_gguf, quantize, write_safetensors
 
@@ -258,6 +259,21 @@ def write_gguf(
         )
     )
     return path
+
+
+def split_gguf(whole: Path, count: int) -> list[Path]:
+    """The file in parts, as llama.cpp writes them: all of the description in the first."""
+    header, data = read_gguf(whole), whole.read_bytes()
+    paths = [whole.with_name(f"parts-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
+    for i, path in enumerate(paths):
+        metadata: dict[str, Any] = {"split.no": i, "split.count": count, "split.tensors.count": len(header.tensors)}
+        tensors = {
+            info.name: (info.type.code, info.shape, data[info.offset : info.offset + info.nbytes])
+            for info in header.tensors[i::count]
+        }
+        path.write_bytes(encode_gguf((header.metadata if i == 0 else {}) | metadata, tensors))
+    whole.unlink()
+    return paths
 
 
 def _params(config: ModelConfig) -> dict[str, Any]:
