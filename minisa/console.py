@@ -39,6 +39,23 @@ SHARING_OPTIONS = [
     ),
 ]
 
+
+class OutputFile(click.Path):
+    """The name of a file to write, refused before any work if it is empty, a folder's, or without the suffix."""
+
+    def __init__(self, suffix: str = "") -> None:
+        super().__init__(dir_okay=False)
+        self.suffix = suffix
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = os.fsdecode(super().convert(value, param, ctx))
+        if not path:
+            self.fail("it is empty: expected the name of a file", param, ctx)
+        if self.suffix and Path(path).suffix != self.suffix:
+            self.fail(f"{path}: expected a name that ends in {self.suffix}", param, ctx)
+        return path
+
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 

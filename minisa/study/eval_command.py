@@ -12,7 +12,7 @@ import click
 
 from minisa.benchmark.plot import check_matplotlib
 from minisa.checkpoint import open_checkpoint
-from minisa.console import open_model, weights_options
+from minisa.console import OutputFile, open_model, weights_options
 from minisa.device import dtype_name
 from minisa.engine import LLM
 from minisa.errors import MinisaError
@@ -58,10 +58,13 @@ WINDOW = 512
 @click.option(
     "--json",
     "json_file",
+    type=OutputFile(),
     metavar="FILE.json",
     help="Write the summary there, and each item to FILE.items.jsonl as it is done: the same command goes on from it.",
 )
-@click.option("--plot", "plot_file", metavar="FILE.png", help="Draw the first metric against KV bytes saved.")
+@click.option(
+    "--plot", "plot_file", type=OutputFile(), metavar="FILE.png", help="Draw the first metric against KV bytes saved."
+)
 def evaluate(
     model: str,
     plans: tuple[str, ...],

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from minisa.console import open_model, weights_options
+from minisa.console import OutputFile, open_model, weights_options
 from minisa.device import dtype_name
 from minisa.registry import resolve
 from minisa.study.cheapest import cheapest
@@ -24,7 +24,7 @@ from minisa.study.variants import parse_variants
 @click.option("--text", required=True, metavar="FILE", help="UTF-8 text to choose by; not the one to be tested on.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
 @click.option("--limit", type=click.IntRange(1), default=4, show_default=True, help="Only so many windows.")
-@click.option("--json", "json_file", metavar="FILE.json", help="Write the choices there.")
+@click.option("--json", "json_file", type=OutputFile(), metavar="FILE.json", help="Write the choices there.")
 def rivals(
     model: str, kind: str, layers: int, text: str, length: int, limit: int, json_file: str | None, **load: Any
 ) -> None:

@@ -10,7 +10,7 @@ import click
 
 from minisa.benchmark.plot import check_matplotlib
 from minisa.config import ModelConfig
-from minisa.console import open_model
+from minisa.console import OutputFile, open_model
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL
 from minisa.sharing import SharingPlan
@@ -36,8 +36,8 @@ FILE = click.Path(dir_okay=False)
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
 @click.option("--seed", default=0, show_default=True, help="Draws the windows.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
-@click.option("--out", type=FILE, default="plan.json", show_default=True, help="The plan file to write.")
-@click.option("--plot", type=FILE, help="Draw divergence against bytes saved to this PNG (extra `plots`).")
+@click.option("--out", type=OutputFile(".json"), default="plan.json", show_default=True, help="The plan file to write.")
+@click.option("--plot", type=OutputFile(), help="Draw divergence against bytes saved to this PNG (extra `plots`).")
 def search(
     model: str,
     followers: int | None,
