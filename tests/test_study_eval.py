@@ -16,7 +16,8 @@ from minisa.errors import MinisaError
 from minisa.study import eval_command, evaluate
 from minisa.study.tasks import TASKS, read_questions, read_rows
 from minisa.study.variants import Models, parse_variants
-from tests.test_study_tasks import CONFIG, GSM8K, PIQA, ROWS, some_text, write_rows
+from tests.test_study_tasks import CONFIG, GSM8K, PIQA, ROWS, VOCABULARY, some_text, write_rows
+from tests.tiny import random_weights, write_gguf
 
 
 class Ran(NamedTuple):
@@ -157,6 +158,10 @@ class TestTheCommand:
         assert sorted(asked) == [*range(12)]  # a plan more: only it is run
         other = run_eval(*flags, "--shots", 1, "--shots-data", piqa)
         assert other.status == 2 and "made with shots 0, now it is 1" in other.err
+        (tmp_path / "another").mkdir()
+        another = write_gguf(tmp_path / "another" / "tiny.gguf", CONFIG, random_weights(CONFIG, 1), metadata=VOCABULARY)
+        other = run_eval(*flags, "--model", another)
+        assert other.status == 2 and "made with checkpoint" in other.err
 
     def test_batch_tokens_bound_the_batch(
         self, run_eval: Run, piqa: Path, text: Path, monkeypatch: pytest.MonkeyPatch

@@ -27,6 +27,7 @@ from minisa.study.plans import read_plan
 from minisa.study.refit import refit
 from minisa.study.training import Training, read_training, write_training
 from minisa.study.walk import replace, share
+from tests.study_models import another_of_its_name
 from tests.test_model import CONFIG, N_LAYERS, PLANS, build, in_one_go, tokens_of
 from tests.tiny import random_weights, tiny_config, write_hf
 from tests.vocabularies import byte_level_json, write_json
@@ -246,6 +247,7 @@ def test_a_second_run_goes_on_and_other_settings_are_refused(folder: Path, tmp_p
     for changes, says in (
         ({"seed": 1}, "begun with seed 0, now it is 1"),
         ({"sa": "2:3"}, "begun with plan 1:3"),
+        ({"model": another_of_its_name(folder, tmp_path)}, "begun with checkpoint"),
     ):
         error = invoke("heal", folder, out=out, **changes).exception
         assert isinstance(error, MinisaError) and says in str(error)

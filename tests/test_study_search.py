@@ -21,6 +21,7 @@ from minisa.study.findings import Findings, read_findings
 from minisa.study.judge import Judge
 from minisa.study.search import Search
 from minisa.study.text import sha256_of
+from tests.study_models import another_of_its_name
 from tests.test_model import CONFIG, N_LAYERS, PLANS, build, tokens_of
 from tests.tiny import random_weights, tiny_config, write_hf
 from tests.vocabularies import byte_level_json, write_json
@@ -156,6 +157,8 @@ def test_a_second_run_measures_nothing_again_and_other_settings_are_refused(fold
     ran = invoke(folder, out=out, seed=1)
     assert isinstance(ran.exception, MinisaError)
     assert "begun with seed 0, now it is 1: remove the file, or give another --out" in str(ran.exception)
+    ran = invoke(another_of_its_name(folder, tmp_path), out=out, text=folder.parent / "a.txt")
+    assert isinstance(ran.exception, MinisaError) and "begun with checkpoint" in str(ran.exception)
     state.write_text("{}")
     with pytest.raises(MinisaError, match="not what a search leaves"):
         read_findings(state, {})

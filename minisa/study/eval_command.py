@@ -21,6 +21,7 @@ from minisa.study.evaluate import Evaluation, Perplexity, questions_for
 from minisa.study.evaluation_report import plot, summarize, table
 from minisa.study.progress import Progress
 from minisa.study.results import Record, Results
+from minisa.study.resuming import fingerprint
 from minisa.study.tasks import TASKS, read_questions
 from minisa.study.text import sha256_of
 from minisa.study.variants import Models, Variant, parse_variants
@@ -99,6 +100,7 @@ def evaluate(
     settings: Record = {
         "task": task,
         "model": entry.name if entry is not None else path.name,
+        "checkpoint": fingerprint(model),
         "checkpoint_bytes": checkpoint.nbytes,
         "dtype": dtype_name(plain.dtype),
         "quantize": load["quantize"],

@@ -12,6 +12,7 @@ from minisa.registry import DEFAULT_MODEL
 from minisa.study.heal import STATES, TRAINABLE, trainable
 from minisa.study.heal import heal as train
 from minisa.study.plans import provenance, read_plan, save_plan
+from minisa.study.resuming import fingerprint
 from minisa.study.text import sample, sha256_of
 from minisa.study.training import read_training, write_training
 
@@ -60,6 +61,7 @@ def heal(
     state = Path(f"{out}.heal")
     settings = {
         "model": Path(model).name,
+        "checkpoint": fingerprint(model),
         "texts": [sha256_of(text) for text in texts],
         "train": which,
         "rate": rate,

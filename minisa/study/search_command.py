@@ -17,6 +17,7 @@ from minisa.sharing import SharingPlan
 from minisa.study.findings import Point, read_findings, write_findings
 from minisa.study.loss import perplexity, token_losses
 from minisa.study.plans import kv_saved, provenance, save_plan, weights_saved
+from minisa.study.resuming import fingerprint
 from minisa.study.search import Search
 from minisa.study.text import echoing, sample, sha256_of
 from minisa.study.walk import share
@@ -64,9 +65,11 @@ def search(
     began = time.monotonic()
     if plot is not None:
         check_matplotlib()
+    llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
     state = Path(f"{out}.search")
     settings = {
         "model": Path(model).name,
+        "checkpoint": fingerprint(model),
         "texts": [sha256_of(text) for text in texts],
         "validation": sha256_of(validation) if validation else None,
         "calibration_tokens": calibration_tokens,
@@ -77,7 +80,6 @@ def search(
     findings = read_findings(state, settings)
     if findings.measured:
         click.echo(f"going on from {state}: {len(findings.measured)} plans measured", err=True)
-    llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
     n_calibration, n_held_out = (max(tokens // length, 1) for tokens in (calibration_tokens, held_out_tokens))
     if validation is None:
         held_out, calibration, _ = sample(llm, texts, length, (n_held_out, n_calibration), seed)
