@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections import Counter
-from io import BufferedReader
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ def read_plain(path: Path, limit: int, what: str) -> bytes:
         if os.fstat(file.fileno()).st_size > limit:
             raise MinisaError(f"{path}: longer than {limit} bytes: this is no {what}")
         return file.read(limit)
+
+
+def read_text(path: Path) -> str:
+    """All of a UTF-8 file, its lines ending in "\\n". Raises UnicodeDecodeError, OSError where it cannot be read."""
+    with TextIOWrapper(open_plain(path), "utf-8") as file:
+        return file.read()
 
 
 def write_whole(path: Path, text: str) -> None:

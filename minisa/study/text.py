@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisa import untrusted
 from minisa.engine import LLM
 from minisa.errors import MinisaError
 
@@ -16,7 +17,7 @@ from minisa.errors import MinisaError
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file. MinisaError if it cannot be read."""
     try:
-        return Path(path).read_text("utf-8")
+        return untrusted.read_text(Path(path))
     except OSError as error:
         raise MinisaError(f"{path}: cannot read the text: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -26,7 +27,8 @@ def read_text(path: str | Path) -> str:
 def sha256_of(path: str | Path) -> str:
     """The sha256 of a file's bytes, for provenance. MinisaError if it cannot be read."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        with untrusted.open_plain(Path(path)) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise MinisaError(f"{path}: cannot read the file: {error.strerror}") from error
 
