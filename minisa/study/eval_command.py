@@ -119,7 +119,9 @@ def evaluate(
         context = plain.config.max_seq_len
         click.echo(f"{evaluation.cut} items are cut at the beginning to fit the model's {context} tokens", err=True)
     del plain
-    results = Results(None if json_file is None else Path(json_file).with_suffix(".items.jsonl"), settings)
+    results = Results(
+        None if json_file is None else Path(json_file).with_suffix(".items.jsonl"), settings, evaluation.metrics
+    )
     try:
         records = answer_all(models, variants, evaluation, results)
     except KeyboardInterrupt:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,14 @@ def require_same_settings(path: Path, before: Mapping[str, Any], now: Mapping[st
             raise MinisaError(
                 f"{path}: begun with {key} {before.get(key)}, now it is {value}: remove the file, or give another --out"
             )
+
+
+@contextmanager
+def left_by(what: str, path: Path) -> Iterator[None]:
+    """What goes wrong inside, reading what the work left at a path, is a MinisaError that says the file is none."""
+    try:
+        yield
+    except (
+        MinisaError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError
+    ) as error:  # fmt: skip
+        raise MinisaError(f"{path}: not what {what} leaves: remove it to begin again") from error

@@ -77,7 +77,7 @@ def search(
         "length": length,
         "seed": seed,
     }
-    findings = read_findings(state, settings)
+    findings = read_findings(state, settings, llm.config)
     if findings.measured:
         click.echo(f"going on from {state}: {len(findings.measured)} plans measured", err=True)
     n_calibration, n_held_out = (max(tokens // length, 1) for tokens in (calibration_tokens, held_out_tokens))
