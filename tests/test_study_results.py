@@ -47,6 +47,9 @@ class TestStandardErrors:
         assert found.value == pytest.approx(math.e**3)
         assert found.stderr == pytest.approx((math.exp(3.01) - math.exp(2.99)) / 2, rel=1e-3)
 
+    def test_a_loss_beyond_floats_is_an_infinite_perplexity(self) -> None:
+        assert Estimate(1000.0, 0.01).exp() == Estimate(math.inf, math.inf)
+
     def test_a_single_item_has_none(self) -> None:
         assert math.isnan(ratio([(1.0, 1.0)]).stderr)
         assert math.isnan(ratio([(0.0, 0.0), (0.0, 0.0)]).value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import click
@@ -11,7 +10,9 @@ from minisa.console import OutputFile, open_model, weights_options
 from minisa.device import dtype_name
 from minisa.registry import resolve
 from minisa.study.cheapest import cheapest
+from minisa.study.compare import exp
 from minisa.study.eval_command import write_json
+from minisa.study.evaluation_report import finite
 from minisa.study.progress import Progress
 from minisa.study.text import sha256_of, windows
 from minisa.study.variants import parse_variants
@@ -49,11 +50,11 @@ def rivals(
                 continue
             rival = str(step.rival)
             (_, variant) = parse_variants([], [rival], llm.config, None)
-            ratio = math.exp(step.loss - plain)
+            ratio = exp(step.loss - plain)
             if bar:
                 bar[0].close()
             click.echo(f"{rival}  KV saved {variant.saved(llm.config):.1%}  perplexity × {ratio:.3f}")
-            steps.append({"rival": rival, "kv_saved": variant.saved(llm.config), "ratio": ratio})
+            steps.append({"rival": rival, "kv_saved": variant.saved(llm.config), "ratio": finite(ratio)})
     finally:
         if bar:
             bar[0].close()
