@@ -16,7 +16,7 @@ from minisa.benchmark.plot import check_matplotlib, plot
 from minisa.benchmark.report import record
 from minisa.benchmark.run import Benchmark
 from minisa.benchmark.settings import CONTEXTS, PROMPT_LENGTHS, Settings
-from minisa.console import OutputFile, fetch, model_options, run
+from minisa.console import OutputFile, fetch, model_options, run, write_json
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL, find, local_path
 
@@ -107,7 +107,7 @@ def report(benchmark: Benchmark, interrupted: bool, json_path: str | None, plot_
     found = record(benchmark, interrupted)
     click.echo(table.ceiling(found) + "\n" + table.results(found) + "\n")
     if json_path is not None:
-        Path(json_path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(json_path, found)
     if plot_path is not None:
         plot(found, plot_path)
     click.echo(json.dumps(found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 
 from minisa.benchmark.plot import check_matplotlib
 from minisa.checkpoint import open_checkpoint
-from minisa.console import OutputFile, open_model, weights_options
+from minisa.console import OutputFile, open_model, weights_options, write_json
 from minisa.device import dtype_name
 from minisa.engine import LLM
 from minisa.errors import MinisaError
@@ -25,7 +24,6 @@ from minisa.study.resuming import fingerprint
 from minisa.study.tasks import TASKS, read_questions
 from minisa.study.text import sha256_of
 from minisa.study.variants import Models, Variant, parse_variants
-from minisa.untrusted import write_whole
 
 WINDOW = 512
 
@@ -171,11 +169,3 @@ def _answer(llm: LLM, name: str, pending: Sequence[int], evaluation: Evaluation,
             progress.update(done)
     finally:
         progress.close()
-
-
-def write_json(path: str, record: Record) -> None:
-    """MinisaError where it cannot be written."""
-    try:
-        write_whole(Path(path), json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        raise MinisaError(f"--json {path}: {error.strerror}") from error

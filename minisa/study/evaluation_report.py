@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minisa.benchmark.plot import check_matplotlib
+from minisa.benchmark.plot import check_matplotlib, save
 from minisa.config import ModelConfig
 from minisa.errors import MinisaError
 from minisa.study.compare import Estimate, paired_difference, ratio
@@ -147,7 +147,4 @@ def plot(summary: Record, path: str) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path, format="png", dpi=150)
-    except OSError as error:
-        raise MinisaError(f"--plot {path}: {error.strerror}") from error
+    save(figure, path)

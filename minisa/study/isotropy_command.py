@@ -7,10 +7,9 @@ from typing import Any
 import click
 
 from minisa.benchmark.plot import check_matplotlib
-from minisa.console import OutputFile, open_model, weights_options
+from minisa.console import OutputFile, open_model, weights_options, write_json
 from minisa.device import dtype_name
 from minisa.registry import resolve
-from minisa.study.eval_command import write_json
 from minisa.study.isotropy import similarity
 from minisa.study.isotropy_report import as_record, plot, table
 from minisa.study.progress import Progress

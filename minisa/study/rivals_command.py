@@ -6,12 +6,11 @@ from typing import Any
 
 import click
 
-from minisa.console import OutputFile, open_model, weights_options
+from minisa.console import OutputFile, open_model, weights_options, write_json
 from minisa.device import dtype_name
 from minisa.registry import resolve
 from minisa.study.cheapest import cheapest
 from minisa.study.compare import exp
-from minisa.study.eval_command import write_json
 from minisa.study.evaluation_report import finite
 from minisa.study.progress import Progress
 from minisa.study.text import sha256_of, windows

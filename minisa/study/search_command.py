@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from minisa.benchmark.plot import check_matplotlib
+from minisa.benchmark.plot import check_matplotlib, save
 from minisa.config import ModelConfig
 from minisa.console import OutputFile, open_model
 from minisa.errors import MinisaError
@@ -130,7 +130,7 @@ def search(
         f"shared {perplexity(shared):.3f} ({ratio - 1:+.1%})\n{out}: {best.plan}"
     )
     if plot is not None:
-        draw(points, llm.config, Path(plot))
+        draw(points, llm.config, plot)
 
 
 def pareto(points: Sequence[Point], config: ModelConfig) -> str:
@@ -144,7 +144,7 @@ def pareto(points: Sequence[Point], config: ModelConfig) -> str:
     return "\n".join(rows)
 
 
-def draw(points: Sequence[Point], config: ModelConfig, path: Path) -> None:
+def draw(points: Sequence[Point], config: ModelConfig, path: str) -> None:
     """Divergence against the share of the KV cache saved, as a PNG."""
     from matplotlib.figure import Figure
 
@@ -158,4 +158,4 @@ def draw(points: Sequence[Point], config: ModelConfig, path: Path) -> None:
     axes.set_ylabel("divergence from plain, nats a token")
     axes.set_title("followers, by search")
     axes.set_ylim(bottom=0)
-    figure.savefig(path, dpi=120)
+    save(figure, path, dpi=120)
