@@ -16,7 +16,7 @@ from minisa.benchmark.plot import check_matplotlib, plot
 from minisa.benchmark.report import record
 from minisa.benchmark.run import Benchmark
 from minisa.benchmark.settings import CONTEXTS, PROMPT_LENGTHS, Settings
-from minisa.console import fetch, model_options, run
+from minisa.console import OutputFile, fetch, model_options, run, write_json
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL, find, local_path
 
@@ -59,8 +59,8 @@ def default(lengths: tuple[int, ...]) -> str:
 @click.option("--threads", type=click.IntRange(1), help="CPU threads, of the ceiling and the peers too.")
 @click.option("--random-weights", metavar="SHAPE", help="Noise in place of a checkpoint: a preset, or a config.json.")
 @click.option("--against", type=click.Choice(list(PEERS)), multiple=True, help="Compare, on the same weights.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the record to this file.")
-@click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="Draw it into this PNG.")
+@click.option("--json", "json_path", type=OutputFile(), help="Write the record to this file.")
+@click.option("--plot", "plot_path", type=OutputFile(), help="Draw it into this PNG.")
 @click.pass_context
 def main(
     context: click.Context, compiled: bool | None, json_path: str | None, plot_path: str | None, **flags: Any
@@ -107,7 +107,7 @@ def report(benchmark: Benchmark, interrupted: bool, json_path: str | None, plot_
     found = record(benchmark, interrupted)
     click.echo(table.ceiling(found) + "\n" + table.results(found) + "\n")
     if json_path is not None:
-        Path(json_path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(json_path, found)
     if plot_path is not None:
         plot(found, plot_path)
     click.echo(json.dumps(found))

@@ -8,7 +8,7 @@ import torch
 from minisa.benchmark.report import device_name
 from minisa.benchmark.short import short_bench
 from minisa.checkpoint import open_checkpoint
-from minisa.console import fetch
+from minisa.console import OutputFile, fetch
 from minisa.costs import kv_bytes, parameter_count
 from minisa.device import choose_device
 from minisa.engine import choose_plan
@@ -51,7 +51,7 @@ def models() -> None:
 @main.command()
 @click.argument("spans", default="default")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path.")
-@click.option("--save", type=click.Path(dir_okay=False), help="Write the plan to this JSON file.")
+@click.option("--save", type=OutputFile(".json"), help="Write the plan to this JSON file.")
 def plan(spans: str, model: str, save: str | None) -> None:
     """Show what SPANS share in a model, and what that saves: 27-30, 3:6,19:21, none, default or a JSON file."""
     path, entry = resolve(model)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -19,6 +20,7 @@ from minisa.engine import LLM, load
 from minisa.errors import MinisaError
 from minisa.quantize import QUANTIZATIONS
 from minisa.registry import DEFAULT_MODEL, ModelEntry, find, local_path, weights_dir
+from minisa.untrusted import write_whole
 
 WEIGHTS_OPTIONS = [
     click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path."),
@@ -38,6 +40,23 @@ SHARING_OPTIONS = [
         "--kv-dtype", default="auto", show_default=True, help=f"Of keys and values: auto, {', '.join(KV_DTYPES)}."
     ),
 ]
+
+
+class OutputFile(click.Path):
+    """The name of a file to write, refused before any work if it is empty, of no file, or without the suffix."""
+
+    def __init__(self, suffix: str = "") -> None:
+        super().__init__(dir_okay=False)
+        self.suffix = suffix
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = os.fsdecode(super().convert(value, param, ctx))
+        if not path or (os.path.exists(path) and not os.path.isfile(path)):
+            self.fail(f"{path!r}: expected the name of a file", param, ctx)
+        if self.suffix and Path(path).suffix != self.suffix:
+            self.fail(f"{path}: expected a name that ends in {self.suffix}", param, ctx)
+        return path
+
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -121,6 +140,14 @@ def fetch(entry: ModelEntry) -> Path:
     finally:
         for bar in bars.values():
             bar.close()
+
+
+def write_json(path: str, record: Mapping[str, Any]) -> None:
+    """What --json asks for. MinisaError where it cannot be written."""
+    try:
+        write_whole(Path(path), json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        raise MinisaError(f"--json {path}: {error.strerror}") from error
 
 
 def banner(llm: LLM, model: str) -> str:

@@ -30,7 +30,7 @@ from minisa.row import Chunk, Options, Prefix, common_prefix
 from minisa.runners import choose_runner, may_become_native, native_step
 from minisa.sampling import Sampling
 from minisa.sharing import SharingPlan
-from minisa.tokenizer import Tokenizer, load_tokenizer
+from minisa.tokenizer import Tokenizer, check_ids, load_tokenizer
 
 
 def load(
@@ -193,7 +193,7 @@ class LLM:
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits [T, vocab_size] fp32 at every one of T tokens, on the model's device. llm.cache is not touched."""
-        self._check_ids(token_ids, "token_ids")
+        check_ids(token_ids, self.config.vocab_size, "token_ids")
         tokens = torch.tensor([list(token_ids)], device=self.device)
         cache = StaticCache.allocate(
             self.config, self.plan, max_seq_len=len(token_ids), device=self.device, dtype=self.cache.values.dtype
@@ -329,7 +329,7 @@ class LLM:
         if prompt == "":
             raise MinisaError("the prompt is empty: give some text")
         ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_ids(ids, "the prompt")
+        check_ids(ids, self.config.vocab_size, "the prompt")
         if len(ids) > self.cache.length:
             raise MinisaError(
                 f"the prompt is {len(ids)} tokens long, the context {self.cache.length}: "
@@ -341,13 +341,6 @@ class LLM:
         tokenizer = self.tokenizer
         bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
         return bos + tokenizer.encode(text)
-
-    def _check_ids(self, ids: Sequence[int], what: str) -> None:
-        if not ids:
-            raise MinisaError(f"{what} is empty: give at least one token")
-        outside = next((token for token in ids if not 0 <= token < self.config.vocab_size), None)
-        if outside is not None:
-            raise MinisaError(f"{what} has token id {outside}: the vocabulary is 0 to {self.config.vocab_size - 1}")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

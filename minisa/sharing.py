@@ -225,7 +225,7 @@ class SharingPlan:
         """Read a plan written by `save`:
 
         {"version": 1, "n_layers": 30, "followers": {"6": {"leader": 3, "heads": [0, 1, ...]}, ...},
-         "delta": "plan.safetensors", "delta_sha256": "...", "made": {...}}
+         "delta": "plan.delta.safetensors", "delta_sha256": "...", "made": {...}}
 
         The last three are optional: a file of weights beside the plan, and how the plan was made, which is not read.
         Raises MinisaError for a file that is missing, of another version, or not of this form.

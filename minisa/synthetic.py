@@ -63,7 +63,7 @@ def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
         shapes = Transformer(config, SharingPlan.none(config.n_layers)).state_dict()
     noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(seed))
     tensors = {name: _Noise(name, tuple(meta.shape), noise) for name, meta in shapes.items()}
-    return Checkpoint(Path("random weights"), config, tensors, (), interleaved=False, format="noise", nbytes=0)
+    return Checkpoint(Path("random weights"), config, tensors, (), interleaved=False, format="noise", files=())
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +42,15 @@ class Vocabulary(Protocol):
     add_bos: bool
 
     def encode(self, text: str, *, mid_text: bool) -> list[int]: ...
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
+    """MinisaError where there are none, or one is no row of the embedding; what: has them, for the message."""
+    if not ids:
+        raise MinisaError(f"{what} is empty: give at least one token")
+    outside = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise MinisaError(f"{what} has token id {outside}: the vocabulary is 0 to {vocab_size - 1}")
 
 
 class Tokenizer:

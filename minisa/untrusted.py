@@ -7,7 +7,9 @@ import json
 import os
 import stat
 from collections import Counter
-from io import BufferedReader
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +46,33 @@ def read_plain(path: Path, limit: int, what: str) -> bytes:
         return file.read(limit)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that has its name only once it is whole. Raises OSError where it cannot be."""
+def read_text(path: Path) -> str:
+    """All of a UTF-8 file, its lines ending in "\\n". Raises UnicodeDecodeError, OSError where it cannot be read."""
+    with TextIOWrapper(open_plain(path), "utf-8") as file:
+        return file.read()
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """The name to write a file under; it gets its own only once it is whole, and nothing is left where it fails.
+
+    Raises OSError where there is no file to be put there: over a folder, a pipe or a device.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "not a file", str(path))
     partial = path.with_name(path.name + ".part")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that has its name only once it is whole. Raises OSError where it cannot be."""
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The tiny model that tests of likelihoods and of the eval command share."""
+"""The tiny models that tests of the studies share."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,12 @@ def study_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def study_llm(study_gguf: Path) -> LLM:
     return load(study_gguf, dtype="fp32", device="cpu", max_seq_len=1, compile=False)
+
+
+def another_of_its_name(folder: Path, tmp_path: Path) -> Path:
+    """The checkpoint in a folder of the same name, its last weight another."""
+    copy = shutil.copytree(folder, tmp_path / "another" / folder.name)
+    file = copy / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    return copy

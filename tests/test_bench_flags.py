@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 import bench
 from minisa.benchmark import contender
 from minisa.benchmark import run as benchmark_run
+from minisa.benchmark.plot import save
+from minisa.errors import MinisaError
 from tests.bench_runs import PLAN, QUICK, Bench, Ran
 from tests.tiny import random_weights, tiny_config, write_hf
 
@@ -158,12 +161,39 @@ class TestFlags:
         ran = quick("--json", tmp_path / "record.json")
         assert json.loads((tmp_path / "record.json").read_text()) == ran.record
 
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+    def test_a_full_disk_leaves_the_record_before(
+        self, run_bench: Bench, bench_gguf: Path, in_this_process: list[Any], tmp_path: Path
+    ) -> None:
+        file = tmp_path / "record.json"
+        file.write_text("{}")
+        (tmp_path / "record.json.part").symlink_to("/dev/full")
+        ran = run_bench("--model", bench_gguf, *QUICK, "--json", file)
+        assert ran.status == 2 and f"--json {file}: No space left" in ran.err
+        assert file.read_text() == "{}"
+
     @pytest.mark.parametrize("sa", ["1:2-3", "none"])
     def test_plot_writes_a_png(self, sa: str, quick: Bench, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib", reason='needs pip install "minisa[plots]"')
         quick("--sa", sa, "--plot", tmp_path / "plot.png")
         head = (tmp_path / "plot.png").read_bytes()
         assert head.startswith(b"\x89PNG\r\n") and len(head) > 10_000
+
+
+def test_a_dollar_in_a_plot_is_a_dollar(tmp_path: Path) -> None:
+    """And no formula, which a name would seldom be; nor does the file's name choose its format."""
+    matplotlib = pytest.importorskip("matplotlib.figure", reason='needs pip install "minisa[plots]"')
+    figure = matplotlib.Figure(layout="constrained")
+    figure.suptitle("$a^$")
+    axes = figure.subplots()
+    axes.set(title="$a_$", xlabel="$\\no$")
+    axes.plot([0, 1], label="$^$")
+    axes.legend()
+    axes.annotate("${$", (0, 0))
+    save(figure, str(tmp_path / "plot.xyz"))
+    assert (tmp_path / "plot.xyz").read_bytes().startswith(b"\x89PNG\r\n")
+    with pytest.raises(MinisaError, match=r"plot.png: No such file"):
+        save(figure, str(tmp_path / "none" / "plot.png"))
 
 
 class OneThread(contender.Minisa):

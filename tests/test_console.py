@@ -9,8 +9,10 @@ from collections.abc import Callable
 import click
 import pytest
 import torch
+from click.testing import CliRunner
 
-from minisa import console
+import bench
+from minisa import cli, console
 from minisa.errors import MinisaError
 
 
@@ -57,3 +59,19 @@ def test_other_errors_are_ours_and_show_where(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("sys.argv", ["chat.py"])
     with pytest.raises(RuntimeError, match="a mistake"):
         console.run(command)
+
+
+WRITES = (
+    "eval --json", "eval --plot", "isotropy --json", "isotropy --plot", "rivals --json", "search --out",
+    "search --plot", "refit --out", "heal --out", "plan --save", "bench --json", "bench --plot",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", WRITES)
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(flag: str) -> None:
+    command, option = flag.split()
+    main, start = (bench.main, []) if command == "bench" else (cli.main, [command])
+    plans = ("plan.safetensors", "plan", ".json") if option in ("--out", "--save") else ()
+    for name in ("", ".", os.devnull, *plans):
+        ran = CliRunner().invoke(main, [*start, option, name])
+        assert ran.exit_code == 2 and f"Invalid value for '{option}'" in ran.stderr, (name, ran.stderr)

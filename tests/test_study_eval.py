@@ -14,9 +14,12 @@ import pytest
 from minisa import LLM, cli, console, load
 from minisa.errors import MinisaError
 from minisa.study import eval_command, evaluate
+from minisa.study.evaluation_report import plot
 from minisa.study.tasks import TASKS, read_questions, read_rows
 from minisa.study.variants import Models, parse_variants
-from tests.test_study_tasks import CONFIG, GSM8K, PIQA, ROWS, some_text, write_rows
+from tests.test_study_tasks import CONFIG, GSM8K, LAMBADA, PIQA, ROWS, VOCABULARY, some_text, write_rows
+from tests.tiny import random_weights, tiny_config, write_gguf, write_hf
+from tests.vocabularies import byte_level_json, write_json
 
 
 class Ran(NamedTuple):
@@ -157,6 +160,10 @@ class TestTheCommand:
         assert sorted(asked) == [*range(12)]  # a plan more: only it is run
         other = run_eval(*flags, "--shots", 1, "--shots-data", piqa)
         assert other.status == 2 and "made with shots 0, now it is 1" in other.err
+        (tmp_path / "another").mkdir()
+        another = write_gguf(tmp_path / "another" / "tiny.gguf", CONFIG, random_weights(CONFIG, 1), metadata=VOCABULARY)
+        other = run_eval(*flags, "--model", another)
+        assert other.status == 2 and "made with checkpoint" in other.err
 
     def test_batch_tokens_bound_the_batch(
         self, run_eval: Run, piqa: Path, text: Path, monkeypatch: pytest.MonkeyPatch
@@ -223,6 +230,29 @@ class TestTheCommand:
                     assert answers[variant.name, item] == llm.tokenizer.decode(ids[start:], mid_text=True)
         variants = json.loads((tmp_path / "r.json").read_text())["variants"]
         assert [list(row["metrics"]) for row in variants] == [["acc", "last_number"]] * (1 + bool(sa))
+
+    def test_a_perplexity_beyond_floats_is_unknown(self, run_eval: Run, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib", reason='needs pip install "minisa[plots]"')
+        data = write_rows(tmp_path / "rows", LAMBADA | {"continuation": some_text(300, 1)})
+        ran = run_eval("--task", "lambada", "--data", data, "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png")
+        assert ran.status == 0 and "unknown" in ran.out, ran.err
+        summary = json.loads((tmp_path / "r.json").read_text())
+        assert summary["variants"][0]["metrics"]["perplexity"]["value"] is None
+        assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")  # of the accuracy
+        summary["variants"][0]["metrics"]["acc"]["value"] = None
+        with pytest.raises(MinisaError, match="nothing to draw, acc is unknown"):
+            plot(summary, "r.png")
+
+    @pytest.mark.parametrize("task", ["perplexity", "piqa", "gsm8k"])
+    def test_tokens_that_the_model_has_not(self, task: str, run_eval: Run, tmp_path: Path) -> None:
+        small = tiny_config(vocab_size=70, max_seq_len=64)
+        folder = write_hf(tmp_path / "small", small, random_weights(small))
+        write_json(folder / "tokenizer.json", byte_level_json())
+        data = write_rows(tmp_path / "rows", ROWS.get(task, GSM8K))
+        flags = ("--length", 8) if task == "perplexity" else ("--shots", 0)
+        ran = run_eval("--model", folder, "--task", task, "--data", data, *flags)
+        assert ran.status == 2 and "by the model's tokenizer, has token id" in ran.err
+        assert "the vocabulary is 0 to 69" in ran.err
 
     def test_dtype_and_quantize(self, run_eval: Run, text: Path, tmp_path: Path) -> None:
         found = []

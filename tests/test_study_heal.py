@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from minisa.study.plans import read_plan
 from minisa.study.refit import refit
 from minisa.study.training import Training, read_training, write_training
 from minisa.study.walk import replace, share
+from tests.study_models import another_of_its_name
 from tests.test_model import CONFIG, N_LAYERS, PLANS, build, in_one_go, tokens_of
 from tests.tiny import random_weights, tiny_config, write_hf
 from tests.vocabularies import byte_level_json, write_json
@@ -173,7 +175,7 @@ def test_the_plan_and_its_weights_load(command: str, folder: Path, tmp_path: Pat
     assert ran.exit_code == 0, (ran.output, ran.exception)
     record = made(out)
     assert record["divergence"] < record["divergence_before"]
-    tensors = read_safetensors(tmp_path / "better.safetensors")
+    tensors = read_safetensors(tmp_path / "better.delta.safetensors")
     assert "layers.3.attention.wo.weight" in tensors
     plain, before = load(folder, device="cpu", dtype="fp32"), load(folder, sa="1:3", device="cpu", dtype="fp32")
     after = load(folder, sa=out, device="cpu", dtype="fp32")
@@ -184,6 +186,16 @@ def test_the_plan_and_its_weights_load(command: str, folder: Path, tmp_path: Pat
     assert plain.weight_bytes > after.weight_bytes == before.weight_bytes
     plan, weights = read_plan(str(folder), str(out))  # as what comes next takes it
     assert plan.sources == before.plan.sources and set(weights) == set(tensors)
+
+
+def test_the_weights_take_no_other_file_s_place(folder: Path, tmp_path: Path) -> None:
+    """Neither a checkpoint's, beside which the plan is written, nor those that the plan before it names."""
+    model = shutil.copytree(folder, tmp_path / "tiny")
+    before = (model / "model.safetensors").read_bytes()
+    ran = invoke("refit", model, text=folder.parent / "a.txt", out=model / "model.json")
+    assert ran.exit_code == 0, (ran.output, ran.exception)
+    assert (model / "model.safetensors").read_bytes() == before
+    assert SharingPlan.load(model / "model.json").delta.path == model / "model.delta.safetensors"
 
 
 def test_flags_of_refit(folder: Path, tmp_path: Path) -> None:
@@ -222,7 +234,7 @@ def test_flags_of_heal(folder: Path, tmp_path: Path) -> None:
     assert run("rate", rate=1e-3)["divergence"] != base["divergence"]
     assert [t["file"] for t in run("both", "--text", folder.parent / "b.txt")["texts"]] == ["a.txt", "b.txt"]
     run("all", train="all")
-    assert "layers.4.feed_forward.w1.weight" in read_safetensors(tmp_path / "all.safetensors")
+    assert "layers.4.feed_forward.w1.weight" in read_safetensors(tmp_path / "all.delta.safetensors")
     assert run("plan", sa="2:3")["divergence_before"] != base["divergence_before"]
 
 
@@ -235,6 +247,7 @@ def test_a_second_run_goes_on_and_other_settings_are_refused(folder: Path, tmp_p
     for changes, says in (
         ({"seed": 1}, "begun with seed 0, now it is 1"),
         ({"sa": "2:3"}, "begun with plan 1:3"),
+        ({"model": another_of_its_name(folder, tmp_path)}, "begun with checkpoint"),
     ):
         error = invoke("heal", folder, out=out, **changes).exception
         assert isinstance(error, MinisaError) and says in str(error)

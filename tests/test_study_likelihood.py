@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minisa import LLM, load
+from minisa.errors import MinisaError
 from minisa.sharing import SharingPlan
 from minisa.study import evaluate
 from minisa.study.likelihood import Item, batches, encode, likelihoods
@@ -98,6 +99,11 @@ class TestLikelihoods:
         whole, cut = (encode(study_llm.tokenizer, some_text(50, 1), " red roof", length) for length in (2048, 40))
         assert cut.ids == whole.ids[-40:] and cut.answer_tokens == whole.answer_tokens
         assert cut.cut and not whole.cut
+
+    @pytest.mark.parametrize(("answer", "length"), [("", 2048), (" red roof", 1)])
+    def test_an_answer_without_a_token_is_refused(self, answer: str, length: int, study_llm: LLM) -> None:
+        with pytest.raises(MinisaError, match=f"after 'a': .* tokens, of which the model takes {length}: expected two"):
+            encode(study_llm.tokenizer, "a", answer, length)
 
     def test_item_by_item_against_transformers(self, study_llm: LLM, tmp_path: Path) -> None:
         """Every task's choices, written out over another implementation: texts, token ids and log-likelihoods."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +46,9 @@ class TestStandardErrors:
         found = Estimate(3.0, 0.01).exp()
         assert found.value == pytest.approx(math.e**3)
         assert found.stderr == pytest.approx((math.exp(3.01) - math.exp(2.99)) / 2, rel=1e-3)
+
+    def test_a_loss_beyond_floats_is_an_infinite_perplexity(self) -> None:
+        assert Estimate(1000.0, 0.01).exp() == Estimate(math.inf, math.inf)
 
     def test_a_single_item_has_none(self) -> None:
         assert math.isnan(ratio([(1.0, 1.0)]).stderr)
@@ -94,6 +100,33 @@ class TestResults:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(MinisaError, match="line 1: not results of eval"):
             Results(path, self.SETTINGS)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            *({"item": item} for item in ("3", -1, 1.0, True, None)),
+            *({"scores": scores} for scores in (None, [], {}, {"f1": [1.0, 1.0]})),
+            *({"scores": {"acc": pair}} for pair in (1.0, [1.0], [1.0, 1.0, 1.0], ["1", 1.0], [math.inf, 1.0])),
+            *({"scores": {"acc": pair}} for pair in ([10**400, 1], [1e300, 1.0], [True, 1.0], [None, 1.0])),
+        ],
+        ids=str,
+    )
+    def test_a_record_that_no_evaluation_leaves(self, changes: dict[str, Any], tmp_path: Path) -> None:
+        path = tmp_path / "r.jsonl"
+        self.filled(path)
+        record = {"variant": "plain", "item": 7, "scores": {"acc": [math.nan, 1.0]}}
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        assert 7 in Results(path, self.SETTINGS, ("acc",)).variant("plain", "a")
+        with path.open("a") as file:
+            file.write(json.dumps(record | changes) + "\n")
+        with pytest.raises(MinisaError, match="line 6: not results of eval: delete the file"):
+            Results(path, self.SETTINGS, ("acc",))
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "r.jsonl")
+        with pytest.raises(MinisaError, match="cannot keep results there: not a file"):
+            Results(tmp_path / "r.jsonl", self.SETTINGS)
 
     def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(MinisaError, match="cannot keep results there: No such file"):

@@ -23,7 +23,7 @@ from minisa.model import Transformer
 from minisa.rope import apply_rope, rope_angles
 from minisa.sharing import SharingPlan
 from minisa.study import cheapest as cheapest_module
-from minisa.study.cheapest import cheapest, extensions
+from minisa.study.cheapest import Step, cheapest, extensions
 from minisa.study.loss import token_losses
 from minisa.study.rivals import Rival, altered, round_to_int8, slot_bytes
 from minisa.study.variants import parse_variants
@@ -275,6 +275,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyt
     assert (found["settings"]["dtype"], found["settings"]["quantize"]) == ("bf16", "int8")
     plain, first = cheapest(llm.model, ids, "drop", 1)
     assert found["steps"][0]["ratio"] != pytest.approx(math.exp(first.loss - plain.loss), rel=1e-6)
+    steps = [Step(Rival(), 1.0), Step(Rival.parse("drop:2", 4), 1000.0)]
+    monkeypatch.setattr("minisa.study.rivals_command.cheapest", lambda *_, **__: iter(steps))
+    status, out, err = run("drop", 1, "--text", text, "--length", 40, "--json", tmp_path / "r.json")
+    assert status == 0 and out.endswith("× inf\n"), err
+    assert json.loads((tmp_path / "r.json").read_text())["steps"][0]["ratio"] is None
     for flags, message in (((), "'prune' is not one of"), (("--device", "tpu"), "tpu")):
         status, _, err = run("drop" if flags else "prune", 2, "--text", text, *flags)
         assert status == 2 and message in err

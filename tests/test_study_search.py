@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from minisa.engine import load
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
-from minisa.study.findings import Findings, read_findings
+from minisa.study.findings import Findings, read_findings, write_findings
 from minisa.study.judge import Judge
 from minisa.study.search import Search
 from minisa.study.text import sha256_of
+from tests.study_models import another_of_its_name
 from tests.test_model import CONFIG, N_LAYERS, PLANS, build, tokens_of
 from tests.tiny import random_weights, tiny_config, write_hf
 from tests.vocabularies import byte_level_json, write_json
@@ -156,9 +158,48 @@ def test_a_second_run_measures_nothing_again_and_other_settings_are_refused(fold
     ran = invoke(folder, out=out, seed=1)
     assert isinstance(ran.exception, MinisaError)
     assert "begun with seed 0, now it is 1: remove the file, or give another --out" in str(ran.exception)
-    state.write_text("{}")
-    with pytest.raises(MinisaError, match="not what a search leaves"):
-        read_findings(state, {})
+    ran = invoke(another_of_its_name(folder, tmp_path), out=out, text=folder.parent / "a.txt")
+    assert isinstance(ran.exception, MinisaError) and "begun with checkpoint" in str(ran.exception)
+
+
+DAMAGE: dict[str, Any] = {
+    "no object": [],
+    "nothing in it": {},
+    "pairs missing": {"pairs": {"0:1": [1.0, [0, 1, 2, 3]]}},
+    "pairs of nothing": {"pairs": {"0:9": [1.0, [0, 1, 2, 3]]}},
+    "a pair alone": {"0:1": 1.0},
+    "errors as text": {"0:1": ["1.0", [0, 1, 2, 3]]},
+    "errors of 0": {"0:1": [0, [0, 1, 2, 3]]},
+    "errors without end": {"0:1": [math.inf, [0, 1, 2, 3]]},
+    "errors beyond floats": {"0:1": [10**400, [0, 1, 2, 3]]},
+    "heads as text": {"0:1": [1.0, "0123"]},
+    "heads that are none": {"0:1": [1.0, [0, 1, 2, 4]]},
+    "heads too few": {"0:1": [1.0, [0, 1]]},
+    "divergences as text": {"measured": {"1<0": "0.5"}},
+    "divergences in a list": {"measured": [0.5]},
+    "maps of no plan": {"maps": {"x": {}}},
+    "maps of a leader": {"maps": {"1:2": {"1": [0, 1, 2, 3]}}},
+    "maps of text": {"maps": {"1:2": {"2": "heads"}}},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_state_that_no_search_leaves(damage: Any, tmp_path: Path) -> None:
+    state, config = tmp_path / "plan.json.search", tiny_config(n_layers=3)
+    pairs = dict.fromkeys(((0, 1), (0, 2), (1, 2)), (1.0, (0, 1, 2, 3)))
+    findings = Findings(pairs, {"1<0": 0.5, "none": -1e-9}, {"1:2": {2: (3, 2, 1, 0)}, "none": {}})
+    write_findings(state, {}, findings)
+    assert read_findings(state, {}, config) == findings
+    record = json.loads(state.read_text())
+    if not damage:
+        record = damage
+    elif "0:1" in damage:
+        record["pairs"] |= damage
+    else:
+        record |= damage
+    state.write_text(json.dumps(record))
+    with pytest.raises(MinisaError, match="not what a search leaves: remove it to begin again"):
+        read_findings(state, {}, config)
 
 
 def test_every_flag_has_its_effect(folder: Path, tmp_path: Path) -> None:
@@ -187,8 +228,8 @@ def test_every_flag_has_its_effect(folder: Path, tmp_path: Path) -> None:
     assert mapped["followers"]["3"]["leader"] == 1 and len(mapped["followers"]["3"]["heads"]) == 4
     assert len(ran.stderr.splitlines()) < len(in_haste.stderr.splitlines())  # nothing is searched
     pytest.importorskip("matplotlib")
-    run("plot.json", plot=tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    run("plot.json", plot=tmp_path / "plot.xyz")
+    assert (tmp_path / "plot.xyz").read_bytes().startswith(b"\x89PNG")  # whatever its name
 
 
 def test_plans_are_measured_on_echoes_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

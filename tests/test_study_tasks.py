@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,9 @@ class TestTasks:
             ("mmlu", MMLU | {"choices": ["1", "2"]}, "row 1: not a row of mmlu"),
             ("gsm8k", GSM8K | {"answer": "four"}, "there is no '#### number'"),
             ("lambada", LAMBADA | {"context": ""}, "a prompt or an answer is empty"),
+            ("piqa", PIQA | {"label": math.inf}, "row 1: not a row of piqa"),
+            ("mmlu", MMLU | {"subject": 5}, "row 1: not a row of mmlu as published: its subject is no text"),
+            ("hellaswag", HELLASWAG | {"endings": ["x"] * 33}, "33 choices, expected at most 32"),
             ("piqa", [1], "line 1: expected a JSON object"),
         ],
     )

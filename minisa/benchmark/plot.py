@@ -15,6 +15,21 @@ def check_matplotlib() -> None:
         raise MinisaError('--plot: needs matplotlib; pip install "minisa[plots]"')
 
 
+def save(figure: Any, path: str, dpi: int = 150) -> None:
+    """Write a figure as a PNG whatever its name, a "$" in its texts standing for itself.
+
+    MinisaError where it cannot be written.
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    try:
+        figure.savefig(path, format="png", dpi=dpi)
+    except OSError as error:
+        raise MinisaError(f"--plot {path}: {error.strerror}") from error
+
+
 def plot(record: Record, path: str) -> None:
     """Write a PNG. Left: decode tokens/s with its 10th to 90th percentile, and what the bandwidth read in the same
     rounds would allow. Right: memory of weights and of the cache in use. One colour for each configuration.
@@ -39,10 +54,7 @@ def plot(record: Record, path: str) -> None:
     for axes in (speed, memory):
         axes.grid(alpha=0.3)
         axes.legend()
-    try:
-        figure.savefig(path, format="png", dpi=150)
-    except OSError as error:
-        raise MinisaError(f"--plot {path}: {error.strerror}") from error
+    save(figure, path)
 
 
 def _draw_speed(axes: Any, configuration: Record, colour: str) -> None:

@@ -32,7 +32,7 @@ class Checkpoint:
     tensors: by the model's parameter names, in the order they lie in the files.
     unknown: the names of tensors that no Llama has; load_weights refuses them.
     interleaved: the RoPE pairs of a q or k head are rows (0, 1), (2, 3), …, not (0, d/2), (1, d/2+1), …
-    format: for messages. nbytes: what the weights take on disk.
+    format: for messages. files: where the weights lie.
     """
 
     path: Path
@@ -41,7 +41,12 @@ class Checkpoint:
     unknown: tuple[str, ...]
     interleaved: bool
     format: str
-    nbytes: int
+    files: tuple[DataFile, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """What the weights take on disk."""
+        return sum(file.size for file in self.files)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -102,7 +107,7 @@ def _open_hugging_face(path: Path, stored: dict[str, FileTensor]) -> Checkpoint:
         tensors.pop("output.weight", None)  # some files repeat the embedding there
     for tensor in tensors.values():
         tensor.require_weight_dtype()
-    return Checkpoint(path, config, tensors, unknown, False, "Hugging Face safetensors", _nbytes(tensors.values()))
+    return Checkpoint(path, config, tensors, unknown, False, "Hugging Face safetensors", _files(tensors.values()))
 
 
 def _open_consolidated(path: Path, shards: list[dict[str, FileTensor]], format: str) -> Checkpoint:
@@ -119,7 +124,7 @@ def _open_consolidated(path: Path, shards: list[dict[str, FileTensor]], format: 
         raise MinisaError(f"{path}: the weights lack a matrix tok_embeddings.weight: are they a Llama's?")
     with _describing(path / "params.json"):
         config = ModelConfig.from_params(params, vocab_size=embedding.shape[0])
-    return Checkpoint(path, config, tensors, named[0][1], True, format, _nbytes(plain))
+    return Checkpoint(path, config, tensors, named[0][1], True, format, _files(plain))
 
 
 def _refuse_overlaps(tensors: Mapping[str, FileTensor]) -> None:
@@ -145,7 +150,7 @@ def _open_gguf(path: Path) -> Checkpoint:
             )
         known, unknown = names.GGUF.rename(infos)
         tensors = {name: _stored(info, files[info.name]) for name, info in known.items()}
-    return Checkpoint(path, config, tensors, unknown, True, "GGUF", _nbytes(tensors.values()))
+    return Checkpoint(path, config, tensors, unknown, True, "GGUF", _files(tensors.values()))
 
 
 def _stored(info: TensorInfo, file: DataFile) -> FileTensor | ggml.QuantizedTensor:
@@ -183,5 +188,5 @@ def _describing(path: Path) -> Iterator[None]:
         raise MinisaError(f"{path}: not the description of a model ({error})") from None
 
 
-def _nbytes(tensors: Iterable[FileTensor | ggml.QuantizedTensor]) -> int:
-    return sum(file.size for file in {tensor.file for tensor in tensors})
+def _files(tensors: Iterable[FileTensor | ggml.QuantizedTensor]) -> tuple[DataFile, ...]:
+    return tuple(dict.fromkeys(tensor.file for tensor in tensors))

@@ -17,7 +17,7 @@ import torch
 
 from minisa.checkpoint.files import DataFile, FileTensor, is_size
 from minisa.errors import MinisaError
-from minisa.untrusted import MAX_JSON, parse_json, read_json
+from minisa.untrusted import MAX_JSON, parse_json, read_json, written_whole
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -70,12 +70,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         offset += tensor.nbytes
     described = json.dumps(header).encode()
     described += b" " * (-len(described) % 8)  # the elements begin at a multiple of 8
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
+    with written_whole(path) as partial, partial.open("wb") as file:
         file.write(len(described).to_bytes(8, "little") + described)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    partial.replace(path)
 
 
 def _tensor(name: str, entry: Any, file: DataFile, data: int) -> FileTensor:

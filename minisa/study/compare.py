@@ -25,8 +25,16 @@ class Estimate:
 
     def exp(self) -> Estimate:
         """Of exp(value), to first order: a mean loss becomes a perplexity."""
-        value = math.exp(self.value)
+        value = exp(self.value)
         return Estimate(value, value * self.stderr)
+
+
+def exp(value: float) -> float:
+    """math.exp, infinite where that overflows."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def ratio(items: Sequence[Pair]) -> Estimate:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 
 from minisa.benchmark.plot import check_matplotlib
 from minisa.checkpoint import open_checkpoint
-from minisa.console import open_model, weights_options
+from minisa.console import OutputFile, open_model, weights_options, write_json
 from minisa.device import dtype_name
 from minisa.engine import LLM
 from minisa.errors import MinisaError
@@ -21,10 +20,10 @@ from minisa.study.evaluate import Evaluation, Perplexity, questions_for
 from minisa.study.evaluation_report import plot, summarize, table
 from minisa.study.progress import Progress
 from minisa.study.results import Record, Results
+from minisa.study.resuming import fingerprint
 from minisa.study.tasks import TASKS, read_questions
 from minisa.study.text import sha256_of
 from minisa.study.variants import Models, Variant, parse_variants
-from minisa.untrusted import write_whole
 
 WINDOW = 512
 
@@ -58,10 +57,13 @@ WINDOW = 512
 @click.option(
     "--json",
     "json_file",
+    type=OutputFile(),
     metavar="FILE.json",
     help="Write the summary there, and each item to FILE.items.jsonl as it is done: the same command goes on from it.",
 )
-@click.option("--plot", "plot_file", metavar="FILE.png", help="Draw the first metric against KV bytes saved.")
+@click.option(
+    "--plot", "plot_file", type=OutputFile(), metavar="FILE.png", help="Draw the first metric against KV bytes saved."
+)
 def evaluate(
     model: str,
     plans: tuple[str, ...],
@@ -96,6 +98,7 @@ def evaluate(
     settings: Record = {
         "task": task,
         "model": entry.name if entry is not None else path.name,
+        "checkpoint": fingerprint(model),
         "checkpoint_bytes": checkpoint.nbytes,
         "dtype": dtype_name(plain.dtype),
         "quantize": load["quantize"],
@@ -114,7 +117,9 @@ def evaluate(
         context = plain.config.max_seq_len
         click.echo(f"{evaluation.cut} items are cut at the beginning to fit the model's {context} tokens", err=True)
     del plain
-    results = Results(None if json_file is None else Path(json_file).with_suffix(".items.jsonl"), settings)
+    results = Results(
+        None if json_file is None else Path(json_file).with_suffix(".items.jsonl"), settings, evaluation.metrics
+    )
     try:
         records = answer_all(models, variants, evaluation, results)
     except KeyboardInterrupt:
@@ -164,11 +169,3 @@ def _answer(llm: LLM, name: str, pending: Sequence[int], evaluation: Evaluation,
             progress.update(done)
     finally:
         progress.close()
-
-
-def write_json(path: str, record: Record) -> None:
-    """MinisaError where it cannot be written."""
-    try:
-        write_whole(Path(path), json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        raise MinisaError(f"--json {path}: {error.strerror}") from error

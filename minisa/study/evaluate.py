@@ -23,6 +23,7 @@ from minisa.study.loss import token_losses
 from minisa.study.results import Record
 from minisa.study.tasks import GENERATION_STOPS, Question, Task, score_numbers
 from minisa.study.text import windows
+from minisa.tokenizer import check_ids
 
 ANSWER_TOKENS = 256  # that a generated answer may take
 
@@ -94,6 +95,9 @@ class Choices:
             )
             for question in questions
         ]
+        for number, item in enumerate(items, 1):
+            for choice in item.choices:
+                check_ids(choice.ids, llm.config.vocab_size, f"row {number}, by the model's tokenizer,")
         return cls(task, tuple(questions), tuple(items), max_tokens)
 
     @property
@@ -140,6 +144,8 @@ class Generation:
         bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
         room = max(llm.config.max_seq_len - ANSWER_TOKENS, 1)
         prompts = [bos + tokenizer.encode(question.prompts[0]) for question in questions]
+        for number, prompt in enumerate(prompts, 1):
+            check_ids(prompt, llm.config.vocab_size, f"row {number}, by the model's tokenizer,")
         cut = sum(len(prompt) > room for prompt in prompts)
         return cls(task, tuple(questions), tuple(prompt[-room:] for prompt in prompts), max_tokens, cut)
 

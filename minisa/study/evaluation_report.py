@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minisa.benchmark.plot import check_matplotlib
+from minisa.benchmark.plot import check_matplotlib, save
 from minisa.config import ModelConfig
 from minisa.errors import MinisaError
 from minisa.study.compare import Estimate, paired_difference, ratio
@@ -64,10 +64,11 @@ def _metric(metric: str, mine: list[tuple[float, float]], reference: list[tuple[
 
 
 def _named(name: str, estimate: Estimate) -> Record:
-    return {name: _finite(estimate.value), f"{name}_stderr": _finite(estimate.stderr)}
+    return {name: finite(estimate.value), f"{name}_stderr": finite(estimate.stderr)}
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """None for what JSON has no number for."""
     return value if math.isfinite(value) else None
 
 
@@ -104,15 +105,17 @@ def plot(summary: Record, path: str) -> None:
     """Write a PNG: the first metric against the share of the KV cache saved, one colour for each kind of variant.
 
     Bars are standard errors, of the ratio to plain for a perplexity; a line joins the best of a kind at each share.
-    MinisaError where matplotlib is missing or the file cannot be written.
+    MinisaError where matplotlib is missing, nothing is known or the file cannot be written.
     """
     check_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, NullLocator
 
-    rows = [row for row in summary["variants"] if all(found["value"] is not None for found in row["metrics"].values())]
-    metric = next(iter(rows[0]["metrics"]))
+    metric = next(iter(summary["variants"][0]["metrics"]))
     name, best = ("ratio", min) if metric in EXPONENTIAL else ("value", max)
+    rows = [row for row in summary["variants"] if row["metrics"][metric][name] is not None]
+    if not rows:
+        raise MinisaError(f"--plot {path}: there is nothing to draw, {metric} is unknown for every variant")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes: Any = figure.subplots()
     by_kind: dict[str, list[Record]] = {}
@@ -144,7 +147,4 @@ def plot(summary: Record, path: str) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path, format="png", dpi=150)
-    except OSError as error:
-        raise MinisaError(f"--plot {path}: {error.strerror}") from error
+    save(figure, path)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
-from minisa.console import open_model
+from minisa.console import OutputFile, open_model
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL
 from minisa.study.heal import STATES, TRAINABLE, trainable
 from minisa.study.heal import heal as train
 from minisa.study.plans import provenance, read_plan, save_plan
+from minisa.study.resuming import fingerprint
 from minisa.study.text import sample, sha256_of
 from minisa.study.training import read_training, write_training
 
@@ -33,7 +34,9 @@ FILE = click.Path(dir_okay=False)
 @click.option("--held-out-tokens", type=click.IntRange(1), default=4096, show_default=True, help="To choose by.")
 @click.option("--seed", default=0, show_default=True, help="Draws the windows.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
-@click.option("--out", type=FILE, default="healed.json", show_default=True, help="The plan file to write.")
+@click.option(
+    "--out", type=OutputFile(".json"), default="healed.json", show_default=True, help="The plan file to write."
+)
 def heal(
     model: str,
     sa: str,
@@ -50,14 +53,15 @@ def heal(
 ) -> None:
     """Distil the plain model into the shared one, and write the plan with its weights beside it.
 
-    Of the weights along the way those stay that predict best on held-out text. Broken off, the same command goes on
-    where it was, from OUT.heal.
+    The weights stand in a file that ends in .delta.safetensors. Of those along the way the ones stay that predict best
+    on held-out text. Broken off, the same command goes on where it was, from OUT.heal.
     """
     if (minutes is None) == (steps is None):
         raise MinisaError("heal: say how long to train, by either --minutes or --steps")
     state = Path(f"{out}.heal")
     settings = {
         "model": Path(model).name,
+        "checkpoint": fingerprint(model),
         "texts": [sha256_of(text) for text in texts],
         "train": which,
         "rate": rate,

@@ -7,10 +7,9 @@ from typing import Any
 import click
 
 from minisa.benchmark.plot import check_matplotlib
-from minisa.console import open_model, weights_options
+from minisa.console import OutputFile, open_model, weights_options, write_json
 from minisa.device import dtype_name
 from minisa.registry import resolve
-from minisa.study.eval_command import write_json
 from minisa.study.isotropy import similarity
 from minisa.study.isotropy_report import as_record, plot, table
 from minisa.study.progress import Progress
@@ -22,8 +21,8 @@ from minisa.study.text import sha256_of, windows
 @click.option("--text", required=True, metavar="FILE", help="UTF-8 text to look at.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
 @click.option("--limit", type=click.IntRange(1), default=8, show_default=True, help="Only so many windows.")
-@click.option("--json", "json_file", metavar="FILE.json", help="Write every matrix there.")
-@click.option("--plot", "plot_file", metavar="FILE.png", help="Draw the matrices.")
+@click.option("--json", "json_file", type=OutputFile(), metavar="FILE.json", help="Write every matrix there.")
+@click.option("--plot", "plot_file", type=OutputFile(), metavar="FILE.png", help="Draw the matrices.")
 def isotropy(
     model: str, text: str, length: int, limit: int, json_file: str | None, plot_file: str | None, **load: Any
 ) -> None:

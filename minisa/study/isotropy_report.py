@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minisa.benchmark.plot import check_matplotlib
-from minisa.errors import MinisaError
+from minisa.benchmark.plot import check_matplotlib, save
 from minisa.study.isotropy import Similarity
 from minisa.study.results import Record
 
@@ -70,7 +69,4 @@ def plot(title: str, whole: Similarity, rest: Similarity, path: str) -> None:
     for axes in grid[:, 0]:
         axes.set_ylabel("leader")
     figure.suptitle(title)
-    try:
-        figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise MinisaError(f"--plot {path}: {error.strerror}") from error
+    save(figure, path, dpi=120)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minisa.cache import StaticCache
 from minisa.decode import prefill_chunks
+from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.study.loss import ROWS
 from minisa.tokenizer import Tokenizer
@@ -74,6 +75,7 @@ def encode(tokenizer: Tokenizer, prompt: str, answer: str, max_length: int) -> S
     """Tokens of prompt + answer, of which the answer's are what encoding the prompt alone does not give.
 
     A space at the prompt's end counts as the answer's. Of a text longer than max_length the beginning is left out.
+    Raises MinisaError where no token of the answer is left after one of the prompt.
     """
     stripped = prompt.rstrip()
     answer, prompt = prompt[len(stripped) :] + answer, stripped
@@ -83,6 +85,11 @@ def encode(tokenizer: Tokenizer, prompt: str, answer: str, max_length: int) -> S
     # Should a merge across the border leave the answer without a token, its last one is scored all the same.
     answer_tokens = max(len(ids) - len(start), 1)
     answer_tokens = min(answer_tokens, max_length - 1, len(ids) - 1)
+    if answer_tokens < 1:
+        raise MinisaError(
+            f"{answer!r} after {prompt[-60:]!r}: {len(ids)} tokens, of which the model takes {max_length}: "
+            "expected two or more, leave the row out or take another model"
+        )
     return Scored(tuple(ids[-max_length:]), answer_tokens, cut=len(ids) > max_length)
 
 

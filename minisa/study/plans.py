@@ -37,9 +37,12 @@ def read_plan(model: str, sa: str) -> tuple[SharingPlan, dict[str, Tensor]]:
 
 
 def save_plan(plan: SharingPlan, path: Path, made: Mapping[str, Any], weights: Mapping[str, Tensor] | None) -> None:
-    """Write the plan and, beside it, weights (by parameter name, in bf16) as NAME.safetensors."""
+    """Write the plan and, beside it, weights (by parameter name, in bf16) as NAME.delta.safetensors.
+
+    Not as NAME.safetensors, which may be a checkpoint's file, or weights that came with another plan.
+    """
     try:
-        delta = write_delta(path.with_suffix(".safetensors"), weights) if weights else None
+        delta = write_delta(path.with_suffix(".delta.safetensors"), weights) if weights else None
         SharingPlan(plan.sources, plan.head_maps, delta).save(path, made)
     except OSError as error:
         raise MinisaError(f"--out {path}: cannot write the plan: {error.strerror}") from error

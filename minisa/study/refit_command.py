@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from minisa.console import open_model
+from minisa.console import OutputFile, open_model
 from minisa.registry import DEFAULT_MODEL
 from minisa.study.judge import Judge
 from minisa.study.plans import provenance, read_plan, save_plan
@@ -31,7 +31,9 @@ FILE = click.Path(dir_okay=False)
 )  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Draws the windows.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
-@click.option("--out", type=FILE, default="refitted.json", show_default=True, help="The plan file to write.")
+@click.option(
+    "--out", type=OutputFile(".json"), default="refitted.json", show_default=True, help="The plan file to write."
+)
 def refit(
     model: str,
     sa: str,
@@ -46,7 +48,8 @@ def refit(
 ) -> None:
     """Fit the plan's matrices to what the plain model computes, layer by layer, and write plan and weights.
 
-    The weights stand in a .safetensors file beside the plan. A matrix is left alone where held-out text says so.
+    The weights stand beside the plan, in a file that ends in .delta.safetensors. A matrix is left alone where held-out
+    text says so.
     """
     plan, weights = read_plan(model, sa)
     llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)

@@ -8,31 +8,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from minisa.errors import MinisaError
-from minisa.untrusted import write_whole
+from minisa.untrusted import read_text, write_whole
 
 Record = dict[str, Any]
+LARGEST = 1e15  # that a score can be: its sums and squares are numbers still
 
 
 class Results:
     """Records by variant and item. With a path, everything added is in the file at once.
 
-    settings: what all records of a file have in common. Raises MinisaError for a file of other settings, naming the
-    first that differs, and for one that is no such file.
+    settings: what all records of a file have in common. metrics: the scores that each has. Raises MinisaError for a
+    file of other settings, naming the first that differs, and for one that is no such file.
     """
 
-    def __init__(self, path: Path | None, settings: Record) -> None:
+    def __init__(self, path: Path | None, settings: Record, metrics: Sequence[str] = ()) -> None:
         self._path = path
+        self._metrics = metrics
         self._identities: dict[str, str] = {}
         self._records: dict[str, dict[int, Record]] = {}
         self._file: IO[str] | None = None
         if path is None:
             return
         try:
-            lines = path.read_text("utf-8").split("\n") if path.exists() else []
+            lines = read_text(path).split("\n") if path.exists() else []
             whole = lines[:-1]  # what follows the last newline is empty, or a line that was cut
             for number, line in enumerate(whole, 1):
                 self._read(line, number, settings)
@@ -79,7 +82,10 @@ class Results:
             elif "identity" in record:
                 self._identities[record["variant"]] = record["identity"]
             else:
-                name, item = record.pop("variant"), record.pop("item")
+                name, item, scores = record.pop("variant"), record.pop("item"), record["scores"]
+                complete = scores.keys() >= set(self._metrics) and all(map(_is_score, scores.values()))
+                if type(item) is not int or item < 0 or not complete:
+                    raise ValueError("not the record of an item")
                 self._records.setdefault(name, {})[item] = record
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._foreign(number) from error
@@ -94,3 +100,12 @@ class Results:
 
     def _foreign(self, number: int) -> MinisaError:
         return MinisaError(f"{self._path}, line {number}: not results of eval: delete the file or take another --json")
+
+
+def _is_score(pair: Any) -> bool:
+    """A numerator and a denominator; NaN is what a model leaves whose numbers overflow."""
+    return (
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(number) in (int, float) and not abs(number) > LARGEST for number in pair)
+    )

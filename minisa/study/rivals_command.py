@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import click
 
-from minisa.console import open_model, weights_options
+from minisa.console import OutputFile, open_model, weights_options, write_json
 from minisa.device import dtype_name
 from minisa.registry import resolve
 from minisa.study.cheapest import cheapest
-from minisa.study.eval_command import write_json
+from minisa.study.compare import exp
+from minisa.study.evaluation_report import finite
 from minisa.study.progress import Progress
 from minisa.study.text import sha256_of, windows
 from minisa.study.variants import parse_variants
@@ -24,7 +24,7 @@ from minisa.study.variants import parse_variants
 @click.option("--text", required=True, metavar="FILE", help="UTF-8 text to choose by; not the one to be tested on.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
 @click.option("--limit", type=click.IntRange(1), default=4, show_default=True, help="Only so many windows.")
-@click.option("--json", "json_file", metavar="FILE.json", help="Write the choices there.")
+@click.option("--json", "json_file", type=OutputFile(), metavar="FILE.json", help="Write the choices there.")
 def rivals(
     model: str, kind: str, layers: int, text: str, length: int, limit: int, json_file: str | None, **load: Any
 ) -> None:
@@ -49,11 +49,11 @@ def rivals(
                 continue
             rival = str(step.rival)
             (_, variant) = parse_variants([], [rival], llm.config, None)
-            ratio = math.exp(step.loss - plain)
+            ratio = exp(step.loss - plain)
             if bar:
                 bar[0].close()
             click.echo(f"{rival}  KV saved {variant.saved(llm.config):.1%}  perplexity × {ratio:.3f}")
-            steps.append({"rival": rival, "kv_saved": variant.saved(llm.config), "ratio": ratio})
+            steps.append({"rival": rival, "kv_saved": variant.saved(llm.config), "ratio": finite(ratio)})
     finally:
         if bar:
             bar[0].close()

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import click
 
-from minisa.benchmark.plot import check_matplotlib
+from minisa.benchmark.plot import check_matplotlib, save
 from minisa.config import ModelConfig
-from minisa.console import open_model
+from minisa.console import OutputFile, open_model
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL
 from minisa.sharing import SharingPlan
 from minisa.study.findings import Point, read_findings, write_findings
 from minisa.study.loss import perplexity, token_losses
 from minisa.study.plans import kv_saved, provenance, save_plan, weights_saved
+from minisa.study.resuming import fingerprint
 from minisa.study.search import Search
 from minisa.study.text import echoing, sample, sha256_of
 from minisa.study.walk import share
@@ -36,8 +37,8 @@ FILE = click.Path(dir_okay=False)
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
 @click.option("--seed", default=0, show_default=True, help="Draws the windows.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
-@click.option("--out", type=FILE, default="plan.json", show_default=True, help="The plan file to write.")
-@click.option("--plot", type=FILE, help="Draw divergence against bytes saved to this PNG (extra `plots`).")
+@click.option("--out", type=OutputFile(".json"), default="plan.json", show_default=True, help="The plan file to write.")
+@click.option("--plot", type=OutputFile(), help="Draw divergence against bytes saved to this PNG (extra `plots`).")
 def search(
     model: str,
     followers: int | None,
@@ -64,9 +65,11 @@ def search(
     began = time.monotonic()
     if plot is not None:
         check_matplotlib()
+    llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
     state = Path(f"{out}.search")
     settings = {
         "model": Path(model).name,
+        "checkpoint": fingerprint(model),
         "texts": [sha256_of(text) for text in texts],
         "validation": sha256_of(validation) if validation else None,
         "calibration_tokens": calibration_tokens,
@@ -74,10 +77,9 @@ def search(
         "length": length,
         "seed": seed,
     }
-    findings = read_findings(state, settings)
+    findings = read_findings(state, settings, llm.config)
     if findings.measured:
         click.echo(f"going on from {state}: {len(findings.measured)} plans measured", err=True)
-    llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
     n_calibration, n_held_out = (max(tokens // length, 1) for tokens in (calibration_tokens, held_out_tokens))
     if validation is None:
         held_out, calibration, _ = sample(llm, texts, length, (n_held_out, n_calibration), seed)
@@ -128,7 +130,7 @@ def search(
         f"shared {perplexity(shared):.3f} ({ratio - 1:+.1%})\n{out}: {best.plan}"
     )
     if plot is not None:
-        draw(points, llm.config, Path(plot))
+        draw(points, llm.config, plot)
 
 
 def pareto(points: Sequence[Point], config: ModelConfig) -> str:
@@ -142,7 +144,7 @@ def pareto(points: Sequence[Point], config: ModelConfig) -> str:
     return "\n".join(rows)
 
 
-def draw(points: Sequence[Point], config: ModelConfig, path: Path) -> None:
+def draw(points: Sequence[Point], config: ModelConfig, path: str) -> None:
     """Divergence against the share of the KV cache saved, as a PNG."""
     from matplotlib.figure import Figure
 
@@ -156,4 +158,4 @@ def draw(points: Sequence[Point], config: ModelConfig, path: Path) -> None:
     axes.set_ylabel("divergence from plain, nats a token")
     axes.set_title("followers, by search")
     axes.set_ylim(bottom=0)
-    figure.savefig(path, dpi=120)
+    save(figure, path, dpi=120)

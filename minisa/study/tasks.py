@@ -24,6 +24,7 @@ from typing import Any
 from minisa.errors import MinisaError
 from minisa.study.text import read_text
 
+MAX_CHOICES = 32  # of a row, all in the model at once
 Row = Mapping[str, Any]
 Scores = dict[str, tuple[float, float]]  # metric → (numerator, denominator); a metric is the ratio of their sums
 
@@ -118,9 +119,11 @@ def _asked(task: Task, rows: Sequence[Row], path: str | Path) -> list[Question]:
     questions = []
     for number, row in enumerate(rows, 1):
         try:
-            if task.topic is not None:
-                row[task.topic]
+            if task.topic is not None and not isinstance(row[task.topic], str):
+                raise TypeError(f"its {task.topic} is no text")
             question = task.ask(row)
+            if len(question.answers) > MAX_CHOICES:
+                raise ValueError(f"{len(question.answers)} choices, expected at most {MAX_CHOICES}")
             if not 0 <= question.right < len(question.answers):
                 raise ValueError("its answer is none of its choices")
             if not all(text.strip() for text in question.prompts + question.answers):
@@ -129,7 +132,7 @@ def _asked(task: Task, rows: Sequence[Row], path: str | Path) -> list[Question]:
             raise MinisaError(
                 f"{path}, row {number}: {error} is missing: expected the fields of {task.name} as published"
             ) from error
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
             raise MinisaError(
                 f"{path}, row {number}: not a row of {task.name} as published: {str(error).rstrip('.')}"
             ) from error

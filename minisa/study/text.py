@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisa import untrusted
 from minisa.engine import LLM
 from minisa.errors import MinisaError
+from minisa.tokenizer import check_ids
 
 
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file. MinisaError if it cannot be read."""
     try:
-        return Path(path).read_text("utf-8")
+        return untrusted.read_text(Path(path))
     except OSError as error:
         raise MinisaError(f"{path}: cannot read the text: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -26,7 +28,8 @@ def read_text(path: str | Path) -> str:
 def sha256_of(path: str | Path) -> str:
     """The sha256 of a file's bytes, for provenance. MinisaError if it cannot be read."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        with untrusted.open_plain(Path(path)) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise MinisaError(f"{path}: cannot read the file: {error.strerror}") from error
 
@@ -51,13 +54,15 @@ def windows(llm: LLM, path: str | Path, length: int, limit: int | None = None, s
 
     limit: at most so many windows. skip: windows passed over first. What is left at the end is dropped. Where the
     model's maker begins a text with BOS every window does, and holds one token of text less.
-    Raises MinisaError where the text is too short for a single window.
+    Raises MinisaError where the text is too short for a single window, or has tokens that the model has not.
     """
     tokenizer = llm.tokenizer
     bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     if not len(bos) + 2 <= length <= llm.config.max_seq_len:
         raise MinisaError(f"windows of {length} tokens: expected {len(bos) + 2} to {llm.config.max_seq_len}")
-    ids = torch.tensor(tokenizer.encode(read_text(path)), dtype=torch.int64)
+    encoded = tokenizer.encode(read_text(path))
+    check_ids(bos + encoded, llm.config.vocab_size, f"{path}, by the model's tokenizer,")
+    ids = torch.tensor(encoded, dtype=torch.int64)
     step = length - len(bos)
     cut = ids[: len(ids) // step * step].view(-1, step)[skip:][:limit]
     if not len(cut):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from minisa.checkpoint.files import StoredTensor
 from minisa.checkpoint.safetensors import read_safetensors, write_safetensors
 from minisa.errors import MinisaError
-from minisa.study.resuming import require_same_settings
+from minisa.study.resuming import left_by, require_same_settings
 from minisa.untrusted import MAX_JSON, parse_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as torch.optim calls them
@@ -44,7 +43,7 @@ def read_training(path: Path, settings: Mapping[str, Any], parameters: Mapping[s
     """
     if not path.exists():
         return Training()
-    with _broken(path):
+    with left_by("a healing", path):
         tensors = read_safetensors(path)
         record = _record(tensors.pop(_RECORD))
         before = dict(record["settings"])
@@ -57,7 +56,7 @@ def read_training(path: Path, settings: Mapping[str, Any], parameters: Mapping[s
         absent = not stored and (kind == "best_weights" or not training.step)
         if not absent and {name: tensor.shape for name, tensor in stored.items()} != wanted:
             raise MinisaError(f"{path}: {kind} are not those of this model: remove it to begin again")
-        with _broken(path):
+        with left_by("a healing", path):
             kept = {name: tensor.read_rows(0, tensor.shape[0]).float() for name, tensor in stored.items()}
         setattr(training, kind, kept)
     if tensors:
@@ -69,14 +68,6 @@ def _record(stored: StoredTensor) -> dict[str, Any]:
     if len(stored.shape) != 1 or stored.shape[0] > MAX_JSON:
         raise ValueError(f"a record of shape {stored.shape}")
     return parse_json(stored.read_rows(0, stored.shape[0]).numpy().tobytes(), _RECORD)
-
-
-@contextmanager
-def _broken(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (MinisaError, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise MinisaError(f"{path}: not what a healing leaves: remove it to begin again") from error
 
 
 def write_training(path: Path, settings: Mapping[str, Any], training: Training) -> None:

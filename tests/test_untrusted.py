@@ -1,0 +1,57 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from minisa.checkpoint.safetensors import write_safetensors
+from minisa.untrusted import write_whole
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "text": lambda path: write_whole(path, "text"),
+    "safetensors": lambda path: write_safetensors(path, {"a": torch.ones(3)}),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+class TestWhole:
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+    def test_a_full_disk_leaves_what_was_there_and_nothing_else(
+        self, write: Callable[[Path], None], tmp_path: Path
+    ) -> None:
+        file = tmp_path / "file"
+        file.write_text("before")
+        (tmp_path / "file.part").symlink_to("/dev/full")
+        with pytest.raises(OSError) as raised:
+            write(file)
+        assert raised.value.errno == errno.ENOSPC
+        assert [path.name for path in tmp_path.iterdir()] == ["file"] and file.read_text() == "before"
+        write(file)
+        assert [path.name for path in tmp_path.iterdir()] == ["file"] and file.read_bytes() != b"before"
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [("", errno.EISDIR), (".", errno.EISDIR), ("folder", errno.EISDIR), ("pipe", errno.EINVAL)],
+    )
+    def test_what_is_no_file_stays_what_it_is(
+        self,
+        name: str,
+        expected: int,
+        write: Callable[[Path], None],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        os.mkfifo("pipe")
+        os.mkdir("folder")
+        with pytest.raises(OSError) as raised:
+            write(Path(name))
+        assert raised.value.errno == expected
+        assert sorted(os.listdir()) == ["folder", "pipe"]
+        assert not Path("pipe").is_file()
