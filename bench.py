@@ -45,7 +45,7 @@ def default(lengths: tuple[int, ...]) -> str:
 
 @click.command()
 @model_options
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows decoded at once.")
+@click.option("--batch", type=click.IntRange(1, 1 << 16), default=1, show_default=True, help="Rows decoded at once.")
 @click.option("--contexts", type=Lengths(0), help=f"Tokens in the cache when decoding. {default(CONTEXTS)}")
 @click.option("--prompt-lengths", type=Lengths(1), help=f"Tokens to prefill. {default(PROMPT_LENGTHS)}")
 @click.option("--new-tokens", type=click.IntRange(1), default=16, show_default=True, help="Decoded in each turn.")
@@ -56,7 +56,7 @@ def default(lengths: tuple[int, ...]) -> str:
     default=None,
     help="Compiled steps, or eager PyTorch; else as the engine likes.",
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads, of the ceiling and the peers too.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads, of the ceiling and the peers too.")
 @click.option("--random-weights", metavar="SHAPE", help="Noise in place of a checkpoint: a preset, or a config.json.")
 @click.option("--against", type=click.Choice(list(PEERS)), multiple=True, help="Compare, on the same weights.")
 @click.option("--json", "json_path", type=OutputFile(), help="Write the record to this file.")

@@ -14,6 +14,7 @@ from minisa.costs import cache_slots
 from minisa.errors import MinisaError
 from minisa.sharing import SharingPlan
 
+MOST_BYTES = 1 << 48  # what a process can address
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -58,7 +59,10 @@ class StaticCache:
         dtype: torch.dtype = torch.float32,
         ring: bool = True,
     ) -> StaticCache:
-        """For max_seq_len tokens a row. ring: False keeps every token, seen or not, in the slot of its position."""
+        """For max_seq_len tokens a row. ring: False keeps every token, seen or not, in the slot of its position.
+
+        Raises MinisaError for more than any machine has memory for.
+        """
         slots = cache_slots(config, max_seq_len) if ring else max_seq_len
         shape = (batch, config.n_kv_heads, slots, config.head_dim)
         slot_of = {layer: slot for slot, layer in enumerate(plan.leaders)}
@@ -152,6 +156,10 @@ def _zeros(shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtyp
     On the CPU by way of numpy, whose zeros take no memory until they are written to: torch's own are resident at once.
     """
     n_bytes = math.prod(shape) * dtype.itemsize
+    if n_bytes > MOST_BYTES:
+        raise MinisaError(
+            f"a cache of {shape[1]} rows of {shape[3]} tokens fits no machine: lower the batch or the length"
+        )
     if torch.device(device).type == "cpu":
         memory = torch.from_numpy(np.zeros(n_bytes, np.uint8))
     else:

@@ -6,7 +6,6 @@ base or an ignored bias does not crash, it talks gibberish.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +16,9 @@ Raw = Mapping[str, Any]
 
 MAX_LAYERS = 4096  # sanity bounds for headers that lie; the largest Llama has 126 layers
 MAX_WIDTH = 1 << 24
+ROPE_FACTORS = (1e-3, 1e6)  # beyond these fp32 loses the angles; the largest published are 32 and a base of 4.5e10
+ROPE_THETAS = (1.0, 1e12)
+NORM_EPSILONS = (1e-12, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +41,9 @@ class RopeScaling:
     def __post_init__(self) -> None:
         """Raises MinisaError for a number that would make a frequency infinite, none or NaN."""
         for key in ("factor", "low_freq_factor", "high_freq_factor"):
-            number = getattr(self, key)
-            if not (math.isfinite(number) and number > 0):
-                raise MinisaError(f"rope_scaling: {key} is {number!r}: expected a positive number")
+            _within(f"rope_scaling: {key}", getattr(self, key), ROPE_FACTORS)
+        for factor in self.factors:
+            _within("rope_freqs.weight: a factor", factor, ROPE_FACTORS)
         if self.low_freq_factor >= self.high_freq_factor:
             raise MinisaError(
                 f"rope_scaling: low_freq_factor is {self.low_freq_factor}: expected less than high_freq_factor, which "
@@ -81,10 +83,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise MinisaError(f"head_dim {self.head_dim} is odd: RoPE turns pairs of dimensions")
-        for key in ("norm_eps", "rope_theta"):
-            number = getattr(self, key)
-            if not (math.isfinite(number) and number > 0):
-                raise MinisaError(f"{key} is {number!r}: expected a positive number")
+        _within("norm_eps", self.norm_eps, NORM_EPSILONS)
+        _within("rope_theta", self.rope_theta, ROPE_THETAS)
         if self.sliding_window is not None:
             _bounded("sliding_window", self.sliding_window, MAX_WIDTH)
 
@@ -97,13 +97,15 @@ class ModelConfig:
     def from_hf(cls, raw: Raw) -> ModelConfig:
         """From a Hugging Face config.json of LlamaForCausalLM or MistralForCausalLM."""
         architectures = raw.get("architectures") or [f"model_type {raw.get('model_type', 'missing')}"]
+        if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+            raise MinisaError(f"config.json: architectures is {architectures!r}: expected a list of names")
         if not set(architectures) & {"LlamaForCausalLM", "MistralForCausalLM"}:
             raise MinisaError(
                 f"config.json: architecture {', '.join(map(str, architectures))} is not supported: "
                 "expected LlamaForCausalLM or MistralForCausalLM"
             )
         for key in ("attention_bias", "mlp_bias"):
-            if raw.get(key):
+            if _flag(raw, key):
                 raise MinisaError(f"config.json: {key} is true; minisa's layers have no biases")
         if raw.get("hidden_act", "silu") != "silu":
             raise MinisaError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported: expected 'silu'")
@@ -136,7 +138,7 @@ class ModelConfig:
             norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             rope_theta=_number(rope, "rope_theta", _number(raw, "rope_theta", 10_000.0)),
             rope_scaling=_rope_scaling(rope, max_seq_len),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tie_embeddings=_flag(raw, "tie_word_embeddings"),
             sliding_window=_optional_integer(raw, "sliding_window") if "MistralForCausalLM" in architectures else None,
         )
 
@@ -162,7 +164,7 @@ class ModelConfig:
             multiple = _integer(raw, "multiple_of", 256)
             hidden_dim = multiple * -(-hidden_dim // multiple)
             rope_theta = _number(raw, "rope_theta", 10_000.0)
-        scaled = bool(raw.get("use_scaled_rope"))
+        scaled = _flag(raw, "use_scaled_rope")
         if scaled:
             context = 131_072
         elif rope_theta >= 1_000_000:
@@ -186,7 +188,7 @@ class ModelConfig:
             norm_eps=_number(raw, "norm_eps", 1e-5),
             rope_theta=rope_theta,
             rope_scaling=RopeScaling("llama3", _number(raw, "rope_scaling_factor", 8.0)) if scaled else None,
-            tie_embeddings=bool(raw.get("tied_embeddings", False)),
+            tie_embeddings=_flag(raw, "tied_embeddings"),
             sliding_window=window,
         )
 
@@ -256,14 +258,29 @@ def _bounded(key: str, value: int, limit: int) -> None:
         raise MinisaError(f"{key} is {value}: expected 1 to {limit}")
 
 
+def _within(key: str, number: float, bounds: tuple[float, float]) -> None:
+    least, most = bounds
+    if not least <= number <= most:
+        raise MinisaError(f"{key} is {number!r}: expected {least:g} to {most:g}")
+
+
+def _flag(raw: Raw, key: str) -> bool:
+    value = raw.get(key)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise MinisaError(f"{key} is {value!r}: expected true or false")
+    return value
+
+
 def _integer(raw: Raw, key: str, default: int | None = None) -> int:
     value = raw.get(key)
     if value is None:
         value = default
     if value is None:
         raise MinisaError(f"the model's description lacks {key!r}: is the file whole?")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise MinisaError(f"{key} is {value!r}: expected a whole number, 1 or more")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 63:
+        raise MinisaError(f"{key} is {value!r}: expected a whole number, 1 or more, of 64 bits")
     return value
 
 
@@ -275,8 +292,8 @@ def _number(raw: Raw, key: str, default: float | None = None) -> float:
     value = raw.get(key)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise MinisaError(f"{key} is {value!r}: expected a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        raise MinisaError(f"{key} is {value!r}: expected a finite number")
     return float(value)
 
 

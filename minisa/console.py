@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -56,6 +57,16 @@ class OutputFile(click.Path):
         if self.suffix and Path(path).suffix != self.suffix:
             self.fail(f"{path}: expected a name that ends in {self.suffix}", param, ctx)
         return path
+
+
+class Finite(click.FloatRange):
+    """A number of a range, which click's own takes infinity and NaN for."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -81,7 +81,8 @@ def plain_step(
     def step(tokens: Tensor, positions: Tensor, in_use: int) -> tuple[Tensor, Tensor]:
         # A row that has ended stays in the last slot in use: nobody reads what it writes there.
         positions = positions.clamp(max=in_use - 1)
-        return choose(decode(tokens, positions, rows, in_use), positions), positions + 1
+        # One that has ended for want of numbers has no token to go on from.
+        return choose(decode(tokens.clamp(min=0), positions, rows, in_use), positions), positions + 1
 
     return step
 

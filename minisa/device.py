@@ -34,8 +34,10 @@ def choose_device(name: str = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise MinisaError(f"--device {name!r} is not a device: expected auto, cpu, cuda, cuda:N or mps") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise MinisaError(f"--device {name!r} is not a device: expected auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise MinisaError(f"--device {name}: this machine or this build of torch has no CUDA; try --device cpu")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisa.errors import MinisaError
+from minisa.errors import MinisaError, shown
 from minisa.tokenizer import Tokenizer
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -94,6 +94,8 @@ class Dialog:
         return token_id
 
     def _check(self, messages: Sequence[Message]) -> None:
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise MinisaError(f"messages is {shown(messages)}: expected a list of them")
         if not messages:
             raise MinisaError("messages: the list is empty: expected at least one message")
         for number, message in enumerate(messages):

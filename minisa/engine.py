@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from operator import index
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -20,7 +21,7 @@ from minisa.config import ModelConfig
 from minisa.costs import cache_slots, kv_bytes
 from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_name, free_memory, keep_forks_running
 from minisa.dialog import DIALOGS, Dialog, Message, find_dialog
-from minisa.errors import MinisaError
+from minisa.errors import MinisaError, shown
 from minisa.generate import compute_prefix, generate
 from minisa.loop import DecodingLoop
 from minisa.model import Transformer
@@ -193,10 +194,11 @@ class LLM:
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits [T, vocab_size] fp32 at every one of T tokens, on the model's device. llm.cache is not touched."""
-        check_ids(token_ids, self.config.vocab_size, "token_ids")
-        tokens = torch.tensor([list(token_ids)], device=self.device)
+        ids = _token_ids(token_ids, "token_ids")
+        check_ids(ids, self.config.vocab_size, "token_ids")
+        tokens = torch.tensor([ids], device=self.device)
         cache = StaticCache.allocate(
-            self.config, self.plan, max_seq_len=len(token_ids), device=self.device, dtype=self.cache.values.dtype
+            self.config, self.plan, max_seq_len=len(ids), device=self.device, dtype=self.cache.values.dtype
         )
         return torch.cat([logits.float() for logits in self.runner.all_logits(tokens, 0, cache)])
 
@@ -268,7 +270,9 @@ class LLM:
             if options["stop_ids"] is None:
                 options["stop_ids"] = self.dialog.stop_ids(self.tokenizer)
         ids = self._prompt_ids(prompt)  # type: ignore[arg-type]
-        return ids, self._options(replace(sampling, seed=seed), mid_text=not dialog, **options)
+        sampling = replace(sampling, seed=seed)
+        sampling.seeds(1)  # as in _start
+        return ids, self._options(sampling, mid_text=not dialog, **options)
 
     def _options(
         self, sampling: Sampling, stop: str | Sequence[str], stop_ids: Iterable[int] | None, prefix: Prefix | None,
@@ -276,9 +280,12 @@ class LLM:
     ) -> Options:  # fmt: skip
         if prefix is not None and prefix not in self._prefixes:
             raise MinisaError("generate: prefix is another model's: make it by this one's llm.prefix")
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        ids = self.tokenizer.eos_ids if stop_ids is None else frozenset(stop_ids)
-        return Options(sampling, stop=stops, stop_ids=ids, **others)
+        if isinstance(stop, str):
+            stop = (stop,)
+        if not isinstance(stop, Iterable):
+            raise MinisaError(f"stop is {shown(stop)}: expected a string, or several")
+        ids = self.tokenizer.eos_ids if stop_ids is None else frozenset(_token_ids(stop_ids, "stop_ids"))
+        return Options(sampling, stop=tuple(stop), stop_ids=ids, **others)
 
     def _start(
         self,
@@ -326,9 +333,9 @@ class LLM:
         return check
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        if prompt == "":
+        if isinstance(prompt, str) and not prompt:
             raise MinisaError("the prompt is empty: give some text")
-        ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self._encode(prompt) if isinstance(prompt, str) else _token_ids(prompt, "the prompt")
         check_ids(ids, self.config.vocab_size, "the prompt")
         if len(ids) > self.cache.length:
             raise MinisaError(
@@ -344,10 +351,22 @@ class LLM:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        return [prompts]
+    several = list(prompts)
+    # A number; of another library's arrays, one without dimensions.
+    if several and hasattr(several[0], "__index__") and not getattr(several[0], "ndim", 0):
+        return [several]  # type: ignore[list-item]
+    return several  # type: ignore[return-value]
+
+
+def _token_ids(ids: Iterable[int], what: str) -> list[int]:
+    """Whole numbers of any kind as Python's."""
+    try:
+        return [index(token) for token in ids]
+    except TypeError:
+        raise MinisaError(f"{what}: expected token ids, found {shown(ids)}") from None
 
 
 def _is_dialog(prompt: Prompt | Sequence[Message]) -> bool:
-    return bool(prompt) and not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)

@@ -21,3 +21,11 @@ class MinisaError(Exception):
         if len(message) > MAX_LENGTH:
             message = f"{message[: MAX_LENGTH * 2 // 3]} … {message[-MAX_LENGTH // 3 :]}"
         super().__init__(message)
+
+
+def shown(value: object) -> str:
+    """Whatever was given in place of what was expected, as a message quotes it."""
+    try:
+        return repr(value)
+    except ValueError:  # Python spells out no number of more than 4,300 digits
+        return "a number of thousands of digits"

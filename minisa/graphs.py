@@ -100,7 +100,7 @@ class _Graph:
 
         def body() -> None:
             state = self._state
-            logits = decode_one_token(model, state.tokens, state.positions, cache)
+            logits = decode_one_token(model, state.tokens.clamp(min=0), state.positions, cache)  # NO_TOKEN ends a row
             state.tokens.copy_(state.choose(logits, state.positions))
             # A row that has ended goes on to the end of the cache: nobody reads what it writes there.
             state.positions.add_(1).clamp_(max=last)

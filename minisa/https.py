@@ -124,6 +124,8 @@ def _describe(url: str, sha256: str | None, size: int | None) -> _Remote:
     linked = headers.get("X-Linked-ETag", "").strip('"')
     stated_sha256 = linked if re.fullmatch(r"[0-9a-f]{64}", linked) else None
     length = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
+    if len(length) > 18:
+        raise MinisaError(f"{url}: the server states a size of {length} bytes: look where the publisher has it now")
     stated_size = int(length) if length.isdecimal() else None
     for what, wanted, stated in (("sha256", sha256, stated_sha256), ("size", size, stated_size)):
         if wanted and stated and wanted != stated:
@@ -186,9 +188,18 @@ def _request(url: str, method: str, headers: dict[str, str] | None = None) -> ht
 
     _Trouble where another attempt may help, Refused or MinisaError where it cannot.
     """
+    try:
+        return _follow(url, method, headers or {})
+    except ValueError as error:
+        raise MinisaError(
+            f"{url}: the server redirects to what is no address ({error}): look where the publisher has it now"
+        ) from None
+
+
+def _follow(url: str, method: str, headers: dict[str, str]) -> http.client.HTTPResponse:
     location = url
     for _ in range(MAX_REDIRECTS):
-        response = _open(location, method, headers or {})
+        response = _open(location, method, headers)
         status = response.status
         if status in (200, 206, 416) or (method == "HEAD" and status < 400 and "X-Linked-Size" in response.headers):
             return response

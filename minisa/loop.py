@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from minisa.cache import StaticCache
 from minisa.decode import Step
-from minisa.device import begin_reading
+from minisa.device import begin_reading, dtype_name
 from minisa.errors import MinisaError
 from minisa.row import Chunk, Options, Prefix, Row, reusable
 from minisa.runners import Runner
-from minisa.sampling import Chooser, Sampling
+from minisa.sampling import NO_TOKEN, Chooser, Sampling
 from minisa.tokenizer import Tokenizer
 
 
@@ -81,6 +82,7 @@ class DecodingLoop:
         return self
 
     def __next__(self) -> Chunk:
+        """Raises MinisaError, and lets the row go, where a row's logits are no numbers."""
         while self._rows:
             while self._ready:
                 place, row, token = self._ready.popleft()
@@ -90,11 +92,27 @@ class DecodingLoop:
         raise StopIteration
 
     def _give_out(self, place: int, row: Row, token: int) -> Chunk:
+        if token == NO_TOKEN:
+            self._abandon(place, row)
         text = row.take(token)
         if row.finished is None:
             return Chunk(row.number, token, text)
         del self._rows[place]
         return Chunk(row.number, token, text, row.finished, row.stats(self._read_at, self._device))
+
+    @torch.inference_mode()
+    def _abandon(self, place: int, row: Row) -> NoReturn:
+        """Free the place of a row whose logits are no numbers. The next one there must not meet its NaNs."""
+        del self._rows[place]
+        row.held.clear()
+        own = self._cache.view(rows=slice(place, place + 1))
+        own.keys.zero_()
+        own.values.zero_()
+        number_format = dtype_name(self._runner.model.norm.weight.dtype)
+        raise MinisaError(
+            f"row {row.number}: its logits are no numbers: the weights are damaged, or too large for {number_format}: "
+            "try --dtype fp32, or fetch the model again"
+        )
 
     @torch.inference_mode()
     def _advance(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from minisa.cache import StaticCache
 from minisa.costs import SLACK
 from minisa.device import peak_memory
-from minisa.errors import MinisaError
+from minisa.errors import MinisaError, shown
 from minisa.sampling import Sampling
 from minisa.tokenizer import Tokenizer
 
@@ -74,8 +75,11 @@ class Options:
     speculate: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise MinisaError(f"max_new_tokens is {self.max_new_tokens}: expected 1 or more")
+        most = self.max_new_tokens
+        if most is not None and (not isinstance(most, Integral) or most < 1):
+            raise MinisaError(f"max_new_tokens is {shown(most)}: expected 1 or more")
+        if not all(isinstance(text, str) for text in self.stop):
+            raise MinisaError(f"stop is {shown(self.stop)}: expected a string, or several")
         if "" in self.stop:
             raise MinisaError("stop: an empty stop string would stop at once; leave it out")
 

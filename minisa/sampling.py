@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from minisa.errors import MinisaError
+from minisa.errors import MinisaError, shown
+
+NO_TOKEN = -1  # chosen where the logits are no numbers: the host finds it among the tokens it reads
 
 LogitsFilter = Callable[[Tensor], Tensor]  # [B, vocab_size] fp32 → the same, refused tokens at -inf
 
@@ -36,14 +39,16 @@ class Sampling:
     seed: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 (off) to 1")
-        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "more than 0")
-        seeds = self.seed if isinstance(self.seed, Sequence) else [self.seed or 0]
-        for seed in seeds:
-            _check("seed", seed, -(1 << 63) <= seed < 1 << 63, "a 64-bit whole number")
+        # What fp32 can tell from 0 and from infinity, also after it has met the logits.
+        if self.temperature != 0:
+            _check("temperature", self.temperature, 1e-4, 1e4, "0 (greedy), or 0.0001 to 10000")
+        _check("top_k", self.top_k, 0, math.inf, "a whole number, 0 (off) or more", Integral)
+        _check("top_p", self.top_p, 1e-6, 1, "0.000001 to 1 (off)")
+        _check("min_p", self.min_p, 0, 1, "0 (off) to 1")
+        _check("repetition_penalty", self.repetition_penalty, 1e-9, 1e9, "1e-9 to 1e9; 1 is off")
+        if self.seed is not None:
+            for seed in self.seed if isinstance(self.seed, Sequence) else [self.seed]:
+                _check("seed", seed, -(1 << 63), (1 << 63) - 1, "a 64-bit whole number", Integral)
 
     @property
     def greedy(self) -> bool:
@@ -67,18 +72,20 @@ class Sampling:
             if seed is None:
                 generator.seed()
             else:
-                generator.manual_seed(seed)
+                generator.manual_seed(int(seed))
             rows.append(torch.rand(max_seq_len, generator=generator))
         return torch.stack(rows)
 
     def choose(self, logits: Tensor, uniforms: Tensor | None, seen: Tensor | None = None) -> Tensor:
         """Tokens [B] from logits [B, vocab_size]; uniforms [B], which greedy does without; seen [B, vocab_size] bool,
-        the text so far."""
+        the text so far. NO_TOKEN where a logit is NaN, or the greatest of them infinite."""
         logits = logits.float()
         if seen is not None:
             logits = penalize(logits, seen, self.repetition_penalty)
         if self.greedy:
-            return logits.argmax(dim=-1)
+            tokens = logits.argmax(dim=-1)  # a NaN, if there is one
+            best = logits.gather(-1, tokens[:, None])[:, 0]
+            return tokens.masked_fill((best - best).isnan(), NO_TOKEN)
         assert uniforms is not None
         for refuse in self.filters():
             logits = refuse(logits)
@@ -132,7 +139,7 @@ class Chooser:
     def note(self, tokens: Tensor) -> None:
         """Tokens [B] have come to the rows' texts."""
         if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
+            self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)  # NO_TOKEN ends its row
 
     def rows(self, rows: slice) -> Chooser:
         """Some of the rows; the memory is shared."""
@@ -164,7 +171,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # what the more likely tokens already reach
-    return logits.masked_fill((before >= p).gather(-1, order.argsort(dim=-1)), float("-inf"))
+    refused = (before >= p) & (before > 0)  # never the likeliest
+    return logits.masked_fill(refused.gather(-1, order.argsort(dim=-1)), float("-inf"))
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
@@ -173,14 +181,18 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The token at which the running sum of probabilities [B, vocab_size] passes uniforms [B]: [B]."""
+    """The token at which the running sum of probabilities [B, vocab_size] passes uniforms [B]: [B].
+
+    NO_TOKEN where they are NaN.
+    """
     sums = probabilities.cumsum(dim=-1)
     total = sums[:, -1]
     # Strictly under the total, so that rounding never picks a refused token behind the last allowed one.
     target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(sums, target[:, None], right=True).squeeze(-1)
+    tokens = torch.searchsorted(sums, target[:, None], right=True).squeeze(-1)
+    return tokens.clamp(max=sums.shape[-1] - 1).masked_fill(total.isnan(), NO_TOKEN)
 
 
-def _check(option: str, value: float, holds: bool, expected: str) -> None:
-    if not (math.isfinite(value) and holds):
-        raise MinisaError(f"{option} is {value}: expected {expected}")
+def _check(option: str, value: object, least: float, most: float, expected: str, kind: type = Real) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:  # type: ignore[operator]
+        raise MinisaError(f"{option} is {shown(value)}: expected {expected}")

@@ -24,7 +24,7 @@ from minisa.untrusted import read_json, write_whole
 PLAN_VERSION = 1
 _SHA256 = re.compile("[0-9a-f]{64}")
 _LAYER = re.compile("0|[1-9][0-9]{0,3}")
-_GROUP = re.compile(r"(?:(?P<leader>\d+)\s*:\s*)?(?P<first>\d+)(?:\s*-\s*(?P<last>\d+))?")
+_GROUP = re.compile(r"(?:(?P<leader>\d{1,99})\s*:\s*)?(?P<first>\d{1,99})(?:\s*-\s*(?P<last>\d{1,99}))?")
 
 
 @dataclass(frozen=True, slots=True)

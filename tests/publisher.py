@@ -41,6 +41,7 @@ class Publisher:
     states_size: bool = True
     token: str | None = None
     redirect: str | None = None
+    size_digits: str | None = None  # stated in place of the size
     statuses: list[int] = field(default_factory=list)  # answered in place of the next GETs of the storage
     cut: list[int] = field(default_factory=list)  # the next GETs close after so many bytes
     stall: list[int] = field(default_factory=list)  # the next GETs fall silent after so many bytes
@@ -95,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
                 302,
                 Location=f"http://localhost:{publisher.port}/store/{name}",
                 X_Linked_ETag=f'"{publisher.wrong_sha256 or sha256(content)}"',
-                X_Linked_Size=len(content),
+                X_Linked_Size=publisher.size_digits or len(content),
                 Content_Length=0,
             )
             return None
@@ -107,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
             start = 0
         headers: dict[str, object] = {"ETag": etag} if publisher.etag else {}
         if publisher.states_size:
-            headers["Content_Length"] = len(content) - start + len(publisher.extra)
+            headers["Content_Length"] = publisher.size_digits or len(content) - start + len(publisher.extra)
         else:
             headers["Connection"] = "close"
         if start and publisher.range_slips:

@@ -310,6 +310,34 @@ def test_times_of_a_row_begin_with_its_own_add(monkeypatch: pytest.MonkeyPatch) 
     assert stats[1].tokens_per_second == 2 / (7 - 5)
 
 
+@pytest.mark.parametrize("way", ["greedy", "everything"])
+@pytest.mark.parametrize("engine", ["eager", "queueing", "graphs", "C++ step"])
+def test_a_row_whose_logits_are_no_numbers_ends_alone(engine: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the rows beside it nor the next one in its place meet its NaNs."""
+    llm, options = ENGINES[engine](), {"max_new_tokens": 8, "seed": 3}
+    expected = {prompt: tokens(llm.generate(prompt, **WAYS[way], **options)) for prompt in ("good", "next")}
+    prefill = llm.runner.prefill
+
+    def overflowing(ids: torch.Tensor, start: int, cache: StaticCache) -> torch.Tensor:
+        logits = prefill(ids, start, cache)
+        if ord("!") in ids:
+            cache.values.fill_(float("nan"))
+        return logits
+
+    monkeypatch.setattr(llm.runner, "prefill", overflowing)
+    batch = llm.batch(**WAYS[way])
+    batch.add("bad!", **options)
+    good = batch.add("good", **options)
+    chunks = [next(batch), next(batch)]
+    with pytest.raises(MinisaError, match=r"row 0: its logits are no numbers.*too large for fp32"):
+        next(batch)
+    chunks.append(next(batch))
+    third = batch.add("next", **options)
+    chunks += batch
+    assert len(tokens(chunks, 0)) == 1
+    assert (tokens(chunks, good), tokens(chunks, third)) == (expected["good"], expected["next"])
+
+
 def test_a_batch_and_a_generation_take_the_cache_from_each_other() -> None:
     llm = llm_of()
     old = llm.generate("hello", max_new_tokens=20)
@@ -337,6 +365,8 @@ def test_a_batch_and_a_generation_take_the_cache_from_each_other() -> None:
         ("a", {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ("a", {"stop": ""}, "empty stop string"),
         ("a", {"seed": 1 << 64}, "seed is"),
+        ("a", {"seed": [1, 2]}, "2 seeds for 1 prompts"),
+        (({"role": "user", "content": "a"} for _ in "a"), {}, "the prompt: expected token ids"),
         ([{"role": "judge", "content": "a"}], {}, "role 'judge' is unknown"),
     ],
 )

@@ -207,11 +207,13 @@ class OneThread(contender.Minisa):
 BAD_FLAGS = {
     "--sa 9": "layer 9 is outside",
     "--device tpu": "--device 'tpu' is not a device",
+    "--device meta": "--device 'meta' is not a device",
     "--dtype int3": "--dtype 'int3' is not supported",
     "--kv-dtype int3": "--kv-dtype 'int3' is not supported",
     "--dtype bf16 --kv-dtype fp32": "--kv-dtype fp32: keys and values are computed in bf16; take it or fp8",
     "--quantize int2": "'int2' is not one of",
     "--batch 0": "--batch",
+    "--batch 100000000000000000000": "--batch",
     "--contexts 5,x": "expected whole numbers from 0 on",
     "--contexts 127": "--contexts 127: the model's context has room for 112",
     "--prompt-lengths 0": "expected whole numbers from 1 on",
@@ -220,6 +222,7 @@ BAD_FLAGS = {
     "--new-tokens 0": "--new-tokens",
     "--repeats 0": "--repeats",
     "--threads 0": "--threads",
+    "--threads 100000000000000000000": "--threads",
     "--random-weights smollm2-135m": "leave out --model",
     "--against vllm": "'vllm' is not one of",
     "--json no/such/folder.json": "there is no such folder",
@@ -238,6 +241,18 @@ def test_bad_flags_get_one_line_and_status_2(
     assert (ran.status, ran.out) == (2, "")
     assert BAD_FLAGS[flags] in ran.err
     assert ran.err.count("\n") == 1 and ran.err.startswith("bench.py: ")
+
+
+def test_a_shape_that_is_none_is_named(run_bench: Bench, tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    for content, says in (
+        ('{"architectures": 5}', "architectures is 5"),
+        ('{"architectures": ["LlamaForCausalLM"], "hidden_size": 64}', "lacks 'num_attention_heads'"),
+    ):
+        file.write_text(content)
+        ran = run_bench("--random-weights", file)
+        assert ran.status == 2
+        assert ran.err.startswith(f"bench.py: {file}: ") and says in ran.err
 
 
 def test_an_unknown_shape_brings_up_near_ones(run_bench: Bench) -> None:

@@ -21,9 +21,10 @@ from minisa.checkpoint import open_checkpoint
 from minisa.errors import MinisaError
 from minisa.registry import shard_names
 from minisa.sharing import SharingPlan
+from minisa.spm import _varint as varint
 from minisa.tokenizer import load_tokenizer
 from tests.encode import encode_safetensors, gguf_string
-from tests.vocabularies import byte_level_json, tekken_json, write_json
+from tests.vocabularies import byte_level_json, sentencepiece_model, tekken_json, write_json
 
 MEMORY, SECONDS = 700 << 20, 20  # of address space above what torch takes; of time for each
 
@@ -91,6 +92,8 @@ def gguf_array(code: int, count: int) -> bytes:
     return b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + gguf_string("k") + struct.pack("<IIQ", 9, code, count)
 
 
+TRIE = struct.pack("<I", 1024) + b"\xff" * 1024 + b"a\0"  # sentencepiece's precompiled_charsmap
+CHARSMAP = b"\x1a" + varint(3 + len(TRIE)) + b"\x12" + varint(len(TRIE)) + TRIE  # in a normalizer_spec
 KEYS = ",".join(f'"k{i}":0' for i in range(200_000)).encode()
 BOMBS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "pickle: tuples of tuples as a key": (
@@ -131,6 +134,9 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "config.json: 5 GB": (sparse("config.json", b"{", 5 << 30), "longer than 33554432 bytes"),
     "tokenizer.model: 5 GB": (sparse("tokenizer.model", b"", 5 << 30), "longer than 8388608 bytes"),
     "tokenizer.model: empty pieces": (text("tokenizer.model", b"\n\0" * (4 << 20)), "damaged"),
+    "tokenizer.model: a trie of characters that leads out of itself": (
+        text("tokenizer.model", sentencepiece_model() + CHARSMAP), "damaged"
+    ),
     "tokenizer.model: empty lines": (text("tokenizer.model", b"IQ== 0\n" + b"\n" * (7 << 20)), "damaged"),
     "tokenizer.json: a long token": (long_token, "a token of more than 1024 bytes"),
     "tekken.json: a million special tokens": (tekken(default_num_special_tokens=1_000_000), "expected 0 to 258"),

@@ -231,6 +231,7 @@ def test_a_merged_gguf_is_whole(tmp_path: Path) -> None:
         ([1.0] * 7, "rope_freqs.weight has 7 values: expected 8, half of head_dim"),
         ([1.0] * 7 + [0.0], "values that are not positive numbers"),
         ([1.0] * 7 + [float("nan")], "values that are not positive numbers"),
+        ([1.0] * 7 + [1e-30], "a factor is .*: expected 0.001 to"),
         ([1.0] * (1 << 17), r"rope_freqs.weight is F32 \[131072\]: expected a vector of F32"),
     ],
 )

@@ -121,6 +121,17 @@ LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, 
         ),
         ({"rope_scaling": LLAMA3_SCALING | {"high_freq_factor": math.inf}}, "high_freq_factor is inf"),
         ({"rope_scaling": [1]}, "rope_scaling is"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e-40}}, "factor is 1e-40: expected 0.001 to 1e\\+06"),
+        ({"rope_scaling": LLAMA3_SCALING | {"factor": 1e30}}, "factor is 1e\\+30"),
+        ({"rope_theta": 1e-30}, "rope_theta is 1e-30: expected 1 to 1e\\+12"),
+        ({"rope_theta": 1e300}, "rope_theta is 1e\\+300"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10{99}"),
+        ({"rms_norm_eps": 1e200}, "norm_eps is 1e\\+200"),
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers is 10{99}"),
+        ({"architectures": 5}, "architectures is 5: expected a list of names"),
+        ({"architectures": [[1]]}, r"architectures is \[\[1\]\]"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false': expected true or false"),
+        ({"attention_bias": "false"}, "attention_bias is 'false'"),
         ({"attention_bias": True}, "attention_bias is true"),
         ({"mlp_bias": True}, "mlp_bias is true"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types names several kinds"),
@@ -141,6 +152,12 @@ LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, 
 def test_what_is_not_understood_is_refused_by_name(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(MinisaError, match=says):
         hf(**changes)
+
+
+def test_what_params_json_says_of_itself_is_true_or_false() -> None:
+    for key in ("use_scaled_rope", "tied_embeddings"):
+        with pytest.raises(MinisaError, match=f"{key} is 'false': expected true or false"):
+            ModelConfig.from_params({"dim": 8, "n_heads": 1, "n_layers": 1, "vocab_size": 8, key: "false"}, 8)
 
 
 def test_other_gguf_architectures_and_experts_are_refused() -> None:

@@ -14,6 +14,8 @@ from click.testing import CliRunner
 import bench
 from minisa import cli, console
 from minisa.errors import MinisaError
+from minisa.study.heal_command import heal
+from minisa.study.search_command import search
 
 
 def torch_allocates() -> None:
@@ -49,6 +51,21 @@ def test_one_line_and_status_2(
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"chat.py: {says}")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "x"])
+def test_a_finite_number(value: str) -> None:
+    kind = console.Finite(0)
+    assert kind.convert("2.5", None, None) == 2.5
+    with pytest.raises(click.UsageError, match=value):
+        kind.convert(value, None, None)
+
+
+@pytest.mark.parametrize(("command", "flag"), [(heal, "--minutes"), (heal, "--rate"), (search, "--budget-minutes")])
+def test_no_time_and_no_rate_is_nan(command: click.Command, flag: str) -> None:
+    ran = CliRunner().invoke(command, [flag, "nan"])
+    assert ran.exit_code == 2
+    assert f"Invalid value for '{flag}'" in ran.output
 
 
 def test_other_errors_are_ours_and_show_where(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -301,11 +302,49 @@ def test_stats_count_what_happened() -> None:
         ("a", {"top_p": 2.0}, "top_p is 2.0"),
         ("a", {"stop": ""}, "empty stop string"),
         (["a", "b"], {"seed": [1]}, "1 seeds for 2 prompts"),
+        ([1, 2.5], {}, r"the prompt: expected token ids, found \[1, 2.5\]"),
+        (None, {}, "the prompt: expected token ids, found None"),
+        (5, {}, "the prompt: expected token ids, found 5"),
+        (torch.ones(3), {}, "the prompt: expected token ids"),
+        ([{"role": "user", "content": "a"}], {}, "the prompt: expected token ids"),
+        ("a", {"stop": None}, "stop is None: expected a string"),
+        ("a", {"stop": [5]}, r"stop is \(5,\): expected a string"),
+        ("a", {"stop_ids": 5}, "stop_ids: expected token ids, found 5"),
+        ("a", {"stop_ids": [1.5]}, "stop_ids: expected token ids"),
+        ("a", {"seed": 1.5}, "seed is 1.5"),
+        ("a", {"seed": "1"}, "seed is '1'"),
+        ("a", {"top_k": 2.5}, "top_k is 2.5"),
+        ("a", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_runs(prompt: Any, options: dict[str, Any], says: str) -> None:
     with pytest.raises(MinisaError, match=says):
         llm_of().generate(prompt, **options)
+
+
+def test_token_ids_of_any_kind_of_whole_number() -> None:
+    llm, ids = llm_of(), list(b"hello")
+    expected = tokens(llm.generate(ids, max_new_tokens=5))
+    for prompt in (np.array(ids), torch.tensor(ids), list(np.array(ids)), list(torch.tensor(ids)), tuple(ids)):
+        assert tokens(llm.generate(prompt, max_new_tokens=5)) == expected  # type: ignore[arg-type]
+    rows = list(llm.generate(torch.tensor([ids, ids]), max_new_tokens=5))  # type: ignore[arg-type]
+    assert tokens(rows, 0) == tokens(rows, 1) == expected
+    assert torch.equal(llm.logits(torch.tensor(ids)), llm.logits(ids))  # type: ignore[arg-type]
+    assert llm.prefix(torch.tensor(ids)).tokens == ids  # type: ignore[arg-type]
+
+
+def test_messages_are_a_list() -> None:
+    for messages in ((message for message in ()), None, "hello"):
+        with pytest.raises(MinisaError, match=r"messages is .*: expected a list of them"):
+            llm_of().chat(messages)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"speculate": True}])
+def test_numbers_that_overflow_are_said(options: dict[str, Any]) -> None:
+    llm = llm_of()
+    llm.model.norm.weight.fill_(3e38)
+    with pytest.raises(MinisaError, match=r"its logits are no numbers: .* too large for fp32: try --dtype fp32"):
+        next(llm.generate("abcabcabc", **options))
 
 
 def compare_compiled_with_eager() -> None:

@@ -247,6 +247,20 @@ def test_redirects_lead_to_https_only(publisher: Publisher, target: str) -> None
     assert f"{target}: refused: weights are fetched over https only" in failure(model(publisher, "model.gguf"))
 
 
+@pytest.mark.parametrize("target", ["http://[bad", "/é", f"https://{'a' * 70}.example.org/x", "http://127.0.0.1:x/"])
+def test_a_redirect_to_no_address_is_said(publisher: Publisher, target: str) -> None:
+    publisher.files, publisher.redirect = {"model.gguf": BIG}, target
+    message = failure(model(publisher, "model.gguf"))
+    assert f"{publisher.url}model.gguf: " in message
+    assert "redirects to what is no address" in message or "gave up" in message
+
+
+def test_a_size_of_thousands_of_digits_is_none(publisher: Publisher) -> None:
+    publisher.files, publisher.size_digits = {"model.gguf": BIG}, "9" * 5000
+    for publisher.states_sha256 in (True, False):
+        assert "the server states a size of 999" in failure(model(publisher, "model.gguf"))
+
+
 def test_endless_redirects_end(publisher: Publisher) -> None:
     publisher.files, publisher.redirect = {"model.gguf": BIG}, "/repo/model.gguf"
     assert "more than 10 redirects" in failure(model(publisher, "model.gguf"))

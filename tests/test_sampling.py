@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
 from minisa.errors import MinisaError
-from minisa.sampling import Sampling, draw, keep_min_p, keep_top_k, keep_top_p, penalize
+from minisa.sampling import NO_TOKEN, Sampling, draw, keep_min_p, keep_top_k, keep_top_p, penalize
 
 PROBABILITIES = torch.tensor([[0.05, 0.5, 0.25, 0.15, 0.05]])
 LOGITS = PROBABILITIES.log() + 3.0  # logits know no absolute level
@@ -22,7 +25,8 @@ def test_filters_keep_what_their_definitions_say() -> None:
     assert kept(keep_top_p(LOGITS, 0.5)) == [1]
     assert kept(keep_top_p(LOGITS, 0.51)) == [1, 2]
     assert kept(keep_top_p(LOGITS, 0.8)) == [1, 2, 3]
-    assert kept(keep_top_p(LOGITS, 1e-9)) == [1]  # the likeliest always stays
+    for tiny in (1e-9, 1e-50):
+        assert kept(keep_top_p(LOGITS, tiny)) == [1]  # the likeliest always stays
     assert kept(keep_min_p(LOGITS, 0.25)) == [1, 2, 3]
     assert kept(keep_min_p(LOGITS, 1.0)) == [1]
 
@@ -75,17 +79,57 @@ def test_seeds() -> None:
     ("option", "value"),
     [
         ("temperature", -0.1),
+        ("temperature", 1e-40),
+        ("temperature", 1e300),
+        ("temperature", "1"),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
         ("top_k", -1),
+        ("top_k", 2.5),
+        ("top_k", True),
+        pytest.param("top_k", -(10**5000), id="a number of thousands of digits"),
         ("top_p", 0.0),
+        ("top_p", 1e-50),
         ("top_p", 1.1),
         ("min_p", -0.1),
         ("min_p", 1.5),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-300),
+        ("repetition_penalty", [1.1]),
         ("seed", 1 << 64),
+        ("seed", 10**400),
+        ("seed", 1.5),
+        ("seed", "1"),
+        ("seed", [1, None]),
     ],
 )
-def test_values_out_of_range_are_named(option: str, value: float) -> None:
+def test_values_out_of_range_are_named(option: str, value: Any) -> None:
     with pytest.raises(MinisaError, match=f"^{option} is .*: expected"):
         Sampling(**{option: value})
+
+
+def test_numbers_of_other_kinds() -> None:
+    assert Sampling(top_k=10**400).choose(LOGITS, None).tolist() == [1]
+    own = Sampling(np.float32(1), np.int64(2), seed=np.int64(3)), Sampling(1.0, 2, seed=3)
+    assert torch.equal(*(sampling.uniforms(1, 8) for sampling in own))
+
+
+EXTREMES = {"temperature": (1e-4, 1e4), "top_p": (1e-6, 1), "min_p": (1e-320, 1), "repetition_penalty": (1e-9, 1e9)}
+
+
+@pytest.mark.parametrize(("option", "value"), [(option, value) for option in EXTREMES for value in EXTREMES[option]])
+def test_the_ends_of_the_ranges_choose_from_the_vocabulary(option: str, value: float) -> None:
+    logits, uniforms = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)) * 30, torch.rand(64)
+    tokens = Sampling(**({"temperature": 1.0} | {option: value})).choose(logits, uniforms, logits > 0)
+    assert ((tokens >= 0) & (tokens < 300)).all()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2, "top_p": 0.5, "min_p": 0.1}]
+)
+def test_no_token_where_the_logits_are_no_numbers(options: dict[str, float], wrong: float) -> None:
+    logits = LOGITS.repeat(2, 1)
+    logits[0, 3] = wrong
+    logits[1, 3] = float("-inf")  # one that is merely refused
+    assert Sampling(**options).choose(logits, torch.tensor([0.3, 0.3])).tolist() == [NO_TOKEN, 1]

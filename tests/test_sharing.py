@@ -49,6 +49,7 @@ def test_span_notation(spans: str, sources: dict[int, int]) -> None:
         ("3:5,4:5", "layer 5 stands in two spans"),
         ("9-7", "runs backwards: write 7-9"),
         ("a-b", "'a-b' is not a span"),
+        pytest.param("9" * 5000, "9' is not a span", id="5,000 digits"),
         ("", "'' is not a span"),
         ("3:5,", "'' is not a span"),
         ("1-99999999999999999999", "outside the model"),

@@ -173,6 +173,7 @@ def test_notation_reads_what_it_writes(text: str) -> None:
         ("prune:2", "'prune:2' is not known: expected drop:LAYER"),
         ("drop:", "expected layers"),
         ("drop:1-2", "expected layers"),
+        pytest.param("drop:" + "9" * 5000, "expected layers", id="5,000 digits"),
         ("drop:6", "layer 6 is outside the model"),
         ("cla:2:1", "cannot follow"),
         ("cla:1:2,2:3", "itself follows"),

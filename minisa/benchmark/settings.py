@@ -12,6 +12,7 @@ import torch
 from minisa.benchmark.contender import Opening
 from minisa.benchmark.peers import check_peer
 from minisa.checkpoint import open_checkpoint
+from minisa.checkpoint.layouts import describing
 from minisa.config import PRESETS, ModelConfig
 from minisa.device import choose_device, choose_dtype, choose_kv_dtype
 from minisa.engine import choose_plan
@@ -112,7 +113,8 @@ def _shape(name: str) -> tuple[str, ModelConfig, ModelEntry | None]:
     """The shape that --random-weights names: one of PRESETS, or a Hugging Face config.json."""
     if name.endswith(".json"):
         try:
-            return name, ModelConfig.from_hf(read_json(Path(name))), None
+            with describing(Path(name)):
+                return name, ModelConfig.from_hf(read_json(Path(name))), None
         except OSError as error:
             raise MinisaError(f"--random-weights {name}: {error.strerror}") from error
     if name.lower() in PRESETS:

@@ -100,7 +100,7 @@ def _consolidated_shards(path: Path) -> list[Path]:
 
 def _open_hugging_face(path: Path, stored: dict[str, FileTensor]) -> Checkpoint:
     description = read_json(path / "config.json")
-    with _describing(path / "config.json"):
+    with describing(path / "config.json"):
         config = ModelConfig.from_hf(description)
     tensors, unknown = names.HUGGING_FACE.rename(stored)
     if config.tie_embeddings:
@@ -122,7 +122,7 @@ def _open_consolidated(path: Path, shards: list[dict[str, FileTensor]], format: 
     embedding = tensors.get("tok_embeddings.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise MinisaError(f"{path}: the weights lack a matrix tok_embeddings.weight: are they a Llama's?")
-    with _describing(path / "params.json"):
+    with describing(path / "params.json"):
         config = ModelConfig.from_params(params, vocab_size=embedding.shape[0])
     return Checkpoint(path, config, tensors, named[0][1], True, format, _files(plain))
 
@@ -141,7 +141,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     headers = read_gguf_parts(path)
     infos = {info.name: info for header in headers for info in header.tensors}
     files = {info.name: file for header in headers for file in [DataFile(header.path)] for info in header.tensors}
-    with _describing(headers[0].path):
+    with describing(headers[0].path):
         factors = _rope_factors(infos.get("rope_freqs.weight"), files)
         config = ModelConfig.from_gguf(headers[0].metadata, tied="output.weight" not in infos, rope_factors=factors)
         if factors and len(factors) != config.head_dim // 2:
@@ -177,7 +177,7 @@ def _rope_factors(info: TensorInfo | None, files: Mapping[str, DataFile]) -> tup
 
 
 @contextmanager
-def _describing(path: Path) -> Iterator[None]:
+def describing(path: Path) -> Iterator[None]:
     """Put the path of a model's description before whatever is found wrong with it."""
     try:
         yield

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from minisa.console import OutputFile, open_model
+from minisa.console import Finite, OutputFile, open_model
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL
 from minisa.study.heal import STATES, TRAINABLE, trainable
@@ -23,13 +23,13 @@ FILE = click.Path(dir_okay=False)
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path.")
 @click.option("--sa", required=True, metavar="SPANS|PLAN.json", help="The plan, as everywhere.")
 @click.option("--text", "texts", type=FILE, multiple=True, required=True, help="UTF-8 text; may be given repeatedly.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Time to train.")
+@click.option("--minutes", type=Finite(0, min_open=True), help="Time to train.")
 @click.option("--steps", type=click.IntRange(1), help="Steps to train, in place of --minutes: the same every time.")
 @click.option(
     "--train", "which", type=click.Choice(TRAINABLE), default="attention", show_default=True,
     help="wv, wo and norms of the followers; attention and norms of every layer from the first on; or all of those.",
 )  # fmt: skip
-@click.option("--rate", type=click.FloatRange(0, min_open=True), default=2e-4, show_default=True, help="Adam's.")
+@click.option("--rate", type=Finite(0, min_open=True), default=2e-4, show_default=True, help="Adam's.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
 @click.option("--held-out-tokens", type=click.IntRange(1), default=4096, show_default=True, help="To choose by.")
 @click.option("--seed", default=0, show_default=True, help="Draws the windows.")

@@ -187,7 +187,7 @@ def round_to_int8(x: Tensor) -> Tensor:
 
 def _layers(text: str, n_layers: int) -> frozenset[int]:
     layers = [part.strip() for part in text.split(",")]
-    if not all(layer.isdecimal() for layer in layers):
+    if not all(layer.isdecimal() and len(layer) < 99 for layer in layers):
         raise MinisaError(f"--rival drop:{text}: expected layers, e.g. drop:7,9")
     outside = next((layer for layer in layers if int(layer) >= n_layers), None)
     if outside is not None:

@@ -10,7 +10,7 @@ import click
 
 from minisa.benchmark.plot import check_matplotlib, save
 from minisa.config import ModelConfig
-from minisa.console import OutputFile, open_model
+from minisa.console import Finite, OutputFile, open_model
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL
 from minisa.sharing import SharingPlan
@@ -31,7 +31,7 @@ FILE = click.Path(dir_okay=False)
 @click.option("--spans", help="Followers and leaders as 3:6,19:21, in place of a search: head maps alone are made.")
 @click.option("--text", "texts", type=FILE, multiple=True, required=True, help="UTF-8 text; may be given repeatedly.")
 @click.option("--validation", type=FILE, help="Text to measure plans on; else windows of --text held out for that.")
-@click.option("--budget-minutes", type=click.FloatRange(0), default=30.0, show_default=True, help="Time to search.")
+@click.option("--budget-minutes", type=Finite(0), default=30.0, show_default=True, help="Time to search.")
 @click.option("--calibration-tokens", type=click.IntRange(1), default=4096, show_default=True, help="For head maps.")
 @click.option("--held-out-tokens", type=click.IntRange(1), default=4096, show_default=True, help="To measure plans on.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
