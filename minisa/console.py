@@ -43,6 +43,9 @@ SHARING_OPTIONS = [
 ]
 
 
+SEED = click.IntRange(-(1 << 63), (1 << 63) - 1)  # what torch takes for one
+
+
 class OutputFile(click.Path):
     """The name of a file to write, refused before any work if it is empty, of no file, or without the suffix."""
 

@@ -271,6 +271,11 @@ def test_a_second_run_goes_on_and_other_settings_are_refused(folder: Path, tmp_p
     assert isinstance(error, MinisaError) and "not what a healing leaves" in str(error)
 
 
+@pytest.mark.parametrize("command", ["refit", "heal"])
+def test_a_seed_of_more_than_64_bits_is_refused_at_once(command: str, folder: Path, tmp_path: Path) -> None:
+    assert invoke(command, folder, out=tmp_path / "p.json", seed=1 << 63).exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("command", "changes", "says"),
     [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from minisa.console import Finite, OutputFile, open_model
+from minisa.console import SEED, Finite, OutputFile, open_model
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL
 from minisa.study.heal import STATES, TRAINABLE, trainable
@@ -32,7 +32,7 @@ FILE = click.Path(dir_okay=False)
 @click.option("--rate", type=Finite(0, min_open=True), default=2e-4, show_default=True, help="Adam's.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
 @click.option("--held-out-tokens", type=click.IntRange(1), default=4096, show_default=True, help="To choose by.")
-@click.option("--seed", default=0, show_default=True, help="Draws the windows.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Draws the windows.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option(
     "--out", type=OutputFile(".json"), default="healed.json", show_default=True, help="The plan file to write."

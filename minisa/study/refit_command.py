@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from minisa.console import OutputFile, open_model
+from minisa.console import SEED, OutputFile, open_model
 from minisa.registry import DEFAULT_MODEL
 from minisa.study.judge import Judge
 from minisa.study.plans import provenance, read_plan, save_plan
@@ -29,7 +29,7 @@ FILE = click.Path(dir_okay=False)
     "--matrices", type=click.Choice(WHICH), default=WHICH[0], show_default=True,
     help="wo of the followers; wo of every layer from the first on; or w2 too.",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Draws the windows.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Draws the windows.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option(
     "--out", type=OutputFile(".json"), default="refitted.json", show_default=True, help="The plan file to write."

@@ -10,7 +10,7 @@ import click
 
 from minisa.benchmark.plot import check_matplotlib, save
 from minisa.config import ModelConfig
-from minisa.console import Finite, OutputFile, open_model
+from minisa.console import SEED, Finite, OutputFile, open_model
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL
 from minisa.sharing import SharingPlan
@@ -35,7 +35,7 @@ FILE = click.Path(dir_okay=False)
 @click.option("--calibration-tokens", type=click.IntRange(1), default=4096, show_default=True, help="For head maps.")
 @click.option("--held-out-tokens", type=click.IntRange(1), default=4096, show_default=True, help="To measure plans on.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
-@click.option("--seed", default=0, show_default=True, help="Draws the windows.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Draws the windows.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--out", type=OutputFile(".json"), default="plan.json", show_default=True, help="The plan file to write.")
 @click.option("--plot", type=OutputFile(), help="Draw divergence against bytes saved to this PNG (extra `plots`).")
