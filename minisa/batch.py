@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from minisa.dialog import Message
 from minisa.errors import MinisaError
 from minisa.loop import DecodingLoop
+from minisa.prompts import Prompt
 from minisa.row import Chunk, Options, Prefix
-
-Prompt = str | Sequence[int]
 
 
 class Batch:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from operator import index
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minisa.attention import fastest_backend
-from minisa.batch import Batch, Prompt
+from minisa.batch import Batch
 from minisa.cache import StaticCache
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta
 from minisa.config import ModelConfig
@@ -25,6 +24,7 @@ from minisa.errors import MinisaError, shown
 from minisa.generate import compute_prefix, generate
 from minisa.loop import DecodingLoop
 from minisa.model import Transformer
+from minisa.prompts import Prompt, as_ids, as_list, is_dialog
 from minisa.quantize import check_quantization
 from minisa.registry import ModelEntry, resolve, shipped_plan
 from minisa.row import Chunk, Options, Prefix, common_prefix
@@ -194,7 +194,7 @@ class LLM:
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits [T, vocab_size] fp32 at every one of T tokens, on the model's device. llm.cache is not touched."""
-        ids = _token_ids(token_ids, "token_ids")
+        ids = as_ids(token_ids, "token_ids")
         check_ids(ids, self.config.vocab_size, "token_ids")
         tokens = torch.tensor([ids], device=self.device)
         cache = StaticCache.allocate(
@@ -209,7 +209,7 @@ class LLM:
         memory of its own, `costs.kv_bytes` of so many tokens, and leaves llm.cache alone.
         Raises MinisaError as `generate` does.
         """
-        if _is_dialog(beginning):
+        if is_dialog(beginning):
             # What two dialogs have in common that part there.
             one, other = (
                 self.dialog.render([*beginning, {"role": "user", "content": text}], self.tokenizer)
@@ -235,7 +235,7 @@ class LLM:
             `prefix`: what a prompt has in common with it is not computed again.
         Raises MinisaError for an empty or too long prompt or an option out of range, before anything is computed.
         """
-        return self._start([self._prompt_ids(prompt) for prompt in _as_list(prompts)], mid_text=True, **options)
+        return self._start([self._prompt_ids(prompt) for prompt in as_list(prompts)], mid_text=True, **options)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
         """Answer the last of messages, [{"role": "user", "content": ...}, ...]; options as in `generate`.
@@ -264,7 +264,7 @@ class LLM:
         self, sampling: Sampling, prompt: Prompt | Sequence[Message], *, seed: int | None, **options: Any
     ) -> tuple[list[int], Options]:
         """What Batch.add is given, as token ids and options."""
-        dialog = _is_dialog(prompt)
+        dialog = is_dialog(prompt)
         if dialog:
             prompt = self.dialog.render(prompt, self.tokenizer)  # type: ignore[arg-type]
             if options["stop_ids"] is None:
@@ -284,7 +284,7 @@ class LLM:
             stop = (stop,)
         if not isinstance(stop, Iterable):
             raise MinisaError(f"stop is {shown(stop)}: expected a string, or several")
-        ids = self.tokenizer.eos_ids if stop_ids is None else frozenset(_token_ids(stop_ids, "stop_ids"))
+        ids = self.tokenizer.eos_ids if stop_ids is None else frozenset(as_ids(stop_ids, "stop_ids"))
         return Options(sampling, stop=tuple(stop), stop_ids=ids, **others)
 
     def _start(
@@ -335,7 +335,7 @@ class LLM:
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str) and not prompt:
             raise MinisaError("the prompt is empty: give some text")
-        ids = self._encode(prompt) if isinstance(prompt, str) else _token_ids(prompt, "the prompt")
+        ids = self._encode(prompt) if isinstance(prompt, str) else as_ids(prompt, "the prompt")
         check_ids(ids, self.config.vocab_size, "the prompt")
         if len(ids) > self.cache.length:
             raise MinisaError(
@@ -348,25 +348,3 @@ class LLM:
         tokenizer = self.tokenizer
         bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
         return bos + tokenizer.encode(text)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-        return [prompts]
-    several = list(prompts)
-    # A number; of another library's arrays, one without dimensions.
-    if several and hasattr(several[0], "__index__") and not getattr(several[0], "ndim", 0):
-        return [several]  # type: ignore[list-item]
-    return several  # type: ignore[return-value]
-
-
-def _token_ids(ids: Iterable[int], what: str) -> list[int]:
-    """Whole numbers of any kind as Python's."""
-    try:
-        return [index(token) for token in ids]
-    except TypeError:
-        raise MinisaError(f"{what}: expected token ids, found {shown(ids)}") from None
-
-
-def _is_dialog(prompt: Prompt | Sequence[Message]) -> bool:
-    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)

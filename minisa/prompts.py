@@ -1,0 +1,35 @@
+"""What a caller may give as a prompt: text, token ids of any library, a dialog, or several of the former."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
+
+from minisa.dialog import Message
+from minisa.errors import MinisaError, shown
+
+Prompt = str | Sequence[int]
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Several prompts as they are, one as a list of it."""
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        return [prompts]
+    several = list(prompts)
+    # A number; of another library's arrays, one without dimensions.
+    if several and hasattr(several[0], "__index__") and not getattr(several[0], "ndim", 0):
+        return [several]  # type: ignore[list-item]
+    return several  # type: ignore[return-value]
+
+
+def as_ids(ids: Iterable[int], what: str) -> list[int]:
+    """Whole numbers of any kind as Python's. MinisaError for anything else; what: has them, for the message."""
+    try:
+        return [index(token) for token in ids]
+    except TypeError:
+        raise MinisaError(f"{what}: expected token ids, found {shown(ids)}") from None
+
+
+def is_dialog(prompt: Prompt | Sequence[Message]) -> bool:
+    """Whether it is messages, not text or token ids."""
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
