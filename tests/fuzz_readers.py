@@ -142,10 +142,10 @@ def delta(folder: Path) -> Reader:
 
 
 def search_state(folder: Path) -> Reader:
-    file = folder / "state.json"
-    found = Findings({(1, 2): (0.5, (0, 1))}, {"1:2": 0.25}, {"1:2": {2: (1, 0)}})
-    write_findings(file, {"length": 8}, found)
-    return Reader(file, lambda: read_findings(file, {"length": 8}), file)
+    file, config = folder / "state.json", tiny_config(n_layers=3, n_heads=2)
+    pairs = {(leader, follower): (0.5, (0, 1)) for follower in (1, 2) for leader in range(follower)}
+    write_findings(file, {"length": 8}, Findings(pairs, {"1:2": 0.25}, {"1:2": {2: (1, 0)}}))
+    return Reader(file, lambda: read_findings(file, {"length": 8}, config), file)
 
 
 def heal_state(folder: Path) -> Reader:
