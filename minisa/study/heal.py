@@ -66,8 +66,7 @@ def heal(
     which stays empty if nothing is better than the start. saved: called after every check, and when interrupted.
     """
     names = trainable(plan, which)
-    student = share(plain, plan)
-    replace(student, {**(weights or {}), **training.weights})
+    student = replace(share(plain, plan), {**(weights or {}), **training.weights})
     own = {name: student.get_parameter(name) for name in names}
     replace(student, own)  # copies: the plain model's must not be trained
     parameters = {name: student.get_parameter(name).requires_grad_() for name in names}
