@@ -16,6 +16,8 @@ from minisa import MinisaError
 from minisa.console import banner, mebibytes, model_options, open_model, run
 from minisa.conversation import Conversation
 from minisa.costs import kv_bytes
+from minisa.engine import choose_plan
+from minisa.registry import resolve
 
 HELP = """\
 /reset         forget the conversation
@@ -97,9 +99,8 @@ def main(
         "max_seq_len": max_seq_len,
         "compile": compiled,
     }
-    llm = open_model(model, sa=sa, **loading)
-    click.echo(banner(llm, model), err=True)
-    conversation = Conversation(llm, system, raw, **options)
+    conversation = Conversation(open_model(model, sa=sa, **loading), system, raw, **options)
+    click.echo(banner(conversation.llm, model), err=True)
     if prompt is not None:
         answer(conversation, prompt)
     else:
@@ -171,7 +172,7 @@ def command(conversation: Conversation, line: str, model: str, loading: dict[str
     elif name == "/system":
         conversation.reset(rest or None)
     elif name == "/sa" and rest:
-        conversation.llm = open_model(model, sa=rest, **loading)
+        change_plan(conversation, rest, model, loading)
         click.echo(banner(conversation.llm, model), err=True)
     elif name == "/sa":
         click.echo(f"plan {conversation.llm.plan}\n{conversation.llm.plan.picture()}", err=True)
@@ -181,6 +182,21 @@ def command(conversation: Conversation, line: str, model: str, loading: dict[str
         click.echo(HELP, err=True)
     else:
         raise MinisaError(f"{name} is not a command; /help lists them")
+
+
+def change_plan(conversation: Conversation, sa: str, model: str, loading: dict[str, Any]) -> None:
+    """Load the model anew, in the memory of the one before. Where that fails, the plan stays as it was."""
+    before = conversation.llm.plan
+    plan = choose_plan(sa, conversation.llm.config, resolve(model)[1])
+    del conversation.llm
+    try:
+        conversation.llm = open_model(model, sa=plan, **loading)
+    except (KeyboardInterrupt, MinisaError) as failure:
+        try:
+            conversation.llm = open_model(model, sa=before, **loading)
+        except (KeyboardInterrupt, MinisaError) as error:  # there is nobody left to talk to
+            raise click.ClickException(str(error) or "interrupted") from None
+        raise failure
 
 
 def stats_report(conversation: Conversation) -> str:

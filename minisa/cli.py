@@ -8,7 +8,7 @@ import torch
 from minisa.benchmark.report import device_name
 from minisa.benchmark.short import short_bench
 from minisa.checkpoint import open_checkpoint
-from minisa.console import OutputFile, fetch
+from minisa.console import OutputFile, fetch, fetch_default
 from minisa.costs import kv_bytes, parameter_count
 from minisa.device import choose_device
 from minisa.engine import choose_plan
@@ -54,6 +54,7 @@ def models() -> None:
 @click.option("--save", type=OutputFile(".json"), help="Write the plan to this JSON file.")
 def plan(spans: str, model: str, save: str | None) -> None:
     """Show what SPANS share in a model, and what that saves: 27-30, 3:6,19:21, none, default or a JSON file."""
+    fetch_default(model)
     path, entry = resolve(model)
     config = open_checkpoint(path).config
     chosen = choose_plan(spans, config, entry)

@@ -93,7 +93,7 @@ def run(command: click.Command) -> NoReturn:
     """Run a command line; what the user can put right is one line on stderr and exit status 2."""
     name = Path(sys.argv[0]).name
     if name == "__main__.py":
-        name = "minisa"
+        name = "python -m minisa"
     with contextlib.suppress(AttributeError):  # a stream that is closed, or somebody else's
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a character that it has not is a "?"
     try:
@@ -130,10 +130,15 @@ def _fail(name: str, message: str) -> NoReturn:
 
 def open_model(model: str, **options: Any) -> LLM:
     """`minisa.load` with a progress bar; the default model is fetched first if it is not there yet."""
-    if model == DEFAULT_MODEL and local_path(find(model)) is None:
-        fetch(find(model))
+    fetch_default(model)
     with _Bar(f"loading {model}") as bar:
         return load(model, progress=bar.update, **options)
+
+
+def fetch_default(model: str) -> None:
+    """Fetch the default model, if that is the one meant and it is not here yet."""
+    if model == DEFAULT_MODEL and local_path(find(model)) is None:
+        fetch(find(model))
 
 
 def fetch(entry: ModelEntry) -> Path:

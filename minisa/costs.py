@@ -71,14 +71,27 @@ def step_cost(
     slots = batch * min(context, config.sliding_window or context)
     per_kv = config.n_kv_heads * config.head_dim * slots
     leaders, followers = len(plan.leaders), len(plan.followers)
-    attention_flops = 2 * config.n_heads * config.head_dim * slots * (leaders + plan.n_layers)  # q·K, then P·V
     return StepCost(
         weights=round(weights_per_token(config, plan) * weight_bytes),
         keys=leaders * per_kv * kv_itemsize,
         values=plan.n_layers * per_kv * kv_itemsize,
         shared_rows=followers * config.n_heads * slots * SHARED_ITEMSIZE,
-        flops=2 * batch * weights_per_token(config, plan) + attention_flops,
+        flops=2 * batch * weights_per_token(config, plan) + _attention_flops(config, plan, slots),
     )
+
+
+def prefill_flops(config: ModelConfig, plan: SharingPlan, tokens: int) -> int:
+    """Operations to feed one row a prompt: a token attends to those before it and itself, the last alone needs the
+    head."""
+    window = min(config.sliding_window or tokens, tokens)
+    attended = window * (window + 1) // 2 + (tokens - window) * window
+    weights = tokens * _layer_matrices(config, plan) + config.vocab_size * config.dim
+    return 2 * weights + _attention_flops(config, plan, attended)
+
+
+def _attention_flops(config: ModelConfig, plan: SharingPlan, slots: int) -> int:
+    """q·K in leaders and P·V in every layer."""
+    return 2 * config.n_heads * config.head_dim * slots * (len(plan.leaders) + plan.n_layers)
 
 
 def _layer_matrices(config: ModelConfig, plan: SharingPlan) -> int:

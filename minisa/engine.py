@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 from weakref import WeakSet
 
 import torch
@@ -24,12 +24,12 @@ from minisa.errors import MinisaError, shown
 from minisa.generate import compute_prefix, generate
 from minisa.loop import DecodingLoop
 from minisa.model import Transformer
-from minisa.prompts import Prompt, as_ids, as_list, is_dialog
+from minisa.prompts import Prompt, as_ids, as_list, check_names, is_dialog
 from minisa.quantize import check_quantization
 from minisa.registry import ModelEntry, resolve, shipped_plan
-from minisa.row import Chunk, Options, Prefix, common_prefix
+from minisa.row import Chunk, GenerationOptions, Options, Prefix, common_prefix
 from minisa.runners import choose_runner, may_become_native, native_step
-from minisa.sampling import Sampling
+from minisa.sampling import Sampling, SamplingOptions
 from minisa.sharing import SharingPlan
 from minisa.tokenizer import Tokenizer, check_ids, load_tokenizer
 
@@ -225,7 +225,7 @@ class LLM:
         self._prefixes.add(found)
         return found
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Iterator[Chunk]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], **options: Unpack[GenerationOptions]) -> Iterator[Chunk]:
         """Continue one prompt or several at once, streaming.
 
         prompts: text, token ids, or a list of either (at most max_batch). Text gets the BOS token where the model's
@@ -237,15 +237,16 @@ class LLM:
         """
         return self._start([self._prompt_ids(prompt) for prompt in as_list(prompts)], mid_text=True, **options)
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
+    def chat(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> Iterator[Chunk]:
         """Answer the last of messages, [{"role": "user", "content": ...}, ...]; options as in `generate`.
 
         What the dialog has in common with the cache, usually everything but the last message, is not computed again.
         """
-        options.setdefault("stop_ids", self.dialog.stop_ids(self.tokenizer))
+        if options.get("stop_ids") is None:
+            options["stop_ids"] = self.dialog.stop_ids(self.tokenizer)
         return self._start([self._prompt_ids(self.dialog.render(messages, self.tokenizer))], mid_text=False, **options)
 
-    def batch(self, **sampling: Any) -> Batch:
+    def batch(self, **sampling: Unpack[SamplingOptions]) -> Batch:
         """Rows, max_batch of them, that prompts can be added to and cancelled from while others are continued.
 
         sampling: temperature, top_k, top_p, min_p and repetition_penalty, as in `Sampling`, for every row.
@@ -254,6 +255,7 @@ class LLM:
         """
         if "seed" in sampling:
             raise MinisaError("batch: seed is each prompt's own: leave it to add")
+        check_names(sampling, SamplingOptions, "batch")
         same = Sampling(**sampling)
         self._cached.clear()
         check = self._begin()
@@ -297,8 +299,9 @@ class LLM:
         stop_ids: Iterable[int] | None = None,
         prefix: Prefix | None = None,
         speculate: bool = False,
-        **sampling: Any,
+        **sampling: Unpack[SamplingOptions],
     ) -> Iterator[Chunk]:
+        check_names(sampling, GenerationOptions, "generate")
         if not rows:
             raise MinisaError("generate: no prompt; give text or token ids")
         if len(rows) > self.cache.batch:

@@ -1,7 +1,9 @@
-"""What a caller may give as a prompt: text, token ids of any library, a dialog, or several of the former."""
+"""What a caller may give as a prompt: text, token ids of any library, a dialog, or several of the former; and which
+options beside it."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 
@@ -33,3 +35,12 @@ def as_ids(ids: Iterable[int], what: str) -> list[int]:
 def is_dialog(prompt: Prompt | Sequence[Message]) -> bool:
     """Whether it is messages, not text or token ids."""
     return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def check_names(given: Iterable[str], options: type, what: str) -> None:
+    """MinisaError for the name of no option in a TypedDict; what: was called with it, for the message."""
+    known = options.__annotations__
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1) or known
+            raise MinisaError(f"{what}: there is no option {name}: expected {', '.join(near)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Literal
@@ -14,7 +14,7 @@ from minisa.cache import StaticCache
 from minisa.costs import SLACK
 from minisa.device import peak_memory
 from minisa.errors import MinisaError, shown
-from minisa.sampling import Sampling
+from minisa.sampling import Sampling, SamplingOptions
 from minisa.tokenizer import Tokenizer
 
 WRITTEN_AHEAD = 16  # positions, at most, after the last token of a row that a step may have written to: wrong guesses
@@ -54,6 +54,16 @@ class Chunk:
     text: str
     finish_reason: FinishReason | None = None
     stats: Stats | None = None
+
+
+class GenerationOptions(SamplingOptions, total=False):
+    """What `LLM.generate` and `chat` take beside the prompt."""
+
+    max_new_tokens: int | None
+    stop: str | Sequence[str]
+    stop_ids: Iterable[int] | None
+    prefix: Prefix | None
+    speculate: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -20,6 +21,17 @@ from minisa.errors import MinisaError, shown
 NO_TOKEN = -1  # chosen where the logits are no numbers: the host finds it among the tokens it reads
 
 LogitsFilter = Callable[[Tensor], Tensor]  # [B, vocab_size] fp32 → the same, refused tokens at -inf
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `Sampling`, as keywords."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | Sequence[int] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,6 +206,8 @@ def test_other_refusals() -> None:
         llm.batch(top_p=2)
     with pytest.raises(MinisaError, match="seed is each prompt's own: leave it to add"):
         llm.batch(temperature=1.0, seed=1)
+    with pytest.raises(MinisaError, match=r"batch: there is no option topk: expected top_k$"):
+        llm.batch(topk=2)  # type: ignore[call-arg]
     batch = llm.batch()
     with pytest.raises(MinisaError, match="prefix is another model's"):
         batch.add("a", prefix=llm_of().prefix("a"))

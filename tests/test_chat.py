@@ -11,17 +11,21 @@ import re
 import shutil
 import struct
 import sys
+import weakref
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import pytest
 
 import chat
-from minisa import console
+from minisa import LLM, MinisaError, console, load
+from minisa.conversation import Conversation
 from minisa.speculate import PromptLookup
 from tests.tiny import random_weights, tiny_config, write_hf
+from tests.vocabularies import byte_level_json, write_json
 
 FRANCE = "What is the capital of France?"
 
@@ -300,6 +304,56 @@ class TestBadCheckpoints:
             archive.writestr("consolidated/byteorder", "little")
         self.run(run_chat, tmp_path, "consolidated.00.pth")
         assert not flag.exists()
+
+
+class TestAnotherPlan:
+    """/sa PLAN, with a tiny model."""
+
+    @pytest.fixture
+    def conversation(self, tmp_path: Path) -> Conversation:
+        config = tiny_config(vocab_size=512)
+        write_hf(tmp_path, config, random_weights(config, 0))
+        write_json(tmp_path / "tokenizer.json", byte_level_json())
+        self.model = str(tmp_path)
+        return Conversation(chat.open_model(self.model, device="cpu"), raw=True, max_new_tokens=2)
+
+    def test_one_model_at_a_time(self, conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened = [weakref.ref(conversation.llm)]
+        alive = []
+
+        def open_model(*given: Any, **options: Any) -> LLM:
+            alive.append(sum(llm() is not None for llm in opened))
+            llm = load(*given, **options)
+            opened.append(weakref.ref(llm))
+            return llm
+
+        monkeypatch.setattr(chat, "open_model", open_model)
+        for plan in ("0:1-2", "none", "2:3"):
+            list(conversation.send("hello"))
+            chat.command(conversation, f"/sa {plan}", self.model, {"device": "cpu"})
+            assert str(conversation.llm.plan) == plan
+        assert alive == [0, 0, 0]
+
+    @pytest.mark.parametrize("failure", [KeyboardInterrupt, MinisaError("no memory")], ids=["Ctrl-C", "error"])
+    def test_one_that_cannot_be_loaded(
+        self, failure: Any, conversation: Conversation, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The one before comes back; if not even that can be loaded, the session ends."""
+        failures = [failure]
+
+        def open_model(*given: Any, **options: Any) -> LLM:
+            if failures:
+                raise failures.pop()
+            return load(*given, **options)
+
+        monkeypatch.setattr(chat, "open_model", open_model)
+        with pytest.raises((KeyboardInterrupt, MinisaError)):
+            chat.command(conversation, "/sa 1", self.model, {"device": "cpu"})
+        assert list(conversation.send("hello"))
+        assert not conversation.llm.plan.followers
+        failures = [failure, failure]
+        with pytest.raises(click.ClickException):
+            chat.command(conversation, "/sa 1", self.model, {"device": "cpu"})
 
 
 @pytest.mark.real_model

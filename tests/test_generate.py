@@ -315,6 +315,8 @@ def test_stats_count_what_happened() -> None:
         ("a", {"seed": "1"}, "seed is '1'"),
         ("a", {"top_k": 2.5}, "top_k is 2.5"),
         ("a", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ("a", {"max_tokens": 2}, "generate: there is no option max_tokens: expected max_new_tokens$"),
+        ("a", {"x": 1}, "no option x: expected temperature, top_k, .* speculate"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_runs(prompt: Any, options: dict[str, Any], says: str) -> None:

@@ -340,3 +340,20 @@ def test_without_a_working_compiler_everything_stays_eager(
         assert not list(tmp_path.rglob("*.so"))
     finally:
         build.library_path.cache_clear()
+
+
+def test_a_compiler_is_started_once(bf16_model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not again while it works, however many generations ask, nor after it has failed."""
+    compiler, log = tmp_path / "slow-compiler", tmp_path / "log"
+    compiler.write_text(f"#!/bin/sh\necho started >> {log}; sleep 1; exit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(compiler))
+    build.library_path.cache_clear()
+    try:
+        assert [choose_runner(bf16_model).name for _ in range(3)] == ["eager"] * 3
+        assert open_library(wait=True) is None  # it has failed by now
+        assert choose_runner(bf16_model).name == "eager"
+    finally:
+        build.library_path.cache_clear()
+    assert log.read_text() == "started\n"

@@ -13,7 +13,7 @@ from torch import Tensor
 from minisa import decode
 from minisa.cache import StaticCache
 from minisa.config import PRESETS
-from minisa.costs import SLACK, kv_bytes, step_cost
+from minisa.costs import SLACK, kv_bytes, prefill_flops, step_cost
 from minisa.decode import TorchRunner, prefill_chunks
 from minisa.dialog import DIALOGS
 from minisa.engine import LLM
@@ -71,6 +71,16 @@ def test_mistral_7b_by_hand() -> None:
     assert kv_bytes(config, plan, 32_768, 2) == (4096 + 64) << 17
     assert kv_bytes(PRESETS["mistral-7b-v0.2"], plan, 32_768, 2) == 32_768 << 17
     assert step_cost(config, plan, 32_768, weight_bytes=2, kv_itemsize=2).keys == 4096 << 16
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 32, 100])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_prompt_s_operations_are_those_of_its_tokens_one_by_one(plan: str, tokens: int) -> None:
+    """But for the head, which only the last one needs."""
+    for config in (WINDOWED, replace(WINDOWED, sliding_window=None)):
+        steps = [step_cost(config, PLANS[plan], 1 + i, weight_bytes=2, kv_itemsize=2).flops for i in range(tokens)]
+        heads = 2 * (tokens - 1) * config.vocab_size * config.dim
+        assert prefill_flops(config, PLANS[plan], tokens) == sum(steps) - heads
 
 
 @pytest.mark.parametrize("chunk", [7, SLOTS + 30, LENGTH], ids=["short chunks", "longer than the ring", "one chunk"])

@@ -37,11 +37,9 @@ import torch
 
 from minisa.benchmark.run import Benchmark, Ceiling, Measured
 from minisa.benchmark.settings import GREEDY_TOKENS, Settings
-from minisa.config import ModelConfig
-from minisa.costs import StepCost, kv_bytes, parameter_count, step_cost
+from minisa.costs import StepCost, kv_bytes, parameter_count, prefill_flops, step_cost
 from minisa.device import dtype_name
 from minisa.measure import Spread
-from minisa.sharing import SharingPlan
 
 VERSION = 1
 Record = dict[str, Any]
@@ -175,12 +173,6 @@ def decode_cost(settings: Settings, measured: Measured, context: int) -> StepCos
         kv_itemsize=facts.kv_itemsize,
         batch=settings.opening.batch,
     )
-
-
-def prefill_flops(config: ModelConfig, plan: SharingPlan, tokens: int) -> int:
-    """Operations to feed one row a prompt: a token attends to half of it on average, the last alone needs the head."""
-    every_token = step_cost(config, plan, (tokens + 1) // 2, weight_bytes=0, kv_itemsize=0, batch=tokens).flops
-    return every_token - 2 * (tokens - 1) * config.vocab_size * config.dim
 
 
 def device_name(device: torch.device) -> str:

@@ -28,7 +28,7 @@ def open_library(*, wait: bool) -> ctypes.CDLL | None:
         return None
     if not target.exists():
         build = _start(compiler, target)
-        if build is None or not wait or build.wait() != 0:
+        if build is None or (build.wait() if wait else build.poll()) != 0:
             return None
     try:
         return _declare(ctypes.CDLL(str(target)))
@@ -58,6 +58,7 @@ def library_path() -> Path | None:
     return cache / "minisa" / f"step-{key.hexdigest()[:16]}.so"
 
 
+@functools.cache  # once in a process: nobody starts it again while it runs, or where it failed
 def _start(compiler: str, target: Path) -> subprocess.Popen[bytes] | None:
     part = target.with_suffix(f".{uuid.uuid4().hex[:8]}.part")
     command = [compiler, *FLAGS, str(SOURCES / "step.cpp"), "-o", str(part)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from minisa.console import SEED, Finite, OutputFile, open_model
+from minisa.console import SEED, Finite, OutputFile, fetch_default, open_model
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL
 from minisa.study.heal import STATES, TRAINABLE, trainable
@@ -58,6 +58,7 @@ def heal(
     """
     if (minutes is None) == (steps is None):
         raise MinisaError("heal: say how long to train, by either --minutes or --steps")
+    fetch_default(model)
     state = Path(f"{out}.heal")
     settings = {
         "model": Path(model).name,

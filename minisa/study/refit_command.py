@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from minisa.console import SEED, OutputFile, open_model
+from minisa.console import SEED, OutputFile, fetch_default, open_model
 from minisa.registry import DEFAULT_MODEL
 from minisa.study.judge import Judge
 from minisa.study.plans import provenance, read_plan, save_plan
@@ -51,6 +51,7 @@ def refit(
     The weights stand beside the plan, in a file that ends in .delta.safetensors. A matrix is left alone where held-out
     text says so.
     """
+    fetch_default(model)
     plan, weights = read_plan(model, sa)
     llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
     counts = [max(number // length, 1) for number in (held_out_tokens, tokens)]
