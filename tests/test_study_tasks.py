@@ -105,6 +105,11 @@ class TestTasks:
         (question,) = read_questions(TASKS[name], write_rows(tmp_path / "rows", ROWS[name]), 0, None)
         assert (list(question.prompts), list(question.answers), question.right) == TEXTS[name]
 
+    def test_lambada_s_text_in_one(self, tmp_path: Path) -> None:
+        rows = write_rows(tmp_path / "rows", LAMBADA, {"text": f"{LAMBADA['context']} {LAMBADA['continuation']}"})
+        apart, together = read_questions(TASKS["lambada"], rows, 0, None)
+        assert together == apart
+
     def test_every_task_is_here(self) -> None:
         assert set(TASKS) == set(ROWS)
 
@@ -152,7 +157,7 @@ class TestTasks:
             ("gsm8k", GSM8K | {"answer": "four"}, "there is no '#### number'"),
             ("lambada", LAMBADA | {"context": ""}, "a prompt or an answer is empty"),
             ("piqa", PIQA | {"label": math.inf}, "row 1: not a row of piqa"),
-            ("mmlu", MMLU | {"subject": 5}, "row 1: not a row of mmlu as published: its subject is no text"),
+            ("mmlu", MMLU | {"subject": 5}, "row 1: not a row of mmlu: its subject is no text"),
             ("hellaswag", HELLASWAG | {"endings": ["x"] * 33}, "33 choices, expected at most 32"),
             ("piqa", [1], "line 1: expected a JSON object"),
         ],

@@ -42,7 +42,7 @@ WINDOW = 512
     "or one of these or sa:PLAN with +kv-int8; may be given again.",
 )
 @click.option("--task", required=True, type=click.Choice(["perplexity", *TASKS]))
-@click.option("--data", required=True, metavar="FILE", help="A text, or the task's rows as published, in JSON lines.")
+@click.option("--data", required=True, metavar="FILE", help="A text for perplexity, else rows in JSON lines.")
 @click.option("--shots", type=click.IntRange(0), help="Examples before a question; 5 for mmlu and gsm8k, else 0.")
 @click.option("--shots-data", metavar="FILE", help="Where examples are taken from, the first ones.")
 @click.option("--length", type=click.IntRange(2), help=f"Tokens of a window (perplexity only); {WINDOW} if not given.")

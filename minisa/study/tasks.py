@@ -1,8 +1,8 @@
 """The benchmark tasks: how a row of a published data set becomes text to score.
 
-Rows are the makers' own, one JSON object a line. The protocols are the usual ones, which EleutherAI's
-lm-evaluation-harness made common: an answer is scored by the log-likelihood of its text after the prompt, and
-few-shot examples are the same texts with their right answers, put before it.
+Rows are one JSON object a line, with the fields that the data sets have on the Hugging Face hub. The protocols are the
+usual ones, which EleutherAI's lm-evaluation-harness made common: an answer is scored by the log-likelihood of its text
+after the prompt, and few-shot examples are the same texts with their right answers, put before it.
 
     hellaswag arc_easy piqa    acc: the likeliest answer; acc_norm: the likeliest a character
     mmlu                       the letter A to D after the four choices; five examples of the same subject
@@ -10,6 +10,18 @@ few-shot examples are the same texts with their right answers, put before it.
     winogrande                 two prompts that differ in the word filled in; what follows it is scored
     lambada                    acc: greedy decoding gives the last word; its perplexity
     gsm8k                      generated; acc: the number after "####", as in the examples; last_number: the last one
+
+Fields:
+
+    hellaswag    activity_label, ctx_a, ctx_b, endings, label
+    arc_easy     question, choices {text, label}, answerKey
+    piqa         goal, sol1, sol2, label
+    winogrande   sentence, option1, option2, answer
+    mmlu         question, subject, choices, answer
+    lambada      text; or context and continuation
+    gsm8k        question, answer
+    sst2         sentence, label
+    mrpc rte     sentence1, sentence2, label
 """
 
 from __future__ import annotations
@@ -130,12 +142,10 @@ def _asked(task: Task, rows: Sequence[Row], path: str | Path) -> list[Question]:
                 raise ValueError("a prompt or an answer is empty")
         except KeyError as error:
             raise MinisaError(
-                f"{path}, row {number}: {error} is missing: expected the fields of {task.name} as published"
+                f"{path}, row {number}: {error} is missing: expected the fields of {task.name} in study/tasks.py lists"
             ) from error
         except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
-            raise MinisaError(
-                f"{path}, row {number}: not a row of {task.name} as published: {str(error).rstrip('.')}"
-            ) from error
+            raise MinisaError(f"{path}, row {number}: not a row of {task.name}: {str(error).rstrip('.')}") from error
         questions.append(question)
     return questions
 
@@ -233,7 +243,8 @@ def _winogrande(row: Row) -> Question:
 
 
 def _lambada(row: Row) -> Question:
-    return _same_prompt(row["context"], [row["continuation"]], 0)
+    context, _, last = row["text"].rpartition(" ") if "text" in row else (row["context"], "", row["continuation"])
+    return _same_prompt(context, [last], 0)
 
 
 def _gsm8k(row: Row) -> Question:
