@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minisa.errors import MinisaError
 
-MASK = 1 << 25  # of its numbers at a time on the CPU, where the fused call makes a float of each
+MAX_MASK_ELEMENTS = 1 << 25  # at a time: on a CPU the fused call makes a float of each of a mask's booleans
 
 
 class Queries(NamedTuple):
@@ -77,10 +77,10 @@ class AttentionBackend:
 def visible_slots(positions: Tensor, length: int, window: int | None = None, ring: bool = False) -> Tensor | None:
     """Which of `length` cache slots each query may attend to: bool [B, 1, T, length], True for visible.
 
-    positions [B, T] ascend along T; several of a row by itself are the last T of the slots. None stands for plain
-    causal attention of T queries over T slots, which fused kernels know without a mask; those of a GPU know it of the
-    last T of more slots too, which a CausalBias stands for. window: tokens a query looks back over, itself included.
-    ring: position p lies in slot p % length; for one query a row, and a window that fits.
+    positions [B, T] ascend along T; where B is 1 and T > 1 they are the last T of the slots. None stands for plain
+    causal attention of T queries over T slots, which fused kernels do without a mask; a CausalBias stands for that of
+    the last T of more slots, which a GPU's kernels do without one too. window: tokens a query looks back over, itself
+    included. ring: position p lies in slot p % length; for T = 1, and a window that fits.
     """
     n_queries = positions.shape[1]
     if window is None or window >= length:
@@ -150,7 +150,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if grouped and q.is_cuda and type(mask) is Tensor:  # no fused kernel there takes both groups and such a mask
         k, v, grouped = _for_each_query_head(k, q.shape[1]), _for_each_query_head(v, q.shape[1]), False
     attend = partial(F.scaled_dot_product_attention, key=k, value=v, is_causal=mask is None, enable_gqa=grouped)
-    n_rows = max(MASK // k.shape[2], 1)
+    n_rows = max(MAX_MASK_ELEMENTS // k.shape[2], 1)
     if q.is_cuda or mask is None or q.shape[2] <= n_rows:
         return attend(q, attn_mask=mask)
     parts = zip(q.split(n_rows, dim=2), mask.split(n_rows, dim=2), strict=True)

@@ -107,8 +107,8 @@ class StaticCache:
     def update_keys(self, layer: int, positions: Tensor, k: Tensor) -> Tensor:
         """Write a leader's k [B, n_kv_heads, T, D] at positions [B, T]; returns its keys [B, n_kv_heads, S, D].
 
-        Of a ring, for one position a row, these are the slots as they lie; for several, which are the same of every
-        row and the view's last, they are copied in the order of their positions.
+        Of a ring they come in the order of its slots where T is 1. Where T > 1 the positions, the same in every row,
+        are the view's last, and the keys a copy in the order of positions.
         """
         slot = self.key_slots[layer]
         assert slot is not None, f"layer {layer} follows and has no keys"

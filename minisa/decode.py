@@ -94,9 +94,9 @@ class TorchRunner:
         """name: for people, if there is more to say than how it runs."""
         self.model = model
         self.name = name or ("torch.compile" if compile else "eager")
-        # Elsewhere a step is not queued but done, and would keep back the token chosen before it.
-        self.queues = model.norm.weight.is_cuda
-        self.prepares = compile
+        # On a CPU a step begun ahead would be done at once, and delay the token chosen before it.
+        self.asynchronous = model.norm.weight.is_cuda
+        self.fixed_batch = compile
         if compile:
             compile_layers(model)
 

@@ -69,7 +69,10 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """ "auto" is that of the weights. MinisaError for a format wider than it, which would hold nothing more."""
+    """The dtype of keys and values; "auto" is that of the weights.
+
+    Raises MinisaError for another one as wide as it or wider, which would hold nothing more.
+    """
     if name == "auto":
         return dtype
     if name not in KV_DTYPES:

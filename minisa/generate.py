@@ -54,7 +54,7 @@ class SpeculativeLoop(DecodingLoop):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._queues = False  # what to feed next depends on the token chosen
+        self._asynchronous = False  # what to feed next depends on the token chosen
 
     def add(self, prompt: list[int], *rest: Any) -> int:
         """As DecodingLoop.add."""

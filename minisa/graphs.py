@@ -29,8 +29,8 @@ Record = Callable[[Body], Body]  # runs a body a few times and returns what repl
 class GraphRunner(TorchRunner):
     """Runs a model whose backend is `kernels` with compiled layers, its decode steps as CUDA graphs.
 
-    Numbers of rows come in buckets of 1, 2, 4, …, so that few graphs are recorded; all of them share one pool of
-    memory. The rows that fill a bucket up are of the cache's that no prompt is in.
+    Batch sizes come in buckets of 1, 2, 4, …, so that few graphs are recorded; all of them share one pool of memory.
+    A bucket is filled up with rows of the cache that no prompt is in.
     record: how a body becomes a graph; tests give their own.
     """
 
@@ -40,8 +40,8 @@ class GraphRunner(TorchRunner):
                 layer.attention.join()  # type: ignore[operator, union-attr]
         super().__init__(model, compile=compile)
         self.name = "CUDA graph"
-        self.queues = True
-        self.prepares = True
+        self.asynchronous = True
+        self.fixed_batch = True
         self._record = record or CudaGraphs()
         self._graphs: dict[object, _Graph] = {}
 

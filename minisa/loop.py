@@ -47,7 +47,7 @@ class DecodingLoop:
         self._ready: deque[tuple[int, Row, int]] = deque()  # tokens read that are not given out yet
         self._read_at = 0.0
         self._tokens = torch.zeros(most_rows, dtype=torch.int64, device=self._device)  # chosen last, for each row
-        self._queues = runner.queues
+        self._asynchronous = runner.asynchronous
         self._stepped = False  # whether the step after the tokens read is queued already
         self._step: Step | None = None
         self._positions = self._tokens  # where that step feeds its tokens
@@ -123,7 +123,7 @@ class DecodingLoop:
         if len(begun) < len(self._rows):
             self._begin_rows()
         chosen_tokens = begin_reading(self._tokens)
-        self._stepped = self._queues and all(row.length < self._cache.length for row in self._rows.values())
+        self._stepped = self._asynchronous and all(row.length < self._cache.length for row in self._rows.values())
         if self._stepped:
             self._decode(self._rows, unread=1)
         chosen = chosen_tokens()
@@ -133,8 +133,11 @@ class DecodingLoop:
             self._ready.append((place, row, chosen[place]))
 
     def _decode(self, rows: dict[int, Row], unread: int) -> None:
-        """Feed the tokens chosen last, so many of which their rows do not count yet, and choose the next ones."""
-        width = self.most_rows if self._runner.prepares else 1 + max(rows)
+        """Feed the tokens chosen last and choose the next ones.
+
+        unread: 1 where those chosen last have not been read, so that row.length does not count them yet; else 0.
+        """
+        width = self.most_rows if self._runner.fixed_batch else 1 + max(rows)
         choose = self._chooser.rows(slice(width))
         next_to = {place: row.length + unread - 1 for place, row in rows.items()}
         if self._step is None or self._places != rows.keys():

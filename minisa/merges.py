@@ -1,8 +1,9 @@
 """From a list of BPE merges to ranked tokens: what Hugging Face's and GGUF files hold, as tiktoken wants it.
 
 A merges list joins the adjacent pair that stands first in the list; tiktoken joins the adjacent pair whose bytes
-together are the token of lowest rank, whether or not that pair stands in a list. They agree in two cases, and
-`rank_merges` makes sure of one of them:
+together are the token of lowest rank, whether or not that pair stands in a list. With the merges "b c", "a b", "ab c",
+for example, the list leaves "abc" as a + bc, since "b c" comes first and "a bc" is not listed; tiktoken goes on to abc.
+They agree in two cases, and `rank_merges` makes sure of one of them:
 
 * The list has, for every token, the pair that BPE comes to when it makes that token. One pair will do: the bytes of
   a token about to be made have had its ends as borders since the beginning, so inside them BPE went as it would have

@@ -49,10 +49,10 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens, positions, cache))
 
     def hidden(self, tokens: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
-        """The final hidden states [B, T, dim], after the last norm; keys and values go to the cache.
+        """The final hidden states [B, T, dim] of tokens [B, T], after the last norm; keys and values go to the cache.
 
-        positions ascend along T and lie inside the cache, whose earlier slots they attend to; several of a row by
-        itself, or of any rows in a ring, are the cache's last.
+        positions [B, T] int64 ascend along T and lie inside the cache, whose earlier slots they attend to. Where T > 1,
+        and either B is 1 or the cache is a ring, they are the cache's last T.
         """
         angles = rope_angles(self.rope_frequencies, positions)
         read_at, n_slots, ring = cache.as_read(positions)
@@ -92,19 +92,21 @@ class Layer(nn.Module):
 
     def lead(
         self,
-        x: Tensor,  # [B, T, dim]
+        x: Tensor,
         i: int,
         positions: Tensor,
         angles: tuple[Tensor, Tensor],
         visible: Visible,
         cache: StaticCache,
     ) -> tuple[Tensor, Shared]:
+        """x [B, T, dim] after layer i, and what its followers need. positions [B, T]; angles: their cos and sin."""
         q, k, v = self.project(x, angles)
         keys, values = cache.update_keys(i, positions, k), cache.update_values(i, positions, v)
         mixed, shared = self.backend.lead(q, keys, values, visible)
         return self.finish(x, mixed), shared
 
     def follow(self, x: Tensor, i: int, positions: Tensor, shared: Shared, cache: StaticCache) -> Tensor:
+        """x [B, T, dim] after layer i, with the attention weights of the leader that left `shared`."""
         values = cache.update_values(i, positions, self.project_values(x))
         return self.finish(x, self.backend.follow(shared, values, self.attention.head_map))
 
@@ -120,7 +122,7 @@ class Layer(nn.Module):
         return self.attention.values(self.attention_norm(x))
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """What comes after attention's output [B, H, T, D]."""
+        """x [B, T, dim] after the layer, for attention's output [B, H, T, D]."""
         x = x + self.attention.wo(mixed.transpose(1, 2).flatten(2))  # [B, H, T, D] → [B, T, H·D] → [B, T, dim]
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -158,7 +160,7 @@ class Attention(nn.Module):
             self.register_buffer(name, index, persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A leader's q, k and v, before RoPE."""
+        """A leader's q [B, H, T, D], k and v [B, Hkv, T, D], before RoPE."""
         if self.wqkv is None:
             return self.queries(x), self.keys(x), self.values(x)
         q, k, v = self.wqkv(x).split(self.widths, dim=-1)
@@ -172,6 +174,8 @@ class Attention(nn.Module):
             setattr(parts[0], name, nn.Parameter(rows, False) if isinstance(first, nn.Parameter) else rows)
         self.wqkv = parts[0]
         del self.wq, self.wk, self.wv
+
+    # For x [B, T, dim]: queries [B, H, T, D], keys and values [B, Hkv, T, D].
 
     def queries(self, x: Tensor) -> Tensor:
         return self._heads(self.wq(x))
@@ -187,7 +191,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) · w3 x)."""
+    """SwiGLU: w2(silu(w1 x) · w3 x), [..., dim] → [..., dim]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

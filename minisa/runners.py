@@ -23,8 +23,9 @@ from minisa.sampling import Chooser
 class Runner(Protocol):
     """Executes one model. Tokens and positions are int64, caches may be views; logits are the runner's own dtype.
 
-    name: for people. queues: whether a step returns before it is done. prepares: whether each number of rows takes
-        preparations, so that few are better than fitting ones. weight_bytes: what its weights take.
+    name: for people. asynchronous: whether a step returns before it is done. fixed_batch: whether each batch size is
+        compiled or recorded by itself, so that stepping all rows, unused ones too, is better than only those in use.
+        weight_bytes: what its weights take.
     prefill: tokens [B, T] at positions start, start + 1, … → logits [B, vocab_size] after the last.
     all_logits: tokens [1, T] likewise → logits [≤ chunk, vocab_size] of every one, chunk by chunk.
     decode: tokens [B] at positions [B], all < in_use slots of the cache → logits [B, vocab_size].
@@ -37,9 +38,9 @@ class Runner(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def queues(self) -> bool: ...
+    def asynchronous(self) -> bool: ...
     @property
-    def prepares(self) -> bool: ...
+    def fixed_batch(self) -> bool: ...
     @property
     def weight_bytes(self) -> int: ...
     def prefill(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor: ...

@@ -35,7 +35,7 @@ def eager(**options: Any) -> LLM:
 
 def queueing() -> LLM:
     llm = eager()
-    llm.runner.queues = True  # type: ignore[misc]
+    llm.runner.asynchronous = True  # type: ignore[misc]
     return llm
 
 

@@ -95,7 +95,7 @@ def test_greedy_is_the_argmax_of_the_logits() -> None:
 def test_a_row_of_a_batch_equals_the_row_alone(options: dict[str, Any], queues: bool) -> None:
     """Rows end at different times: the first to meet byte 7, 70 or 170 stops, others run to their limit."""
     llm = llm_of()
-    llm.runner.queues = queues
+    llm.runner.asynchronous = queues
     options |= {"max_new_tokens": 50, "stop_ids": [7, 70, 170]}
     together = list(llm.generate(PROMPTS, **options))
     lengths = set()
@@ -362,7 +362,7 @@ def compare_compiled_with_eager() -> None:
 def test_compiled_decoding_gives_the_same_text() -> None:
     """Other layers, longer contexts and a second prompt compile nothing anew.
 
-    In a process of its own: the compiler's import of setuptools does not bear company.
+    In a process of its own: torch.compile imports setuptools, which clashes with what pytest has imported.
     """
     script = "from tests.test_generate import compare_compiled_with_eager as compare; compare()"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])

@@ -178,7 +178,7 @@ def compare_compiled_with_eager(quantized: Format | None) -> None:
 def test_compiled_layers_inside(quantized: Format | None) -> None:
     """The same text as the layers uncompiled; quantized products stay one operation of Triton's within them.
 
-    In a process of its own: the compiler's import of setuptools does not bear company.
+    In a process of its own: torch.compile imports setuptools, which clashes with what pytest has imported.
     """
     script = f"from tests.test_graphs import compare_compiled_with_eager as compare; compare({quantized!r})"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])

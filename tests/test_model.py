@@ -217,7 +217,7 @@ def test_masks_are_floats_a_few_rows_at_a_time(plan: str, monkeypatch: pytest.Mo
     tokens = tokens_of(CONFIG, 1, 40)
     expected = in_one_go(build(CONFIG, PLANS[plan], "reference"), tokens)
     cache, model = StaticCache.allocate(CONFIG, PLANS[plan], max_seq_len=40), build(CONFIG, PLANS[plan])
-    monkeypatch.setattr("minisa.attention.MASK", 100)
+    monkeypatch.setattr("minisa.attention.MAX_MASK_ELEMENTS", 100)
     hidden = [next(prefill_chunks(model, tokens[:, part], part.start, cache)) for part in (slice(0, 9), slice(9, 40))]
     assert (model.head(torch.cat(hidden, 1)) - expected).abs().max() < 1e-4
 

@@ -57,7 +57,7 @@ def test_wrong_guesses_cost_no_more_than_the_text_earns() -> None:
 def test_the_text_is_the_same(prompt: str, options: dict[str, Any], queues: bool) -> None:
     """To the end of the context, where a guess must not reach beyond."""
     plain, guessing = llm_of(), llm_of()
-    guessing.runner.queues = queues
+    guessing.runner.asynchronous = queues
     expected = list(plain.generate(prompt, **options))
     found = list(guessing.generate(prompt, speculate=True, **options))
     assert tokens(found) == tokens(expected) and text(found) == text(expected)

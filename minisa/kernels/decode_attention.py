@@ -33,7 +33,7 @@ from minisa.kernels.common import LEAST_ROWS, product
 
 BLOCK = 64  # slots a program looks at at once; half of it in fp32, so that a stage of them fits every card
 MAX_PARTS = 64
-PROGRAMS_PER_PROCESSOR = 2  # parts are made until there are so many
+PROGRAMS_PER_PROCESSOR = 2  # a row's slots are split into parts until there are so many programs
 
 
 class Row(NamedTuple):

@@ -67,8 +67,8 @@ class NativeRunner:
     for quantized weights to eight bits and a scale for every 32; sums and attention are fp32.
     """
 
-    queues = False
-    prepares = False
+    asynchronous = False
+    fixed_batch = False
     name = "C++ step"
 
     def __init__(self, model: Transformer, library: ctypes.CDLL, n_threads: int | None = None) -> None:

@@ -142,7 +142,7 @@ def _asked(task: Task, rows: Sequence[Row], path: str | Path) -> list[Question]:
                 raise ValueError("a prompt or an answer is empty")
         except KeyError as error:
             raise MinisaError(
-                f"{path}, row {number}: {error} is missing: expected the fields of {task.name} in study/tasks.py lists"
+                f"{path}, row {number}: {error} is missing: expected the fields of {task.name} in study/tasks.py"
             ) from error
         except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
             raise MinisaError(f"{path}, row {number}: not a row of {task.name}: {str(error).rstrip('.')}") from error

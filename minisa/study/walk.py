@@ -119,10 +119,10 @@ class Walk:
         return self.add_feed_forward(i, x)
 
     def onward(self, states: list[Tensor], start: int, keep: bool = False) -> list[Tensor]:
-        """From the states before each of layers 0..start, those before `start` + 1 and on, to the one after the last.
+        """Run the layers from `start` on: x [N, T, dim] after each of them, or after the last alone without `keep`.
 
-        keep: whether to give them all; else only the last. What followers from `start` on need of leaders before
-        it is computed again from their states.
+        states: x before each of the layers 0..start. What followers from `start` on need of leaders before it is
+        computed again from these.
         """
         shared = {leader: self.queries(leader, states[leader]) for leader in self._open_before(start)}
         x, found = states[start], []
