@@ -17,29 +17,42 @@ SHARED_MEMORY = 99 << 10  # bytes a program may take on the cards with least of 
 
 
 def compile_for(capability: int) -> None:
-    """Llama-3-8B's shapes in bf16 with a bf16 and an fp8 cache, and its first product in int8 and int4; a ring."""
+    """Llama-3-8B's shapes with each value of every option: dtypes, an fp8 cache, a window and its ring, a head map; its
+    first product in int8 and int4, for one row and several."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from minisa.kernels import decode_attention, quantized_product
 
     sizes = {"GROUP": 4, "ROWS": 16, "HEAD_DIM": 128, "DIMS": 128}
-    product = quantized_product._multiply.fn
+    types = {"bf16": triton.language.bfloat16, "fp16": triton.language.float16, "fp32": triton.language.float32}
+    block = decode_attention.BLOCK
     cases = []
-    for fp8, window in ((False, 0), (True, 0), (False, 4096)):
+    for dtype, fp8, window, mapped in (
+        ("bf16", False, 0, True),
+        ("bf16", False, 0, False),
+        ("bf16", True, 0, True),
+        ("bf16", False, 4096, True),
+        ("bf16", True, 4096, True),
+        ("fp16", False, 0, True),
+        ("fp32", False, 0, True),
+    ):
         common = {**sizes, "WINDOW": window, "RING": window and window + SLACK, "FP8": fp8}
-        common["BLOCK"] = decode_attention.BLOCK
-        cases.append((decode_attention._lead, common, fp8))
-        cases.append((decode_attention._follow, common | {"MAPPED": True, "DTYPE": triton.language.bfloat16}, fp8))
-    merge = {"HEAD_DIM": 128, "DIMS": 128, "PARTS": 64, "NORMALIZED": False}
-    cases.append((decode_attention._merge, merge, False))
+        common["BLOCK"] = block // 2 if dtype == "fp32" else block
+        if mapped:
+            cases.append((decode_attention._lead, common, dtype, fp8))
+        cases.append((decode_attention._follow, common | {"MAPPED": mapped, "DTYPE": types[dtype]}, dtype, fp8))
+    for normalized in (False, True):
+        merge = {"HEAD_DIM": 128, "DIMS": 128, "PARTS": 64, "NORMALIZED": normalized}
+        cases.append((decode_attention._merge, merge, "bf16", False))
     for int4 in (False, True):
         for rows in (1, 16):
-            cases.append((product, {"ROWS": rows, "INT4": int4, "BLOCK_N": 16, "BLOCKS": 8}, int4))
-    for function, constants, bytes_ in cases:
+            options = {"ROWS": rows, "INT4": int4, "BLOCK_N": 16, "BLOCKS": 8}
+            cases.append((quantized_product._multiply.fn, options, "bf16", int4))
+    for function, constants, dtype, bytes_ in cases:
         pointers = {"positions": "i64", "head_map": "i64", "quants": "u8" if bytes_ else "i8"}
-        pointers |= dict.fromkeys(("keys", "values"), "u8" if bytes_ else "bf16")
-        pointers |= dict.fromkeys(("scales", "minimums"), "fp16") | dict.fromkeys(("q", "x", "out"), "bf16")
+        pointers |= dict.fromkeys(("keys", "values"), "u8" if bytes_ else dtype)
+        pointers |= dict.fromkeys(("scales", "minimums"), "fp16") | dict.fromkeys(("q", "x", "out"), dtype)
         numbers = {"scale": "fp32", "row_stride": "i64", "head_stride": "i64"}
         numbers |= dict.fromkeys(("length", "n_parts", "n_rows", "n", "k"), "i32")
         signature, aligned = {}, {}
@@ -55,12 +68,12 @@ def compile_for(capability: int) -> None:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
         assert compiled.asm["cubin"]
         assert compiled.metadata.shared <= SHARED_MEMORY, (function.__name__, compiled.metadata.shared)
-        if function.__name__ in ("_lead", "_follow") and not bytes_:
+        if function.__name__ in ("_lead", "_follow") and not bytes_ and dtype != "fp32":
             assert "mma" in compiled.asm["ptx"] and "cp.async" in compiled.asm["ptx"]  # loads run ahead of products
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
+def test_the_kernels_compile_with_every_option(capability: int, tmp_path: Path) -> None:
     """In a process of its own, where Triton does not interpret."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
