@@ -200,7 +200,7 @@ def test_a_bad_prompt_is_refused_and_takes_no_row(prompt: Any, options: dict[str
     assert batch.free == 4
 
 
-def test_other_refusals() -> None:
+def test_what_a_batch_refuses() -> None:
     llm = llm_of(max_batch=1)
     with pytest.raises(MinisaError, match="top_p is 2"):
         llm.batch(top_p=2)

@@ -81,7 +81,9 @@ def test_round_trip(format: str, chunk: int, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("target", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("write", [write_hf, write_meta, write_mistral])
-def test_dtypes(write: Callable[..., Path], stored: torch.dtype, target: torch.dtype, tmp_path: Path) -> None:
+def test_weights_are_rounded_once(
+    write: Callable[..., Path], stored: torch.dtype, target: torch.dtype, tmp_path: Path
+) -> None:
     """Weights are rounded once, from the file's dtype to the one asked for; norms too."""
     config = tiny_config(n_layers=1)
     weights = random_weights(config)
@@ -270,7 +272,7 @@ def test_threads_are_as_before(tmp_path: Path) -> None:
     assert torch.get_num_threads() == before
 
 
-def test_directories(tmp_path: Path) -> None:
+def test_what_a_directory_is_taken_for(tmp_path: Path) -> None:
     """What a directory is taken for, and what is said of one that holds no model."""
     config = tiny_config(n_layers=1)
     weights = random_weights(config)

@@ -124,7 +124,7 @@ def test_a_prompt_that_fills_the_context_beside_one_that_does_not(recorder: Reco
 
 
 @pytest.mark.parametrize("backend", ["torch", "kernels"])
-def test_a_ring(backend: str, recorder: Recorder) -> None:
+def test_a_ring_decodes_the_tokens_of_a_full_cache(backend: str, recorder: Recorder) -> None:
     """Warming up leaves alone what the ring's window holds; then round and round, other rows at other places."""
     ring = graph_llm(recorder, RING_PLANS["head maps"], RING, backend, WINDOWED)
     prompts, options = (

@@ -44,7 +44,7 @@ def test_dtypes_ragged_rows_and_windows(dtype: torch.dtype, window: int | None) 
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn])
-def test_a_ring(kv_dtype: torch.dtype) -> None:
+def test_a_ring_gives_what_slots_in_order_give(kv_dtype: torch.dtype) -> None:
     """Rows not yet round, going round and long past it: the same as from slots in the order of their positions."""
     window, slots, length = BLOCK + 3, BLOCK + 20, 3 * BLOCK
     q, *straight = attention_tensors(4, 6, 2, 64, torch.float32, DEVICE, kv_dtype, length)

@@ -165,7 +165,7 @@ def test_sliding_window(window: int, library: ctypes.CDLL) -> None:
     ("window", "dtype"),
     [(1, torch.float32), (24, torch.float32), (24, torch.bfloat16), (24, torch.float8_e4m3fn)],
 )
-def test_a_ring(window: int, dtype: torch.dtype, library: ctypes.CDLL) -> None:
+def test_a_ring_gives_the_logits_of_a_full_cache(window: int, dtype: torch.dtype, library: ctypes.CDLL) -> None:
     """Chunks that cross the ring's end, then ragged steps: the same as from a cache that keeps every token."""
     config, plan = replace(SHAPES["gqa"], sliding_window=window), plan_of(SHAPES["gqa"], "interleaved", True)
     model = build_model(config, plan)

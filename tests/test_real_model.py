@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,8 @@ def test_quantized_weights_stay_near(smollm2_path: Path, smollm2: LLM, format: s
     ids = smollm2.tokenizer.encode("The Seine flows through Paris, and the Thames through London. " * 8)
     found, exact = llm.logits(ids), smollm2.logits(ids)
     assert (found - exact).norm() / exact.norm() < 0.05
-    if llm.runner.name == "C++ step":
+    if shutil.which("g++"):  # else eager PyTorch, which keeps int4 in bytes
+        assert llm.runner.name == "C++ step"
         assert llm.weight_bytes < most
 
 

@@ -65,7 +65,7 @@ def test_filters_are_composed_after_the_temperature() -> None:
     assert (cold, warm) == (1, 2)
 
 
-def test_seeds() -> None:
+def test_a_seed_fixes_the_numbers_of_its_row() -> None:
     one = Sampling(seed=3).uniforms(2, 8)
     assert torch.equal(one[0], one[1])  # a row of a batch draws what it would draw alone
     assert torch.equal(one, Sampling(seed=[3, 3]).uniforms(2, 8))

@@ -86,9 +86,12 @@ def test_an_answer_begins_with_few_guesses_at_risk(monkeypatch: pytest.MonkeyPat
     llm = llm_of()
     fed: list[int] = []
     guess = PromptLookup.guess
-    monkeypatch.setattr(
-        PromptLookup, "guess", lambda self, most: [0] * len(setattr(self, "_found", 0) or guess(self, most))
-    )
+
+    def guess_zeros(lookup: PromptLookup, most: int) -> list[int]:
+        lookup._found = 0  # there is something to copy
+        return [0] * len(guess(lookup, most))
+
+    monkeypatch.setattr(PromptLookup, "guess", guess_zeros)
     all_logits = llm.runner.all_logits
     monkeypatch.setattr(
         llm.runner, "all_logits", lambda ids, *rest: fed.append(ids.shape[1] - 1) or all_logits(ids, *rest)

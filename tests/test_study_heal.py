@@ -52,7 +52,7 @@ def test_what_is_trained() -> None:
 
 
 @pytest.mark.parametrize("which", heal_module.TRAINABLE)
-def test_it_heals(which: str) -> None:
+def test_the_best_weights_are_kept_and_the_plain_model_is_left_alone(which: str) -> None:
     plain = build(CONFIG, PLANS["none"])
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     training = Training()

@@ -158,7 +158,9 @@ def run_isotropy(
     return run
 
 
-def test_the_command(run_isotropy: Callable[..., tuple[int, str, str]], tiny_gguf: Path, tmp_path: Path) -> None:
+def test_the_command_prints_writes_and_draws_what_is_measured(
+    run_isotropy: Callable[..., tuple[int, str, str]], tiny_gguf: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib", reason='needs pip install "minisa[plots]"')
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on a quiet red roof in town. " * 20)

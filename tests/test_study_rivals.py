@@ -240,7 +240,9 @@ class TestCheapest:
         assert len(calls) == N_LAYERS + 1
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_and_writes_what_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     config = tiny_config(vocab_size=len(VOCABULARY["tokenizer.ggml.tokens"]), tie_embeddings=True)
     model = write_gguf(tmp_path / "tiny.gguf", config, random_weights(config), metadata=VOCABULARY)
     text = tmp_path / "text.txt"

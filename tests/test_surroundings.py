@@ -124,7 +124,7 @@ if child:
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_COMPILER)])
 @pytest.mark.parametrize("when", ["after import", "after a generation"])
-def test_a_fork(when: str, compiled: bool, tmp_path: Path) -> None:
+def test_parent_and_child_go_on_after_a_fork(when: str, compiled: bool, tmp_path: Path) -> None:
     """Threads do not come along: parent and child each have what they need, whatever ran before."""
     model = tiny_model(tmp_path, n_heads=2, n_kv_heads=1, head_dim=32)  # wide enough for the C++ step
     command = [sys.executable, "-c", FORKED, str(model), str(compiled), when]
