@@ -82,9 +82,12 @@ static inline f32s load(const fp8* p) {  // its fields moved into those of fp16 
 #endif
 }
 static inline void store(float* p, f32s v) { memcpy(p, &v, sizeof v); }
-static inline void store(bf16* p, f32s v) {  // to nearest, ties to even
+static inline u32s round_to_bf16(f32s v) {  // to nearest, ties to even
     u32s bits = (u32s)v;
-    u16s rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16s);
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+static inline void store(bf16* p, f32s v) {
+    u16s rounded = __builtin_convertvector(round_to_bf16(v), u16s);
     memcpy(p, &rounded, sizeof rounded);
 }
 
@@ -141,15 +144,21 @@ static inline f32s sum_rows(f32s (&v)[kLanes]) {
     else return sum_rows<kHalf / 2>(v);
 }
 
-// Each lane of w holds two bf16 weights of its own row; x holds the two bf16 activations they meet.
-static inline f32s dot2(f32s sum, u32s w, uint32_t x) {
+// Each lane of w holds two bf16 weights of its own row; x holds the two activations they meet, rounded to bf16 too.
 #if defined(__AVX512BF16__)
-    return (f32s)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x));
-#else
-    sum += (f32s)(w << 16) * std::bit_cast<float>(x << 16);
-    return sum + (f32s)(w & 0xffff0000u) * std::bit_cast<float>(x & 0xffff0000u);
-#endif
+typedef bf16 Rounded;
+static inline void store_rounded(bf16* p, f32s v) { store(p, v); }
+static inline f32s dot2(f32s sum, u32s w, const bf16* x) {
+    return (f32s)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(load_as<int>(x)));
 }
+#else
+typedef float Rounded;  // so that a product takes it as it lies
+static inline void store_rounded(float* p, f32s v) { store(p, (f32s)(round_to_bf16(v) << 16)); }
+static inline f32s dot2(f32s sum, u32s w, const float* x) {
+    sum += (f32s)(w << 16) * x[0];
+    return sum + (f32s)(w & 0xffff0000u) * x[1];
+}
+#endif
 
 // Each lane of w holds four weights of its own row in 0..255; x holds the four activations in -127..127 they meet.
 static inline i32s dot4(i32s sum, u32s w, uint32_t x) {
