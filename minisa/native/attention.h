@@ -1,4 +1,5 @@
-// One row of attention: every key and value is read once, and none beyond the row's position.
+// Attention. A row by itself reads every key and value once, and none beyond its position; many rows of one sequence
+// share what they read, 32 keys or values at a time.
 #pragma once
 #include "vectors.h"
 
@@ -87,6 +88,12 @@ static void by_heads(int group, Call call) {
     }
 }
 
+static float largest(const float* row, int end) {  // of whole vectors
+    f32s most = f32s{} - INFINITY;
+    for (int p = 0; p < end; p += kLanes) most = max(most, load(row + p));
+    return max_of(most);
+}
+
 static float exponentiate(float* row, int begin, int end, float most) {  // returns the sum
     f32s sums = {};
     for (int p = begin; p < end; p += kLanes) {
@@ -95,4 +102,47 @@ static float exponentiate(float* row, int begin, int end, float most) {  // retu
         sums += weights;
     }
     return sum_of(sums);
+}
+
+// Many rows: 32 keys or values are widened and laid out once, as a panel that all the rows are multiplied with.
+
+constexpr int kTogether = kLanes == 16 ? 8 : kLanes == 8 ? 3 : 1;  // rows whose sums with a panel fit the registers
+
+template <class Cache>  // out [head_dim, kPanel]: the keys from `begin` on, as columns; zeros for those from `end` on
+static void lay_out_keys(Seen<Cache> keys, int begin, int end, float* out) {
+    for (int i = 0; i < kPanel; i += kLanes) {
+        for (int d = 0; d < keys.head_dim; d += kLanes) {
+            f32s square[kLanes];
+            for (int j = 0; j < kLanes; ++j) square[j] = begin + i + j < end ? load(keys[begin + i + j] + d) : f32s{};
+            transpose(square);
+            for (int j = 0; j < kLanes; ++j) store(out + (d + j) * kPanel + i, square[j]);
+        }
+    }
+}
+
+template <class Cache>  // out [kPanel, head_dim]: the values from `begin` on, as rows; zeros for those from `end` on
+static void lay_out_values(Seen<Cache> values, int begin, int end, float* out) {
+    for (int i = 0; i < kPanel; ++i)
+        for (int d = 0; d < values.head_dim; d += kLanes, out += kLanes)
+            store(out, begin + i < end ? load(values[begin + i] + d) : f32s{});
+}
+
+// emit(i, products) gets the products [kPanel] of each of n rows [n_cols] with a panel [n_cols, kPanel] of some stride.
+template <class Row, class Emit>
+static void by_panel(int n, Row row_of, const float* panel, int n_cols, int stride, Emit emit) {
+    auto tile = [&]<int R>(std::integral_constant<int, R>, int first) {
+        const float* rows[R];
+        f32s sums[R][kVectors] = {};
+        for (int r = 0; r < R; ++r) rows[r] = row_of(first + r);
+        for (int k = 0; k < n_cols; ++k) {
+            for (int v = 0; v < kVectors; ++v) {
+                f32s column = load(panel + k * stride + v * kLanes);
+                for (int r = 0; r < R; ++r) sums[r][v] += column * rows[r][k];
+            }
+        }
+        for (int r = 0; r < R; ++r) emit(first + r, sums[r]);
+    };
+    int i = 0;
+    for (; i + kTogether <= n; i += kTogether) tile(std::integral_constant<int, kTogether>{}, i);
+    for (; i < n; ++i) tile(std::integral_constant<int, 1>{}, i);
 }

@@ -17,6 +17,7 @@ class Engine {
         : m(model), n_threads(n_threads), max_rows(max_rows), barrier(n_threads) {
         size_t width = std::max({m.dim, m.hidden_dim, m.n_heads * m.head_dim});
         own.resize(n_threads);
+        panels.assign(n_threads, std::vector<float>(kPanel * m.head_dim));
         for (auto& activations : own) activations.reserve(width);
         shared.reserve(width * max_rows);
         normed.resize(n_threads * width);
@@ -40,8 +41,11 @@ class Engine {
         n_splits = n_rows < kFewRows ? n_threads : 1;
         int longest = 0;
         for (int row = 0; row < n_rows; ++row) longest = std::max(longest, positions[row] + 1 - first_seen(row));
-        row_size = (longest + kLanes - 1) / kLanes * kLanes;
-        size_t needed = ((size_t)m.n_spans * n_rows * m.n_heads + n_threads * kHeads) * row_size;
+        row_size = (longest + kPanel - 1) / kPanel * kPanel;
+        int group = m.n_heads / m.n_kv_heads;
+        together = std::clamp(kAtHand / (group * row_size), 1, kMostTogether);
+        n_own = std::max(kHeads, together * group);
+        size_t needed = ((size_t)m.n_spans * n_rows * m.n_heads + n_threads * n_own) * row_size;
         if (needed > n_weights) {  // what is not used yet takes no memory
             weights.reset();
             weights.reset(new float[n_weights = needed + needed / 4]);
@@ -62,7 +66,8 @@ class Engine {
             barrier.wait();
             append<Cache>(layer, share);
             barrier.wait();
-            attend<Cache>(layer, share);
+            if (is_one_text()) attend_together<Cache>(layer, share);
+            else attend<Cache>(layer, share);
             barrier.wait();
             matmul(layer.wo, merge(layer, share), n_rows, share, add_to_x());
             barrier.wait();
@@ -194,6 +199,64 @@ class Engine {
         }
     }
 
+    bool is_one_text() const {  // many rows that follow each other, and see everything before them
+        for (int row = 1; row < n_rows; ++row)
+            if (sequences[row] != sequences[0] || positions[row] != positions[0] + row) return false;
+        return n_rows >= kFewRows && first_seen(n_rows - 1) == 0;
+    }
+
+    // A thread takes a key and value head and a few rows: all the queries that meet them.
+    template <class Cache>
+    void attend_together(const Layer& layer, Share share) {
+        int n_blocks = (n_rows + together - 1) / together;
+        for (int item = share.thread; item < m.n_kv_heads * n_blocks; item += n_threads) {
+            int first = item % n_blocks * together;
+            attend_block<Cache>(layer, item / n_blocks, first, std::min(together, n_rows - first), share.thread);
+        }
+    }
+
+    template <class Cache>
+    void attend_block(const Layer& layer, int kv_head, int first, int count, int thread) {
+        int hd = m.head_dim, group = m.n_heads / m.n_kv_heads, n = count * group, width = m.n_heads + 2 * m.n_kv_heads;
+        int length = positions[first + count - 1] + 1, padded = (length + kPanel - 1) / kPanel * kPanel;
+        auto row_of = [=](int i) { return first + i / group; };
+        auto head_of = [=](int i) { return kv_head * group + i % group; };
+        auto query_of = [=, this](int i) { return &qkv[((size_t)row_of(i) * width + head_of(i)) * hd]; };
+        auto sums_of = [=, this](int i) { return part_of(row_of(i), head_of(i)); };
+        auto weights_at = [=, this](int i) {
+            return layer.span < 0 ? own_weights(thread, i)
+                                  : weights_of(layer.span, row_of(i), layer.head_map[head_of(i)]);
+        };
+        float* panel = panels[thread].data();
+        if (layer.keys) {
+            float scale = 1.f / std::sqrt((float)hd);
+            for (int p = 0; p < length; p += kPanel) {
+                lay_out_keys(seen<Cache>(layer.keys, first, kv_head), p, length, panel);
+                by_panel(n, query_of, panel, hd, kPanel, [&](int i, auto& products) {
+                    for (int v = 0; v < kVectors; ++v) store(weights_at(i) + p + v * kLanes, products[v] * scale);
+                });
+            }
+            for (int i = 0; i < n; ++i) {
+                float* weights = weights_at(i);
+                int end = positions[row_of(i)] + 1;
+                std::fill(weights + end, weights + padded, -INFINITY);
+                float most = largest(weights, end);
+                softmax_of(layer.span, row_of(i), head_of(i)) = {most, exponentiate(weights, 0, end, most)};
+                std::fill(weights + end, weights + padded, 0.f);
+            }
+        }
+        for (int i = 0; i < n; ++i) memset(sums_of(i), 0, sizeof(float) * hd);
+        for (int p = 0; p < length; p += kPanel) {
+            lay_out_values(seen<Cache>(layer.values, first, kv_head), p, length, panel);
+            for (int d = 0; d < hd; d += kPanel) {
+                by_panel(n, [&](int i) { return weights_at(i) + p; }, panel + d, kPanel, hd, [&](int i, auto& products) {
+                    float* sums = sums_of(i) + d;
+                    for (int v = 0; v < kVectors; ++v) store(sums + v * kLanes, load(sums + v * kLanes) + products[v]);
+                });
+            }
+        }
+    }
+
     // What attention hands to wo: the parts of each row put together, and normalized.
     const Activations& merge(const Layer& layer, Share share) {
         float* out = &normed[(size_t)share.thread * (normed.size() / n_threads)];
@@ -219,6 +282,8 @@ class Engine {
         });
     }
 
+    static constexpr int kMostTogether = 16;    // rows: more would leave threads without work
+    static constexpr int kAtHand = 2 << 20;     // attention weights, at most, that a thread has of its own
     // More than a step with guesses feeds (speculate.py): its sums are to be those of one row.
     static constexpr int kFewRows = 8;
     int first_seen(int row) const { return m.sliding_window ? std::max(0, positions[row] + 1 - m.sliding_window) : 0; }
@@ -226,7 +291,7 @@ class Engine {
     float* weights_of(int span, int row, int head) {
         return &weights[(((size_t)span * n_rows + row) * m.n_heads + head) * row_size];
     }
-    float* own_weights(int thread, int head) { return weights_of(m.n_spans, 0, thread * kHeads + head); }
+    float* own_weights(int thread, int i) { return weights_of(m.n_spans, 0, 0) + ((size_t)thread * n_own + i) * row_size; }
     Softmax& softmax_of(int span, int part, int head) {
         return softmax[((size_t)(span + 1) * max_parts() + part) * m.n_heads + head];
     }
@@ -242,12 +307,14 @@ class Engine {
     std::vector<float> x, qkv, hidden;  // [rows, dim], [rows, heads * head_dim], [rows, hidden_dim]
     std::vector<float> parts;           // [row parts, n_heads * head_dim]: attention's unnormalized sums
     // Unnormalized attention weights of what a row sees: [spans, n_rows, n_heads, row_size], then those of layers that
-    // lead nobody, for each thread the heads at hand: [n_threads, kHeads, row_size].
+    // lead nobody, for each thread those at hand: [n_threads, n_own, row_size].
     std::unique_ptr<float[]> weights;
     size_t n_weights = 0;               // allocated
-    int row_size = 0;
+    int row_size = 0, n_own = 0;
+    int together = 0;                   // rows of a text that attend at once
     std::vector<Softmax> softmax;       // [spans + 1, row parts, n_heads]
     std::vector<float> normed;          // a row for each thread
+    std::vector<std::vector<float>> panels;  // one for each thread
     std::vector<Activations> own;       // one for each thread
     Activations shared;
     Barrier barrier;

@@ -144,6 +144,21 @@ static inline f32s sum_rows(f32s (&v)[kLanes]) {
     else return sum_rows<kHalf / 2>(v);
 }
 
+template <int kHalf = kLanes / 2>
+static inline void transpose(f32s (&v)[kLanes]) {  // by swapping squares of kHalf lanes, then of half as many
+    i32s low, high;
+    for (int i = 0; i < kLanes; ++i) {
+        low[i] = i & kHalf ? kLanes + (i ^ kHalf) : i;
+        high[i] = i & kHalf ? kLanes + i : i ^ kHalf;
+    }
+    for (int i = 0; i < kLanes; ++i) {
+        if (i & kHalf) continue;
+        f32s upper = v[i], lower = v[i + kHalf];
+        v[i] = __builtin_shuffle(upper, lower, low), v[i + kHalf] = __builtin_shuffle(upper, lower, high);
+    }
+    if constexpr (kHalf > 1) transpose<kHalf / 2>(v);
+}
+
 // Each lane of w holds two bf16 weights of its own row; x holds the two activations they meet, rounded to bf16 too.
 #if defined(__AVX512BF16__)
 typedef bf16 Rounded;
