@@ -270,14 +270,6 @@ def test_a_format_is_known_by_its_template(name: str, tmp_path: Path) -> None:
     assert found is DIALOGS["mistral-v1" if name == "mistral-v3" else name]
 
 
-@pytest.mark.parametrize("template", ["<|user|>\n{{ x }}<|end|>", "{{ messages }}", ""])
-def test_a_template_that_is_refused(template: str, tmp_path: Path, sentencepiece: Tokenizer) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
-    write_json(tmp_path / "tokenizer_config.json", {"chat_template": template})
-    with pytest.raises(MinisaError, match=r"its chat template is none of chatml, llama2, .*: pass --raw"):
-        find_dialog(tmp_path, load_tokenizer(tmp_path))
-
-
 def test_models_without_a_template(tmp_path: Path) -> None:
     """Hugging Face's base models have none; the makers' own downloads have no place for one."""
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
