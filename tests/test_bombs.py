@@ -42,6 +42,18 @@ def pickled(body: bytes, compression: int = zipfile.ZIP_STORED, name: str = "con
     return write
 
 
+def directory(folder: Path) -> Path:
+    """A .pth that is all directory: each entry takes 47 bytes of the file and ten times that in memory."""
+    (folder / "params.json").write_text("{}")
+    count = 1_000_000
+    entries = (b"PK\1\2" + bytes(24) + b"\1" + bytes(17) + b"a") * count
+    zip64 = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(entries), 0)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, len(entries), 1)
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 65535, 65535, len(entries), 0, 0)
+    (folder / "consolidated.00.pth").write_bytes(entries + zip64 + locator + end)
+    return folder
+
+
 def tensor(name: bytes, shape: bytes = b"K\x04K\x04\x86", stride: bytes = b"K\x04K\x01\x86") -> bytes:
     """The instructions for {name: a tensor of storage 0}, where a dictionary is on the stack."""
     storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x10tQ"
@@ -116,6 +128,7 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str]] = {
         pickled(b"}" + tensor(b"norm.weight", b"\x8a\x05\0\0\0\0\1\x85", b"K\0\x85") + b"."),
         "is not contiguous",
     ),
+    "pickle: an archive that is all directory": (directory, "a directory of 47000000 bytes in the archive"),
     "safetensors: a header of 4 GB": (
         sparse("model.safetensors", struct.pack("<Q", 4 << 30), 5 << 30), "claims a header of 4294967296 bytes"
     ),
