@@ -94,6 +94,17 @@ def long_token(folder: Path) -> Path:
     return write_json(folder / "tokenizer.json", raw)
 
 
+def long_tokens(folder: Path) -> Path:
+    """Merges of 30 MB in which every token of 1,024 bytes has as many splits to look up."""
+    halves = [f"{number:04}" * 128 for number in range(250)]
+    raw = byte_level_json(merges=[[left, right] for left in halves[:125] for right in halves[125:]])
+    raw["model"] |= {
+        "ignore_merges": True,
+        "vocab": raw["model"]["vocab"] | {half: 900 + i for i, half in enumerate(halves)},
+    }
+    return write_json(folder / "tokenizer.json", raw)
+
+
 def tekken(**config: Any) -> Callable[[Path], Path]:
     raw = tekken_json()
     raw["config"] |= config
@@ -152,6 +163,7 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "tokenizer.model: empty lines": (text("tokenizer.model", b"IQ== 0\n" + b"\n" * (7 << 20)), "damaged"),
     "tokenizer.json: a long token": (long_token, "a token of more than 1024 bytes"),
+    "tokenizer.json: merges of many long tokens": (long_tokens, "tokens of more than 4194304 bytes together"),
     "tekken.json: a million special tokens": (tekken(default_num_special_tokens=1_000_000), "expected 0 to 258"),
     "tekken.json: a pattern that never ends": (tekken(pattern=r"(?:\w+\w+)+(?!.)"), "is not one minisa knows"),
     "plan: a layer of many digits": (

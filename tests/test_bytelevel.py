@@ -162,6 +162,7 @@ def test_a_megabyte_in_one_piece(byte_level: Tokenizer, character: str) -> None:
         ({"vocab": {}}, "damaged"),
         ({"vocab": []}, "damaged"),
         ({"added_tokens": [{"id": 3, "content": "<s>", "special": True}]}, "two tokens have the same id"),
+        ({"added_tokens": [{"id": 700, "content": "안녕", "special": False}]}, "the added token '안녕' is plain text"),
         ({"added_tokens": [{"id": -1, "content": "<s>", "special": True}]}, "a token's id is -1"),
         ({"added_tokens": [{"id": 1 << 40, "content": "<s>", "special": True}]}, "a token's id is 1099511627776"),
         ({"added_tokens": [{"id": "7", "content": "<s>", "special": True}]}, "a token's id is '7'"),
