@@ -217,9 +217,12 @@ def from_gguf(metadata: Mapping[str, Any]) -> ByteLevelBPE:
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata["tokenizer.ggml.token_type"]
     entries = list(zip(tokens, range(len(tokens)), types, strict=True))
+    vocab = {token: token_id for token, token_id, kind in entries if kind == 1}
+    if len(vocab) < types.count(1):
+        raise MinisaError("tokenizer.ggml.tokens has a token twice: is the file whole?")
     return _from_merges(
         split,
-        {token: token_id for token, token_id, kind in entries if kind == 1},
+        vocab,
         (merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]),
         {token: token_id for token, token_id, kind in entries if kind != 1},
         visible=[token for token, _, kind in entries if kind == 4],

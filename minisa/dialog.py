@@ -123,6 +123,11 @@ class Dialog:
             raise MinisaError(f"{where}: the text spells {marker}, a marker of the {self.name} format: reword it")
 
 
+# What Mistral publishes at Hugging Face with no tokenizer but tekken.json are instruct models without a template.
+_TEKKEN_ALONE = {"params.json", "config.json", "tekken.json"}
+_LAYOUT = (*_TEKKEN_ALONE, "tokenizer_config.json", "tokenizer.json")
+
+
 def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
     """The chat format of the model at a path, by its chat template; `raw` for a model that comes without one.
 
@@ -131,7 +136,8 @@ def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
     """
     template, special = tokenizer.chat_template, tokenizer.special
     if template is None:
-        makers_own = (Path(path) / "params.json").is_file() and not (Path(path) / "config.json").is_file()
+        there = {name for name in _LAYOUT if (Path(path) / name).is_file()}
+        makers_own = "params.json" in there and ("config.json" not in there or there == _TEKKEN_ALONE)
         marks = [mark for mark in ("<|start_header_id|>", "[SYSTEM_PROMPT]", "[INST]") if mark in special]
         if not (makers_own and marks):
             return DIALOGS["raw"]

@@ -201,6 +201,10 @@ def test_lying_types_never_raise_anything_else(data: st.DataObject, tmp_path: Pa
         assert tokenizer.decode(tokenizer.encode("hello 123")) == "hello 123"
 
 
+TWICE = gguf_byte_level(byte_level_json())["tokenizer.ggml.tokens"]
+TWICE[TWICE.index("~")] = "a"
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -211,6 +215,7 @@ def test_lying_types_never_raise_anything_else(data: st.DataObject, tmp_path: Pa
         ({"tokenizer.ggml.merges": ["he"]}, "damaged"),
         ({"tokenizer.ggml.merges": [1, 2]}, "damaged"),
         ({"tokenizer.ggml.tokens": ["a", "b"]}, "damaged"),
+        ({"tokenizer.ggml.tokens": TWICE}, "tokenizer.ggml.tokens has a token twice"),
         ({"tokenizer.ggml.token_type": None}, "damaged"),
         ({"tokenizer.ggml.eos_token_id": 70_000}, "bos_token_id or eos_token_id is 70000"),
         ({"tokenizer.ggml.bos_token_id": "one"}, "bos_token_id or eos_token_id is 'one'"),
