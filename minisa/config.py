@@ -110,6 +110,7 @@ class ModelConfig:
         for key in ("attention_bias", "mlp_bias"):
             if _flag(raw, key):
                 raise MinisaError(f"config.json: {key} is true; minisa's layers have no biases")
+        _require_causal(raw, "is_causal")
         if raw.get("hidden_act", "silu") != "silu":
             raise MinisaError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported: expected 'silu'")
         if raw.get("quantization_config"):
@@ -166,6 +167,7 @@ class ModelConfig:
         for key, value in raw.items():  # YaRN, a window for each layer, quantization, an encoder
             if value and (isinstance(value, Mapping | list) or key == "_sliding_window"):
                 raise MinisaError(f"params.json: {key} is not supported: expected a dense Llama or Mistral without it")
+        _require_causal(raw, "causal")
         dim, n_heads = _integer(raw, "dim"), _integer(raw, "n_heads")
         window = _optional_integer(raw, "sliding_window")
         if "hidden_dim" in raw:  # Mistral; without a window its default base is a million
@@ -218,6 +220,7 @@ class ModelConfig:
         raw = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
         if raw.get("expert_count"):
             raise MinisaError("GGUF: llama.expert_count is set; mixture-of-experts models are not supported")
+        _require_causal(raw, "attention.causal")
         n_heads, dim = _integer(raw, "attention.head_count"), _integer(raw, "embedding_length")
         head_dim = _integer(raw, "attention.key_length", dim // n_heads)
         for key in ("attention.value_length", "rope.dimension_count"):
@@ -286,6 +289,11 @@ def _flag(raw: Raw, key: str) -> bool:
     if not isinstance(value, bool):
         raise MinisaError(f"{key} is {value!r}: expected true or false")
     return value
+
+
+def _require_causal(raw: Raw, key: str) -> None:
+    if raw.get(key) is not None and not _flag(raw, key):
+        raise MinisaError(f"{key} is false: expected a model that looks back only, not one that makes embeddings")
 
 
 def _integer(raw: Raw, key: str, default: int | None = None) -> int:

@@ -139,6 +139,7 @@ LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, 
         ({"attention_bias": "false"}, "attention_bias is 'false'"),
         ({"attention_bias": True}, "attention_bias is true"),
         ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"is_causal": False}, "is_causal is false"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types names several kinds"),
         ({"layer_types": "full_attention"}, "layer_types names several kinds"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is set"),
@@ -213,5 +214,9 @@ def test_other_gguf_architectures_and_experts_are_refused() -> None:
         ModelConfig.from_gguf({**GGUF, "llama.expert_count": 8}, tied=True)
     with pytest.raises(MinisaError, match=r"rope\.dimension_count"):
         ModelConfig.from_gguf({**GGUF, "llama.rope.dimension_count": 32}, tied=True)
+    with pytest.raises(MinisaError, match=r"attention\.causal is false"):
+        ModelConfig.from_gguf({**GGUF, "llama.attention.causal": False}, tied=True)
+    with pytest.raises(MinisaError, match="causal is false"):
+        ModelConfig.from_params({"dim": 8, "n_heads": 1, "causal": False}, 8)
     with pytest.raises(MinisaError, match="mixture-of-experts"):
         ModelConfig.from_params({"dim": 8, "n_heads": 1, "moe": {"num_experts": 8}}, 8)
