@@ -98,6 +98,7 @@ def _piece_bytes(piece: str, is_byte: bool) -> bytes:
 # Protobuf's wire format: a field is a tag (field number · 8 + wire type) and its value.
 
 
+@functools.lru_cache(1024)  # tags and lengths of pieces come back by the hundred thousand
 def _varint(number: int) -> bytes:
     low = [number >> shift & 0x7F for shift in range(0, max(number.bit_length(), 1), 7)]
     return bytes([*(byte | 0x80 for byte in low[:-1]), low[-1]])

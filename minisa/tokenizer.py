@@ -25,6 +25,7 @@ _FILES = "tokenizer.model, tekken.json, tokenizer.json or a .gguf file"
 _SETTINGS = ("tokenizer_config.json", "added_tokens.json", "generation_config.json", "config.json")
 _MAX_MODEL = 8 << 20  # bytes; the largest tokenizer.model takes 4 MB
 _MAX_TEMPLATE = 1 << 20  # bytes
+_MAX_SPECIAL = 1 << 15  # the makers' have up to 1,000; what pads a vocabulary counts too
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
@@ -93,6 +94,8 @@ class Tokenizer:
                 raise MinisaError(f"bos_token_id or eos_token_id is {token_id!r}: expected 0 to {self.vocab_size - 1}")
         if chat_template is not None and not isinstance(chat_template, str):
             raise MinisaError(f"chat_template is {chat_template!r}: expected a string")
+        if len(self.special) > _MAX_SPECIAL:  # each is tried below
+            raise MinisaError(f"{len(self.special)} special tokens: expected at most {_MAX_SPECIAL}")
         for name, token_id in self.special.items():
             if token_id in vocabulary.encode(name, mid_text=False):
                 raise MinisaError(f"plain text can spell the special token {name!r}: expected it to be a control piece")
