@@ -104,6 +104,7 @@ class ByteLevelBPE:
         for token, token_id in vocab.items():
             self.pieces[token_id] = token
         for name in visible:
+            require_marker(name)
             self.pieces[special[name]] = name.encode()
         self._ids = [0] * len(ranks)
         for token, rank in ranks.items():
@@ -117,6 +118,17 @@ class ByteLevelBPE:
         merge = self._bpe._encode_single_piece  # of tiktoken's methods the one that takes bytes
         pieces = (piece.encode().translate(None, lacking) for piece in self._split.findall(text))
         return [ids[rank] for piece in pieces if piece for rank in merge(piece)]
+
+
+def is_marker(name: str) -> bool:
+    """Whether an added token is one that no text is meant to spell, such as <think> or [PAD]; else it is a word."""
+    return not set(name).isdisjoint("<>[]{}|")
+
+
+def require_marker(name: str) -> None:
+    """Raises MinisaError for an added token that the makers' tokenizer finds in plain text, and minisa does not."""
+    if not is_marker(name):
+        raise MinisaError(f"the added token {name!r} is plain text: minisa finds only the vocabulary's own in a text")
 
 
 def check_ids(ids: Collection[object]) -> list[int]:
@@ -205,9 +217,12 @@ def from_gguf(metadata: Mapping[str, Any]) -> ByteLevelBPE:
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata["tokenizer.ggml.token_type"]
     entries = list(zip(tokens, range(len(tokens)), types, strict=True))
+    vocab = {token: token_id for token, token_id, kind in entries if kind == 1}
+    if len(vocab) < types.count(1):
+        raise MinisaError("tokenizer.ggml.tokens has a token twice: is the file whole?")
     return _from_merges(
         split,
-        {token: token_id for token, token_id, kind in entries if kind == 1},
+        vocab,
         (merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]),
         {token: token_id for token, token_id, kind in entries if kind != 1},
         visible=[token for token, _, kind in entries if kind == 4],

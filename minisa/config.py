@@ -104,9 +104,13 @@ class ModelConfig:
                 f"config.json: architecture {', '.join(map(str, architectures))} is not supported: "
                 "expected LlamaForCausalLM or MistralForCausalLM"
             )
+        model_type = raw.get("model_type") or "llama"
+        if model_type not in ("llama", "mistral"):  # transformers goes by it, whatever the architecture says
+            raise MinisaError(f"config.json: model_type {model_type!r} is not supported: expected 'llama' or 'mistral'")
         for key in ("attention_bias", "mlp_bias"):
             if _flag(raw, key):
                 raise MinisaError(f"config.json: {key} is true; minisa's layers have no biases")
+        _require_causal(raw, "is_causal")
         if raw.get("hidden_act", "silu") != "silu":
             raise MinisaError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported: expected 'silu'")
         if raw.get("quantization_config"):
@@ -116,16 +120,21 @@ class ModelConfig:
         kinds = raw.get("layer_types") or []
         if not isinstance(kinds, list) or any(kind != kinds[0] for kind in kinds):
             raise MinisaError("config.json: layer_types names several kinds of layers: expected one kind for all")
-        if raw.get("partial_rotary_factor", 1) not in (None, 1):
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers 5 writes the latter
+        if not isinstance(rope, Mapping):
+            raise MinisaError(f"config.json: rope_scaling is {rope!r}: expected an object")
+        if any(isinstance(value, Mapping) for value in rope.values()):
+            raise MinisaError("config.json: rope_parameters differ by kind of layer: expected one kind for all")
+        if {raw.get("partial_rotary_factor"), rope.get("partial_rotary_factor")} - {None, 1}:
             raise MinisaError("config.json: partial_rotary_factor is set; minisa turns whole heads")
         if raw.get("pretraining_tp", 1) not in (None, 1):
             raise MinisaError("config.json: pretraining_tp > 1 is not supported: set it to 1, the weights are the same")
         n_heads = _integer(raw, "num_attention_heads")
         dim = _integer(raw, "hidden_size")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 writes the former
-        if not isinstance(rope, Mapping):
-            raise MinisaError(f"config.json: rope_scaling is {rope!r}: expected an object")
         max_seq_len = _integer(raw, "max_position_embeddings", 4096)
+        window = None  # LlamaForCausalLM has none
+        if "MistralForCausalLM" in architectures or model_type == "mistral":
+            window = _optional_integer(raw, "sliding_window") if "sliding_window" in raw else 4096
         return cls(
             dim=dim,
             n_layers=_integer(raw, "num_hidden_layers"),
@@ -139,7 +148,7 @@ class ModelConfig:
             rope_theta=_number(rope, "rope_theta", _number(raw, "rope_theta", 10_000.0)),
             rope_scaling=_rope_scaling(rope, max_seq_len),
             tie_embeddings=_flag(raw, "tie_word_embeddings"),
-            sliding_window=_optional_integer(raw, "sliding_window") if "MistralForCausalLM" in architectures else None,
+            sliding_window=window,
         )
 
     @classmethod
@@ -149,11 +158,16 @@ class ModelConfig:
         vocab_size: rows of the embedding matrix; Meta's Llama 2 files say -1 and leave it to the tokenizer.
         Meta's files do not say the context length either: 131,072 where `use_scaled_rope` is set (Llama 3.1
         and later), 2,048 where norm_eps or the shape is one of Llama 1's, else what the RoPE base was made for.
+        Nor do they say the factor of Llama 3.2's 1B and 3B, which is 32 in what Meta publishes at Hugging Face.
         """
         if raw.get("moe") or raw.get("num_experts"):
             raise MinisaError(
                 "params.json: mixture-of-experts models are not supported: expected a dense Llama or Mistral"
             )
+        for key, value in raw.items():  # YaRN, a window for each layer, quantization, an encoder
+            if value and (isinstance(value, Mapping | list) or key == "_sliding_window"):
+                raise MinisaError(f"params.json: {key} is not supported: expected a dense Llama or Mistral without it")
+        _require_causal(raw, "causal")
         dim, n_heads = _integer(raw, "dim"), _integer(raw, "n_heads")
         window = _optional_integer(raw, "sliding_window")
         if "hidden_dim" in raw:  # Mistral; without a window its default base is a million
@@ -165,6 +179,7 @@ class ModelConfig:
             hidden_dim = multiple * -(-hidden_dim // multiple)
             rope_theta = _number(raw, "rope_theta", 10_000.0)
         scaled = _flag(raw, "use_scaled_rope")
+        factor = 8.0 if dim >= 4096 else 32.0  # Llama 3.1 and 3.3; Llama 3.2
         if scaled:
             context = 131_072
         elif rope_theta >= 1_000_000:
@@ -187,7 +202,7 @@ class ModelConfig:
             max_seq_len=_integer(raw, "max_seq_len", context),
             norm_eps=_number(raw, "norm_eps", 1e-5),
             rope_theta=rope_theta,
-            rope_scaling=RopeScaling("llama3", _number(raw, "rope_scaling_factor", 8.0)) if scaled else None,
+            rope_scaling=RopeScaling("llama3", _number(raw, "rope_scaling_factor", factor)) if scaled else None,
             tie_embeddings=_flag(raw, "tied_embeddings"),
             sliding_window=window,
         )
@@ -205,6 +220,7 @@ class ModelConfig:
         raw = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
         if raw.get("expert_count"):
             raise MinisaError("GGUF: llama.expert_count is set; mixture-of-experts models are not supported")
+        _require_causal(raw, "attention.causal")
         n_heads, dim = _integer(raw, "attention.head_count"), _integer(raw, "embedding_length")
         head_dim = _integer(raw, "attention.key_length", dim // n_heads)
         for key in ("attention.value_length", "rope.dimension_count"):
@@ -212,13 +228,15 @@ class ModelConfig:
                 raise MinisaError(f"GGUF: llama.{key} is {raw[key]}, head_dim is {head_dim}: they must be the same")
         tokens = metadata.get("tokenizer.ggml.tokens")
         max_seq_len = _integer(raw, "context_length", 4096)
+        # As in llama.cpp: linear unless it says otherwise, 0 for none, and the factor's old name.
+        factor = _number(raw, "rope.scaling.factor", _number(raw, "rope.scale_linear", 0.0)) or 1.0
+        scaling = _rope_scaling({"type": raw.get("rope.scaling.type", "linear"), "factor": factor}, max_seq_len)
+        if scaling == RopeScaling("linear"):
+            scaling = None
+        if rope_factors and scaling:
+            raise MinisaError("GGUF: both rope_freqs.weight and a linear llama.rope.scaling.factor: expected one")
         if rope_factors:
-            scaling: RopeScaling | None = RopeScaling("factors", factors=rope_factors)
-        else:
-            scaling = _rope_scaling(
-                {"type": raw.get("rope.scaling.type", "none"), "factor": raw.get("rope.scaling.factor", 1.0)},
-                max_seq_len,
-            )
+            scaling = RopeScaling("factors", factors=rope_factors)
         return cls(
             dim=dim,
             n_layers=_integer(raw, "block_count"),
@@ -271,6 +289,11 @@ def _flag(raw: Raw, key: str) -> bool:
     if not isinstance(value, bool):
         raise MinisaError(f"{key} is {value!r}: expected true or false")
     return value
+
+
+def _require_causal(raw: Raw, key: str) -> None:
+    if raw.get(key) is not None and not _flag(raw, key):
+        raise MinisaError(f"{key} is false: expected a model that looks back only, not one that makes embeddings")
 
 
 def _integer(raw: Raw, key: str, default: int | None = None) -> int:

@@ -10,7 +10,7 @@ is the makers': Mistral's v2 and v3 put the system prompt into the last user mes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Dialog:
     opens: the special token that opens a turn, if one does.
     alternating: after an optional system message come user, assistant, user, … and nothing else.
     reserved: markers that are plain text in this format, so that no message may spell them.
+    defaults: where the model's template falls back on a system prompt, that stands in for a missing one.
     free: any messages, in any order; otherwise the last one is the user's.
     """
 
@@ -62,18 +63,17 @@ class Dialog:
     opens: str | None = None
     alternating: bool = False
     reserved: tuple[str, ...] = ()
+    defaults: bool = False
     free: bool = False
 
     def render(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
         """The prompt's ids, the header that opens the assistant's turn included.
 
-        A system prompt that the model's own template falls back on (SmolLM2's does) stands in for a missing one.
         Raises MinisaError for messages that the format has no place for, and for a vocabulary without its tokens.
         """
         self._check(messages)
-        if self.layout is _chatml and messages[0]["role"] != "system":
-            default = _default_system(tokenizer.chat_template or "")
-            messages = [*default, *messages]
+        if self.defaults and messages[0]["role"] != "system":
+            messages = [*_default_system(tokenizer.chat_template or ""), *messages]
         ids: list[int] = []
         for part in self.layout(messages):
             if isinstance(part, Text):
@@ -123,6 +123,11 @@ class Dialog:
             raise MinisaError(f"{where}: the text spells {marker}, a marker of the {self.name} format: reword it")
 
 
+# What Mistral publishes at Hugging Face with no tokenizer but tekken.json are instruct models without a template.
+_TEKKEN_ALONE = {"params.json", "config.json", "tekken.json"}
+_LAYOUT = (*_TEKKEN_ALONE, "tokenizer_config.json", "tokenizer.json")
+
+
 def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
     """The chat format of the model at a path, by its chat template; `raw` for a model that comes without one.
 
@@ -131,30 +136,60 @@ def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
     """
     template, special = tokenizer.chat_template, tokenizer.special
     if template is None:
-        makers_own = (Path(path) / "params.json").is_file() and not (Path(path) / "config.json").is_file()
+        there = {name for name in _LAYOUT if (Path(path) / name).is_file()}
+        makers_own = "params.json" in there and ("config.json" not in there or there == _TEKKEN_ALONE)
         marks = [mark for mark in ("<|start_header_id|>", "[SYSTEM_PROMPT]", "[INST]") if mark in special]
         if not (makers_own and marks):
             return DIALOGS["raw"]
         template = marks[0]
+    known = _format_of(template, special)
+    if known is None:
+        raise MinisaError(
+            f"{path}: its chat template is none of {', '.join(DIALOGS)}: pass --raw to prompt with plain text"
+        )
+    return DIALOGS[known]
+
+
+def _format_of(template: str, special: Collection[str]) -> str | None:
+    """The name of the format that a template writes; None where it has markers or text that the format has not."""
     if "<|im_start|>" in template:
-        return DIALOGS["chatml"]
-    if "<|start_header_id|>" in template:
-        return DIALOGS["llama3"]
-    if "[SYSTEM_PROMPT]" in template:
-        return DIALOGS["mistral-v7"]
-    if "[INST]" in template:
-        return DIALOGS["llama2" if "<<SYS>>" in template else "mistral-v3" if "[INST]" in special else "mistral-v1"]
-    if "<|user|>" in template and "<|assistant|>" in template and "eos_token" in template:
-        return DIALOGS["zephyr"]
-    raise MinisaError(
-        f"{path}: its chat template is none of {', '.join(DIALOGS)}: pass --raw to prompt with plain text"
-    )
+        if set(re.findall(r"<\|im_\w+\|>", template)) - {"<|im_start|>", "<|im_end|>"}:
+            return None  # Phi-4's <|im_sep|>
+        if "<|im_end|>" in template and not re.search(r"<\|im_start\|>(?:system|['\"{])", template):
+            return "yi-1.5"
+        return "chatml"
+    if "<|start_header_id|>" in template:  # Llama Guard has its task written out behind the user's header
+        return None if re.search(r"<\|end_header_id\|>(?:\n|\\n){2}\w", template) else "llama3"
+    if "[INST]" in template or "[SYSTEM_PROMPT]" in template:
+        if re.search(r"\[INST\] \w", template):
+            return None  # Llama Guard 1
+        if "[SYSTEM_PROMPT]" in template:
+            return "mistral-v7"
+        if "<<SYS>>" in template:
+            return "llama2" if re.search(r"(?:bos_token|['\"]<s>['\"]) *\+ *['\"]\[INST\] ", template) else None
+        return "mistral-v3" if "[INST]" in special else "mistral-v1"
+    if re.search(r"<\|user\|>(?:\n|\\n)['\"] *\+ *message(?:\['content'\]|\.content) *\+ *eos_token", template):
+        return "zephyr"  # in Tulu's and Phi-3's the user's turn has another end
+    return None
+
+
+_LITERAL = r"(?P<quote>['\"])%s(?P<text>(?:(?!(?P=quote))[^\\<]|\\.)+)%s"
+_DEFAULTS = (
+    _LITERAL % (r"<\|im_start\|>system(?:\n|\\n)", r"<\|im_end\|>"),
+    r"<\|im_start\|>system(?:\n|\\n)(?P<text>[^<>{}'\"]+)<\|im_end\|>",
+    r"set \w*system_(?:message|prompt) *= *" + _LITERAL % ("", r"(?P=quote) *-?%}"),
+)
 
 
 def _default_system(template: str) -> list[Message]:
-    """The system message that a ChatML template has written out in itself, for dialogs without one."""
-    found = re.search(r"<\|im_start\|>system(?:\n|\\n)([^<>{}'\"]+)<\|im_end\|>", template)
-    return [{"role": "system", "content": found[1].replace("\\n", "\n")}] if found else []
+    """The system message that a template has written out in itself, for dialogs without one."""
+    if "false == true" in template:  # how transformers wrote into Llama 2's that its default is not used
+        return []
+    found = next(filter(None, (re.search(pattern, template) for pattern in _DEFAULTS)), None)
+    if found is None:
+        return []
+    text = re.sub(r"\\(.)", lambda escape: {"n": "\n", "t": "\t"}.get(escape[1], escape[1]), found["text"])
+    return [{"role": "system", "content": text}]
 
 
 def _chatml(messages: Sequence[Message]) -> Iterator[Part]:
@@ -171,6 +206,16 @@ def _chatml(messages: Sequence[Message]) -> Iterator[Part]:
         yield Text("\n")
     yield start
     yield Text("assistant\n")
+
+
+def _yi(messages: Sequence[Message]) -> Iterator[Part]:
+    """Yi 1.5's ChatML: the system prompt stands before it all, as plain text."""
+    system, turns = _system_apart(messages)
+    first, *rest = _chatml(turns)
+    yield first
+    if system:
+        yield Text(system)
+    yield from rest
 
 
 def _llama3(messages: Sequence[Message]) -> Iterator[Part]:
@@ -284,14 +329,17 @@ def _system_apart(messages: Sequence[Message]) -> tuple[str | None, Sequence[Mes
 DIALOGS: dict[str, Dialog] = {
     dialog.name: dialog
     for dialog in (
-        Dialog("chatml", _chatml, opens="<|im_start|>"),
-        Dialog("llama2", _llama2, alternating=True, reserved=("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")),
-        Dialog("llama3", _llama3, opens="<|start_header_id|>"),
+        Dialog("chatml", _chatml, opens="<|im_start|>", defaults=True),
+        Dialog(
+            "llama2", _llama2, alternating=True, reserved=("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"), defaults=True
+        ),
+        Dialog("llama3", _llama3, opens="<|start_header_id|>", defaults=True),
         Dialog("mistral-v1", _mistral_v1, alternating=True, reserved=("[INST]", "[/INST]")),
         Dialog("mistral-v2", _mistral_v3, opens="[INST]", alternating=True),
         Dialog("mistral-v3", _mistral_v3, opens="[INST]", alternating=True),
         Dialog("mistral-v7", _mistral_v7, opens="[INST]", alternating=True),
-        Dialog("zephyr", _zephyr),
+        Dialog("zephyr", _zephyr, defaults=True),
+        Dialog("yi-1.5", _yi, opens="<|im_start|>", alternating=True),
         Dialog("raw", _raw, free=True),
     )
 }

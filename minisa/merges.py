@@ -20,6 +20,8 @@ from minisa.errors import MinisaError
 
 Pair = tuple[bytes, bytes]
 
+MAX_BYTES = 1 << 22  # of all tokens together, each of whose splits is looked at; the largest vocabularies take 2 MB
+
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _NO_BYTE = 0x2717
@@ -45,6 +47,8 @@ def rank_merges(merges: Iterable[Pair], *, whole_pieces: bool) -> dict[bytes, in
     ranks = {bytes([byte]): byte for byte in range(256)}
     for left, right in pairs:
         ranks.setdefault(left + right, len(ranks))
+    if sum(map(len, ranks)) > MAX_BYTES:
+        raise MinisaError(f"the merges make tokens of more than {MAX_BYTES} bytes together: expected the makers'")
     stray = _stray_token(pairs, ranks)
     if stray is not None and not (whole_pieces and _has_every_pair(pairs, ranks)):
         raise MinisaError(f"the merges do not lead to the token {stray!r}: expected them as BPE training writes them")

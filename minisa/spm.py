@@ -13,6 +13,7 @@ from typing import Any
 
 import sentencepiece
 
+from minisa.bytelevel import is_marker
 from minisa.errors import MinisaError
 
 _SPACE = "▁"  # how a piece spells a space
@@ -41,6 +42,7 @@ class SentencePiece:
         self.pieces = [
             b"" if hidden[i] else _piece_bytes(name, self._processor.is_byte(i)) for i, name in enumerate(names)
         ]
+        self.dummy_prefix = True
         self.dummy_prefix = self.encode("a", mid_text=False) != self.encode("a", mid_text=True)
 
     @functools.cached_property
@@ -49,23 +51,33 @@ class SentencePiece:
         return _processor(self._model + _message(3, _number(3, 0)))
 
     def encode(self, text: str, *, mid_text: bool) -> list[int]:
-        processor = self._without_prefix if mid_text else self._processor
+        processor = self._processor if self.dummy_prefix and not mid_text else self._without_prefix
         return processor.encode(text)
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> SentencePiece:
     """A GGUF file's tokenizer.ggml.* keys where tokenizer.ggml.model is "llama".
 
-    What a user defined becomes a control piece: sentencepiece would find it in plain text.
+    A marker that a user defined becomes a control piece: sentencepiece would find it in plain text. It does find words
+    and spaces that a user defined, as it should.
     """
-    pieces = zip(
-        metadata["tokenizer.ggml.tokens"],
-        metadata["tokenizer.ggml.scores"],
-        metadata["tokenizer.ggml.token_type"],
-        strict=True,
+    pieces = list(
+        zip(
+            metadata["tokenizer.ggml.tokens"],
+            metadata["tokenizer.ggml.scores"],
+            metadata["tokenizer.ggml.token_type"],
+            strict=True,
+        )
     )
+    scores = [score for _, score, kind in pieces if kind == _NORMAL]
+    if len(scores) > 1 and len(set(scores)) == 1:  # llama.cpp's converter has none to give without a tokenizer.model
+        raise MinisaError("tokenizer.ggml.scores are all alike: expected a file made with the model's tokenizer.model")
     model = b"".join(
-        _message(1, _string(1, piece), _float(2, score), _number(3, _CONTROL if kind == _USER_DEFINED else int(kind)))
+        _message(1, _string(1, piece), _float(2, score), _number(3, int(kind)))
+        if kind != _USER_DEFINED
+        else _message(
+            1, _string(1, piece.replace(" ", _SPACE)), _number(3, _CONTROL if is_marker(piece) else int(kind))
+        )
         for piece, score, kind in pieces
     )
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
@@ -86,6 +98,7 @@ def _piece_bytes(piece: str, is_byte: bool) -> bytes:
 # Protobuf's wire format: a field is a tag (field number · 8 + wire type) and its value.
 
 
+@functools.lru_cache(1024)  # tags and lengths of pieces come back by the hundred thousand
 def _varint(number: int) -> bytes:
     low = [number >> shift & 0x7F for shift in range(0, max(number.bit_length(), 1), 7)]
     return bytes([*(byte | 0x80 for byte in low[:-1]), low[-1]])

@@ -25,6 +25,7 @@ _FILES = "tokenizer.model, tekken.json, tokenizer.json or a .gguf file"
 _SETTINGS = ("tokenizer_config.json", "added_tokens.json", "generation_config.json", "config.json")
 _MAX_MODEL = 8 << 20  # bytes; the largest tokenizer.model takes 4 MB
 _MAX_TEMPLATE = 1 << 20  # bytes
+_MAX_SPECIAL = 1 << 15  # the makers' have up to 1,000; what pads a vocabulary counts too
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
@@ -93,6 +94,8 @@ class Tokenizer:
                 raise MinisaError(f"bos_token_id or eos_token_id is {token_id!r}: expected 0 to {self.vocab_size - 1}")
         if chat_template is not None and not isinstance(chat_template, str):
             raise MinisaError(f"chat_template is {chat_template!r}: expected a string")
+        if len(self.special) > _MAX_SPECIAL:  # each is tried below
+            raise MinisaError(f"{len(self.special)} special tokens: expected at most {_MAX_SPECIAL}")
         for name, token_id in self.special.items():
             if token_id in vocabulary.encode(name, mid_text=False):
                 raise MinisaError(f"plain text can spell the special token {name!r}: expected it to be a control piece")
@@ -218,6 +221,8 @@ def _with_settings(
     """With what the files beside it say about a vocabulary; without them its maker's habits hold."""
     config = settings["tokenizer_config.json"]
     _add_tokens(vocabulary, config.get("added_tokens_decoder") or {}, settings["added_tokens.json"])
+    if config.get("add_prefix_space") is False:
+        vocabulary.dummy_prefix = False
     special = vocabulary.special
     bos = _named(config.get("bos_token"), special) or [special[name] for name in BOS_NAMES if name in special]
     eos = _named(config.get("eos_token"), special)
@@ -228,7 +233,7 @@ def _with_settings(
     if chat_template is None:
         chat_template = config.get("chat_template")
         if isinstance(chat_template, list):  # several, by name
-            chat_template = {entry["name"]: entry["template"] for entry in chat_template}.get("default")
+            chat_template = {entry["name"]: entry["template"] for entry in chat_template}.get("default", "")
     return Tokenizer(
         vocabulary,
         bos_id=bos[0] if bos else None,
@@ -260,11 +265,19 @@ def _add_tokens(vocabulary: Vocabulary, decoder: Mapping[str, Any], listed: Mapp
     added = {name: (token_id, True) for name, token_id in listed.items()}
     added |= {token["content"]: (int(key), bool(token.get("special", True))) for key, token in decoder.items()}
     for name, (token_id, is_special) in added.items():
-        if name not in vocabulary.special:
-            bytelevel.check_ids([token_id])
-            vocabulary.pieces += [b""] * (token_id + 1 - len(vocabulary.pieces))
-            vocabulary.pieces[token_id] = b"" if is_special else name.encode()
-            vocabulary.special[name] = token_id
+        if name in vocabulary.special:
+            continue
+        bytelevel.check_ids([token_id])
+        vocabulary.pieces += [b""] * (token_id + 1 - len(vocabulary.pieces))
+        piece, text = vocabulary.pieces[token_id], name.encode()
+        if piece == text and not is_special:  # listed, and nothing new
+            continue
+        if piece not in (b"", text):
+            raise MinisaError(f"the added token {name!r} has the id {token_id}, which is that of {piece!r}")
+        if not is_special:
+            bytelevel.require_marker(name)
+        vocabulary.pieces[token_id] = b"" if is_special else text
+        vocabulary.special[name] = token_id
 
 
 def _named(token: Any, special: Mapping[str, int]) -> list[int]:

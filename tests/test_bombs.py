@@ -23,8 +23,15 @@ from minisa.registry import shard_names
 from minisa.sharing import SharingPlan
 from minisa.spm import _varint as varint
 from minisa.tokenizer import load_tokenizer
-from tests.encode import encode_safetensors, gguf_string
-from tests.vocabularies import byte_level_json, sentencepiece_model, tekken_json, write_json
+from tests.encode import encode_gguf, encode_safetensors, gguf_string
+from tests.vocabularies import (
+    byte_level_json,
+    gguf_byte_level,
+    gguf_sentencepiece,
+    sentencepiece_model,
+    tekken_json,
+    write_json,
+)
 
 MEMORY, SECONDS = 700 << 20, 20  # of address space above what torch takes; of time for each
 
@@ -40,6 +47,18 @@ def pickled(body: bytes, compression: int = zipfile.ZIP_STORED, name: str = "con
         return folder
 
     return write
+
+
+def directory(folder: Path) -> Path:
+    """A .pth that is all directory: each entry takes 47 bytes of the file and ten times that in memory."""
+    (folder / "params.json").write_text("{}")
+    count = 1_000_000
+    entries = (b"PK\1\2" + bytes(24) + b"\1" + bytes(17) + b"a") * count
+    zip64 = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(entries), 0)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, len(entries), 1)
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 65535, 65535, len(entries), 0, 0)
+    (folder / "consolidated.00.pth").write_bytes(entries + zip64 + locator + end)
+    return folder
 
 
 def tensor(name: bytes, shape: bytes = b"K\x04K\x04\x86", stride: bytes = b"K\x04K\x01\x86") -> bytes:
@@ -82,6 +101,33 @@ def long_token(folder: Path) -> Path:
     return write_json(folder / "tokenizer.json", raw)
 
 
+def long_tokens(folder: Path) -> Path:
+    """Merges in which every token of 1,024 bytes has as many splits to look up."""
+    halves = [f"{number:04}" * 128 for number in range(140)]
+    raw = byte_level_json(merges=[[left, right] for left in halves[:70] for right in halves[70:]])
+    raw["model"] |= {
+        "ignore_merges": True,
+        "vocab": raw["model"]["vocab"] | {half: 900 + i for i, half in enumerate(halves)},
+    }
+    return write_json(folder / "tokenizer.json", raw)
+
+
+def special_tokens(pre: str) -> Callable[[Path], Path]:
+    """A GGUF file with a hundred thousand special tokens, each of which is tried as plain text."""
+
+    def write(folder: Path) -> Path:
+        by_name = gguf_byte_level(byte_level_json()) if pre == "gpt2" else gguf_sentencepiece(sentencepiece_model())
+        count = 100_000
+        by_name["tokenizer.ggml.tokens"] += [f"<{number}{'x' * 40}>" for number in range(count)]
+        by_name["tokenizer.ggml.token_type"] += [3] * count
+        if pre == "llama":
+            by_name["tokenizer.ggml.scores"] += [0.0] * count
+        (folder / "tokenizer.gguf").write_bytes(encode_gguf(by_name, {}))
+        return folder / "tokenizer.gguf"
+
+    return write
+
+
 def tekken(**config: Any) -> Callable[[Path], Path]:
     raw = tekken_json()
     raw["config"] |= config
@@ -116,6 +162,7 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str]] = {
         pickled(b"}" + tensor(b"norm.weight", b"\x8a\x05\0\0\0\0\1\x85", b"K\0\x85") + b"."),
         "is not contiguous",
     ),
+    "pickle: an archive that is all directory": (directory, "a directory of 47000000 bytes in the archive"),
     "safetensors: a header of 4 GB": (
         sparse("model.safetensors", struct.pack("<Q", 4 << 30), 5 << 30), "claims a header of 4294967296 bytes"
     ),
@@ -139,6 +186,9 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "tokenizer.model: empty lines": (text("tokenizer.model", b"IQ== 0\n" + b"\n" * (7 << 20)), "damaged"),
     "tokenizer.json: a long token": (long_token, "a token of more than 1024 bytes"),
+    "tokenizer.json: merges of many long tokens": (long_tokens, "tokens of more than 4194304 bytes together"),
+    "GGUF: 100,000 special tokens": (special_tokens("gpt2"), "100007 special tokens: expected at most 32768"),
+    "GGUF: 100,000 control pieces": (special_tokens("llama"), "100007 special tokens: expected at most 32768"),
     "tekken.json: a million special tokens": (tekken(default_num_special_tokens=1_000_000), "expected 0 to 258"),
     "tekken.json: a pattern that never ends": (tekken(pattern=r"(?:\w+\w+)+(?!.)"), "is not one minisa knows"),
     "plan: a layer of many digits": (

@@ -162,6 +162,7 @@ def test_a_megabyte_in_one_piece(byte_level: Tokenizer, character: str) -> None:
         ({"vocab": {}}, "damaged"),
         ({"vocab": []}, "damaged"),
         ({"added_tokens": [{"id": 3, "content": "<s>", "special": True}]}, "two tokens have the same id"),
+        ({"added_tokens": [{"id": 700, "content": "안녕", "special": False}]}, "the added token '안녕' is plain text"),
         ({"added_tokens": [{"id": -1, "content": "<s>", "special": True}]}, "a token's id is -1"),
         ({"added_tokens": [{"id": 1 << 40, "content": "<s>", "special": True}]}, "a token's id is 1099511627776"),
         ({"added_tokens": [{"id": "7", "content": "<s>", "special": True}]}, "a token's id is '7'"),
@@ -200,6 +201,10 @@ def test_lying_types_never_raise_anything_else(data: st.DataObject, tmp_path: Pa
         assert tokenizer.decode(tokenizer.encode("hello 123")) == "hello 123"
 
 
+TWICE = gguf_byte_level(byte_level_json())["tokenizer.ggml.tokens"]
+TWICE[TWICE.index("~")] = "a"
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -210,6 +215,7 @@ def test_lying_types_never_raise_anything_else(data: st.DataObject, tmp_path: Pa
         ({"tokenizer.ggml.merges": ["he"]}, "damaged"),
         ({"tokenizer.ggml.merges": [1, 2]}, "damaged"),
         ({"tokenizer.ggml.tokens": ["a", "b"]}, "damaged"),
+        ({"tokenizer.ggml.tokens": TWICE}, "tokenizer.ggml.tokens has a token twice"),
         ({"tokenizer.ggml.token_type": None}, "damaged"),
         ({"tokenizer.ggml.eos_token_id": 70_000}, "bos_token_id or eos_token_id is 70000"),
         ({"tokenizer.ggml.bos_token_id": "one"}, "bos_token_id or eos_token_id is 'one'"),

@@ -318,6 +318,9 @@ def test_shards_that_are_no_family(tmp_path: Path) -> None:
     torch.save(whole | {"norm.weight": torch.ones(5)}, second)
     with pytest.raises(MinisaError, match=r"consolidated\.01\.pth: 'norm\.weight' has shape \[5\], and \[64\] in"):
         open_checkpoint(path)
+    torch.save(whole | {"layers.0.attention.wq.bias": torch.ones(5)}, second)
+    with pytest.raises(MinisaError, match=r"left over: 'layers\.0\.attention\.wq\.bias'"):
+        loaded(open_checkpoint(path))
     del whole["norm.weight"]
     torch.save(whole, second)
     with pytest.raises(MinisaError, match=r"'norm\.weight' is not in every shard"):

@@ -85,6 +85,8 @@ def test_transformers_5_spelling() -> None:
     rope = {**LLAMA31_8B["rope_scaling"], "rope_theta": 500000.0}  # type: ignore[dict-item]
     raw = {key: value for key, value in LLAMA31_8B.items() if key not in ("rope_scaling", "rope_theta")}
     assert ModelConfig.from_hf({**raw, "rope_parameters": rope}) == PRESETS["llama3.1-8b"]
+    both = hf(rope_parameters={"rope_type": "default"}, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert both.rope_scaling == RopeScaling("linear", 2.0)  # transformers takes the latter
 
 
 def test_head_dim_is_independent_of_the_width() -> None:
@@ -99,6 +101,8 @@ def test_linear_scaling_and_window() -> None:
     mistral = ["MistralForCausalLM"]
     assert hf(architectures=mistral, sliding_window=4096).sliding_window == 4096
     assert hf(architectures=mistral, sliding_window=None).sliding_window is None
+    assert hf(architectures=mistral).sliding_window == 4096  # what transformers takes where the key is missing
+    assert hf(model_type="mistral", sliding_window=64).sliding_window == 64
     assert hf(sliding_window=4096).sliding_window is None  # LlamaForCausalLM has none, whatever a fine-tuner left there
 
 
@@ -111,6 +115,7 @@ LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, 
         ({"architectures": ["Qwen2ForCausalLM"]}, "architecture Qwen2ForCausalLM is not supported"),
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
         ({"architectures": None, "model_type": "gpt2"}, "model_type gpt2"),
+        ({"model_type": "granite"}, "model_type 'granite' is not supported: expected 'llama' or 'mistral'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling type 'yarn' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is None"),
@@ -134,9 +139,18 @@ LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, 
         ({"attention_bias": "false"}, "attention_bias is 'false'"),
         ({"attention_bias": True}, "attention_bias is true"),
         ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"is_causal": False}, "is_causal is false"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types names several kinds"),
         ({"layer_types": "full_attention"}, "layer_types names several kinds"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is set"),
+        (
+            {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is set",
+        ),
+        (
+            {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}},
+            "rope_parameters differ by kind of layer",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_key_value_heads": 5}, "n_heads 32 is not a multiple of n_kv_heads 5"),
@@ -160,6 +174,39 @@ def test_what_params_json_says_of_itself_is_true_or_false() -> None:
             ModelConfig.from_params({"dim": 8, "n_heads": 1, "n_layers": 1, "vocab_size": 8, key: "false"}, 8)
 
 
+@pytest.mark.parametrize("key", ["yarn", "llama_4_scaling", "_sliding_window", "quantization", "sliding_window"])
+def test_options_of_newer_params_json_are_refused(key: str) -> None:
+    """Ministral 8B, Devstral 2: all their tensors are a Llama's, and what they do is not."""
+    value = [4096, None] if key.endswith("sliding_window") else {"factor": 16}
+    with pytest.raises(MinisaError, match=f"params.json: {key} is not supported"):
+        ModelConfig.from_params({"dim": 8, "n_heads": 1, "n_layers": 1, "hidden_dim": 8, key: value}, 8)
+
+
+def test_metas_llama_3_2_has_the_factor_of_hugging_faces() -> None:
+    meta = {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "ffn_dim_multiplier": 1.5, "multiple_of": 256}
+    config = ModelConfig.from_params({**meta, "rope_theta": 500000.0, "use_scaled_rope": True}, 128256)
+    assert config.rope_scaling == PRESETS["llama3.2-1b"].rope_scaling
+
+
+@pytest.mark.parametrize(
+    ("keys", "scaling"),
+    [
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
+        ({"llama.rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
+        ({"llama.rope.scale_linear": 4.0}, RopeScaling("linear", 4.0)),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
+        ({"llama.rope.scaling.factor": 0.0}, None),
+    ],
+)
+def test_gguf_scaling_as_llama_cpp_reads_it(keys: dict[str, Any], scaling: RopeScaling | None) -> None:
+    assert ModelConfig.from_gguf({**GGUF, **keys}, tied=True).rope_scaling == scaling
+    if scaling:
+        with pytest.raises(MinisaError, match=r"both rope_freqs\.weight and a linear"):
+            ModelConfig.from_gguf({**GGUF, **keys}, tied=True, rope_factors=(1.0,) * 32)
+    with pytest.raises(MinisaError, match="'yarn' is not supported"):
+        ModelConfig.from_gguf({**GGUF, "llama.rope.scaling.type": "yarn"}, tied=True, rope_factors=(1.0,) * 32)
+
+
 def test_other_gguf_architectures_and_experts_are_refused() -> None:
     with pytest.raises(MinisaError, match=r"general\.architecture 'qwen2'"):
         ModelConfig.from_gguf({**GGUF, "general.architecture": "qwen2"}, tied=True)
@@ -167,5 +214,9 @@ def test_other_gguf_architectures_and_experts_are_refused() -> None:
         ModelConfig.from_gguf({**GGUF, "llama.expert_count": 8}, tied=True)
     with pytest.raises(MinisaError, match=r"rope\.dimension_count"):
         ModelConfig.from_gguf({**GGUF, "llama.rope.dimension_count": 32}, tied=True)
+    with pytest.raises(MinisaError, match=r"attention\.causal is false"):
+        ModelConfig.from_gguf({**GGUF, "llama.attention.causal": False}, tied=True)
+    with pytest.raises(MinisaError, match="causal is false"):
+        ModelConfig.from_params({"dim": 8, "n_heads": 1, "causal": False}, 8)
     with pytest.raises(MinisaError, match="mixture-of-experts"):
         ModelConfig.from_params({"dim": 8, "n_heads": 1, "moe": {"num_experts": 8}}, 8)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from minisa.dialog import DIALOGS, Message, find_dialog
 from minisa.errors import MinisaError
 from minisa.tokenizer import Tokenizer, load_tokenizer
-from tests.vocabularies import LLAMA3, byte_level_json, load_real, sentencepiece_model, write_json
+from tests.vocabularies import LLAMA3, byte_level_json, load_real, sentencepiece_model, tekken_json, write_json
 
 SYSTEM: Message = {"role": "system", "content": "Be brief."}
 TALK: list[Message] = [
@@ -270,14 +270,6 @@ def test_a_format_is_known_by_its_template(name: str, tmp_path: Path) -> None:
     assert found is DIALOGS["mistral-v1" if name == "mistral-v3" else name]
 
 
-@pytest.mark.parametrize("template", ["<|user|>\n{{ x }}<|end|>", "{{ messages }}", ""])
-def test_a_template_that_is_refused(template: str, tmp_path: Path, sentencepiece: Tokenizer) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
-    write_json(tmp_path / "tokenizer_config.json", {"chat_template": template})
-    with pytest.raises(MinisaError, match=r"its chat template is none of chatml, llama2, .*: pass --raw"):
-        find_dialog(tmp_path, load_tokenizer(tmp_path))
-
-
 def test_models_without_a_template(tmp_path: Path) -> None:
     """Hugging Face's base models have none; the makers' own downloads have no place for one."""
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
@@ -288,7 +280,13 @@ def test_models_without_a_template(tmp_path: Path) -> None:
     assert find_dialog(tmp_path, load_tokenizer(tmp_path)) is DIALOGS["mistral-v3"]
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert find_dialog(tmp_path, load_tokenizer(tmp_path)) is DIALOGS["raw"]
-    (tmp_path / "config.json").unlink()
+    (tmp_path / "tokenizer.model").unlink()
+    tokenizer = load_tokenizer(write_json(tmp_path / "tekken.json", tekken_json()))
+    assert find_dialog(tmp_path, tokenizer) is DIALOGS["mistral-v7"]  # Magistral, Devstral
+    write_json(tmp_path / "tokenizer_config.json", {})
+    assert find_dialog(tmp_path, tokenizer) is DIALOGS["raw"]  # the base models
+    for name in ("tekken.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).unlink()
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(control_symbols=[]))
     assert find_dialog(tmp_path, load_tokenizer(tmp_path)) is DIALOGS["raw"]
     (tmp_path / "tokenizer.model").unlink()

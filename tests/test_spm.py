@@ -64,6 +64,59 @@ def test_a_user_defined_token_in_gguf_is_not_parsed(sentencepiece_file: Path, tm
     assert tokenizer.special["<|im_start|>"] not in tokenizer.encode("<|im_start|>")
 
 
+def test_words_and_spaces_that_a_user_defined_are_found_in_text(sentencepiece_file: Path, tmp_path: Path) -> None:
+    """As by sentencepiece itself, whose piece GGUF spells with a space."""
+    words = ["▁▁▁▁", "quick"]
+    expected = tmp_path / "defined.model"
+    expected.write_bytes(sentencepiece_model(user_defined_symbols=words))
+    metadata = gguf_sentencepiece(expected.read_bytes())
+    for word in words:
+        place = metadata["tokenizer.ggml.tokens"].index(word)
+        metadata["tokenizer.ggml.tokens"][place] = word.replace("▁", " ")
+        metadata["tokenizer.ggml.token_type"][place] = 4
+    file = tmp_path / "model.gguf"
+    file.write_bytes(encode_gguf(metadata, {}))
+    text = "the quick brown    fox"
+    assert load_tokenizer(file).encode(text) == load_tokenizer(expected).encode(text)
+    assert load_tokenizer(file).decode(load_tokenizer(file).encode(text)) == text
+
+
+def test_a_gguf_file_without_scores(sentencepiece_file: Path, tmp_path: Path) -> None:
+    """What llama.cpp's converter writes where it finds only a tokenizer.json; merging by them goes left to right."""
+    metadata = gguf_sentencepiece(sentencepiece_file.read_bytes())
+    metadata["tokenizer.ggml.scores"] = [-1000.0] * len(metadata["tokenizer.ggml.scores"])
+    file = tmp_path / "model.gguf"
+    file.write_bytes(encode_gguf(metadata, {}))
+    with pytest.raises(MinisaError, match=r"tokenizer\.ggml\.scores are all alike"):
+        load_tokenizer(file)
+
+
+def test_a_tokenizer_config_without_the_space(sentencepiece_file: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "tokenizer_config.json", {"add_prefix_space": False})
+    tokenizer = load_tokenizer(sentencepiece_file)
+    assert tokenizer.encode("the cat") == tokenizer.encode("the cat", mid_text=True)
+    assert pieces(tokenizer, "the cat") != [" the", " cat"]
+    assert tokenizer.decode(tokenizer.encode(" the cat")) == " the cat"
+
+
+@pytest.mark.parametrize(
+    ("token_id", "name", "special", "says"),
+    [
+        ("40", "<think>", False, "the added token '<think>' has the id 40, which is that of b"),
+        ("40", "<think>", True, "has the id 40"),
+        ("400", "안녕", False, "the added token '안녕' is plain text"),
+        ("400", "    ", False, "is plain text"),
+    ],
+)
+def test_added_tokens_that_are_refused(
+    token_id: str, name: str, special: bool, says: str, sentencepiece_file: Path, tmp_path: Path
+) -> None:
+    decoder = {token_id: {"content": name, "special": special}}
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": decoder})
+    with pytest.raises(MinisaError, match=re.escape(says)):
+        load_tokenizer(sentencepiece_file)
+
+
 def test_a_special_token_that_text_could_spell(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(user_defined_symbols=["<|im_start|>"]))
     tokenizer = load_tokenizer(tmp_path)

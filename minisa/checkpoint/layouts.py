@@ -124,7 +124,8 @@ def _open_consolidated(path: Path, shards: list[dict[str, FileTensor]], format: 
         raise MinisaError(f"{path}: the weights lack a matrix tok_embeddings.weight: are they a Llama's?")
     with describing(path / "params.json"):
         config = ModelConfig.from_params(params, vocab_size=embedding.shape[0])
-    return Checkpoint(path, config, tensors, named[0][1], True, format, _files(plain))
+    unknown = tuple(dict.fromkeys(name for _, strange in named for name in strange))
+    return Checkpoint(path, config, tensors, unknown, True, format, _files(plain))
 
 
 def _refuse_overlaps(tensors: Mapping[str, FileTensor]) -> None:

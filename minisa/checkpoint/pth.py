@@ -11,6 +11,7 @@ import math
 import struct
 import zipfile
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import torch
 from minisa.checkpoint.files import DataFile, FileTensor, is_size
 from minisa.checkpoint.pickled import PickledTensor, read_pickle
 from minisa.errors import MinisaError
+from minisa.untrusted import open_plain
 
-MAX_PICKLE = 1 << 20  # bytes; that of Llama 3 405B is far below one megabyte
+MAX_PICKLE = 1 << 20  # bytes; that of Llama 3 405B, and its archive's directory, are far below one megabyte
 
 # Column-parallel layers divide their output (rows of the weight), row-parallel ones their input (columns).
 _SPLIT_DIM = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
@@ -45,6 +47,15 @@ def read_pth(path: Path) -> dict[str, FileTensor]:
     return {tensor.name: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.offset)}
 
 
+class _Bounded(BufferedReader):
+    """The file as zipfile may read it: each entry of a directory becomes an object of many times its bytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_PICKLE:
+            raise MinisaError(f"{self.name}: a directory of {size} bytes in the archive: this is not a model")
+        return super().read(size)
+
+
 @dataclass(frozen=True, slots=True)
 class _Archive:
     """storages: where the bytes of each part with elements begin and end in the file, by its key."""
@@ -58,7 +69,7 @@ def _open(path: Path) -> _Archive:
     """Raises MinisaError for what is no zip archive, or has compressed parts: their bytes cannot be read in place."""
     file = DataFile(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _Bounded(open_plain(path).detach()) as bounded, zipfile.ZipFile(bounded) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
                 raise MinisaError(f"{path}: a compressed archive: expected a file as torch.save writes it")

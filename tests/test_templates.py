@@ -1,0 +1,139 @@
+"""Chat templates: those that are known give what Jinja makes of them, and those that differ are refused."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from minisa.dialog import DIALOGS, Message, find_dialog
+from minisa.errors import MinisaError
+from minisa.tokenizer import load_tokenizer
+from tests.vocabularies import SPECIAL, sentencepiece_model, write_json
+
+SYSTEM: Message = {"role": "system", "content": "Be brief."}
+
+# As published, shortened to what is said of a system prompt and turns of text.
+_LOOP = "{% for message in messages %}"
+_LLAMA2_TURNS = (
+    "{% for message in loop_messages %}{% if loop.index0 == 0 and system_message %}{% set content = '<<SYS>>\\n' + "
+    "system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}{% set content = message['content'] %}"
+    "{% endif %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+_LLAMA2_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = "
+    "messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = DEFAULT %}{% endif %}"
+)
+_CHATML_TURNS = (
+    _LOOP + "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_ZEPHYR_TURNS = "".join(
+    "{% if message['role'] == 'ROLE' %}\n{{ '<|ROLE|>\n' + message['content'] + eos_token }}\n{% endif %}\n".replace(
+        "ROLE", role
+    )
+    for role in ("system", "user", "assistant")
+)
+PUBLISHED = {
+    "OpenHermes": ("chatml", _CHATML_TURNS),
+    "Hermes 3": (
+        "chatml",
+        "{% if messages[0]['role'] != 'system' %}"
+        "{{ \"<|im_start|>system\\nYou're a helpful assistant.<|im_end|>\\n\" }}{% endif %}" + _CHATML_TURNS,
+    ),
+    "LLaMA-Factory's ChatML": (
+        "chatml",
+        "{% set system_message = 'You are a \\'helpful\\' assistant.' %}{% if messages[0]['role'] == 'system' %}"
+        "{% set system_message = messages[0]['content'] %}{% set messages = messages[1:] %}{% endif %}"
+        "{{ '<|im_start|>system\\n' + system_message + '<|im_end|>\\n' }}" + _CHATML_TURNS,
+    ),
+    "Yi 1.5": (
+        "yi-1.5",
+        "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}" + _LOOP +
+        "{% set content = message['content'] %}{% if message['role'] == 'user' %}{{ '<|im_start|>user\\n' + content + "
+        "'<|im_end|>\\n<|im_start|>assistant\\n' }}{% elif message['role'] == 'assistant' %}{{ content + '<|im_end|>' "
+        "+ '\\n' }}{% endif %}{% endfor %}",
+    ),
+    "Llama 3": (
+        "llama3",
+        "{{ bos_token }}" + _LOOP + "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ "
+        "message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    ),
+    "Llama 2": ("llama2", _LLAMA2_SYSTEM.replace("DEFAULT", "false") + _LLAMA2_TURNS),
+    "Vigogne": ("llama2", _LLAMA2_SYSTEM.replace("DEFAULT", "'Vous êtes Vigogne.\\nAidez.'") + _LLAMA2_TURNS),
+    "Zephyr": (
+        "zephyr",
+        _LOOP + "\n" + _ZEPHYR_TURNS +
+        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_prompts_are_what_the_template_writes(name: str, tmp_path: Path) -> None:
+    """Rendered by Jinja as transformers does, and held against the marks and texts of the layout."""
+    sandbox = pytest.importorskip("jinja2.sandbox")
+    kind, template = PUBLISHED[name]
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": template})
+    dialog, tokenizer = find_dialog(tmp_path, load_tokenizer(tmp_path)), _Spelling(template)
+    assert dialog.name == kind
+    render = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template).render
+    talk = [{"role": role, "content": role.title()} for role in ("user", "assistant", "user")]
+    for messages in (talk[:1], talk, [SYSTEM, *talk[:1]], [SYSTEM, *talk]):
+        expected = render(messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=True)
+        found = "".join(dialog.render(messages, tokenizer))
+        assert found.removeprefix("<s>") == expected.removeprefix("<s>")
+
+
+class _Spelling:
+    """In place of a tokenizer: ids are the text itself."""
+
+    bos_id, add_bos = "<s>", True
+
+    def __init__(self, template: str) -> None:
+        self.chat_template = template
+        self.special = {name: name for name in (*SPECIAL, "</s>")}
+
+    def encode(self, text: str, *, mid_text: bool) -> list[str]:
+        return [text]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "<|user|>\n{{ x }}<|end|>",
+        "{{ messages }}",
+        "",
+        # Tulu: the user's turn has no end
+        "{{ '<|user|>\\n' + message['content'] + '\\n' }}{{ '<|assistant|>\\n'  + message['content'] + eos_token }}",
+        # Phi-3
+        "{{ '<|user|>\\n' + message['content'] + '<|end|>\\n' }}{{ '<|assistant|>\\n' }}{{ eos_token }}",
+        # Phi-4
+        "{{ '<|im_start|>user<|im_sep|>' + message['content'] + '<|im_end|><|im_start|>assistant<|im_sep|>' }}",
+        # Llama Guard 3, Llama Guard
+        "{{ bos_token }}<|start_header_id|>user<|end_header_id|>\n\nTask: Check if there is unsafe content in",
+        "{{ bos_token }}{{ '[INST] Task: Check if there is unsafe content in ' }}{{ ' [/INST]' }}",
+        # BOS once, not for each turn
+        "{{ bos_token }}{{ '[INST] ' + '<<SYS>>\\n' + content + ' [/INST]' }}",
+    ],
+)
+def test_a_template_that_is_refused(template: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": template})
+    with pytest.raises(MinisaError, match=r"its chat template is none of chatml, llama2, .*: pass --raw"):
+        find_dialog(tmp_path, load_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "repeated", ['\\"<|im_start|>system\\n', "set system_message = '", "set system_", "bos_token ", "\\"]
+)
+def test_a_megabyte_of_a_template_takes_no_time(repeated: str) -> None:
+    template = "<|im_start|>" + repeated * ((1 << 20) // len(repeated))
+    began = time.perf_counter()
+    assert DIALOGS["chatml"].render([SYSTEM, {"role": "user", "content": "Hi"}], _Spelling(template))
+    assert DIALOGS["chatml"].render([{"role": "user", "content": "Hi"}], _Spelling(template))
+    assert time.perf_counter() - began < 5
