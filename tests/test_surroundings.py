@@ -133,3 +133,23 @@ def test_a_fork(when: str, compiled: bool, tmp_path: Path) -> None:
     assert one == other
     assert len(one) > 24
     assert one.startswith("C++ step" if compiled else "eager")
+
+
+COMPILES = """
+import os, signal
+from torch._inductor import async_compile, config
+from minisa.device import keep_forks_running
+keep_forks_running()
+config.compile_threads = 2
+compiling = async_compile.AsyncCompile
+assert compiling.submit(int).result() == 0
+if os.fork() == 0:
+    signal.alarm(20)
+    os._exit(compiling.submit(int))
+assert os.wait()[1] == 0
+"""
+
+
+def test_a_fork_that_compiles() -> None:
+    """The threads in which torch.compile waits for compilers have stayed in the parent."""
+    subprocess.run([sys.executable, "-c", COMPILES], cwd=ROOT, check=True, timeout=60)
