@@ -178,7 +178,7 @@ def _starts_at(response: http.client.HTTPResponse, offset: int) -> bool:
 
 def _read(response: http.client.HTTPResponse) -> bytes:
     try:
-        return response.read(CHUNK)
+        return response.read1(CHUNK)  # read() of a chunk whose stated size is negative would never end
     except (OSError, http.client.HTTPException) as error:
         raise _Trouble(_reason(error)) from error
 

@@ -75,6 +75,15 @@ def test_no_stdin_at_all(tiny: Path) -> None:
     assert (ran.returncode, ran.stderr) == (2, b"chat.py: stdin is closed: give --prompt TEXT\n")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_an_output_that_is_closed(closed: str, tiny: Path, usual: bytes) -> None:
+    """What would go there goes nowhere."""
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "chat.py", "--model", str(tiny), "--seed", "7"]
+    ran = subprocess.run([*command, *FLAGS], cwd=ROOT, capture_output=True, check=False, timeout=120)
+    assert (ran.returncode, ran.stdout) == (0, b"" if closed == ">&-" else usual)
+    assert b"Traceback" not in ran.stderr
+
+
 @pytest.mark.parametrize("ignored", [False, True], ids=["hangup ends it", "as under nohup"])
 def test_a_terminal_that_is_closed(ignored: bool, tiny: Path, tmp_path: Path) -> None:
     """While an answer is on its way: nobody is left, no process stays behind and nothing is said."""
