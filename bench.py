@@ -73,7 +73,7 @@ def main(
         raise MinisaError("--random-weights names the model itself: leave out --model")
     if plot_path is not None:
         check_matplotlib()
-    keep_apart(("--json", json_path), ("--plot", plot_path), ("--random-weights", flags["random_weights"]))
+    keep_apart({"--json": json_path, "--plot": plot_path}, ("--random-weights", flags["random_weights"]))
     if flags["random_weights"] is None and flags["model"] == DEFAULT_MODEL and local_path(find(DEFAULT_MODEL)) is None:
         fetch(find(DEFAULT_MODEL))
     settings = Settings.resolve(compile=compiled, **flags)

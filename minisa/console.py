@@ -76,12 +76,15 @@ class Finite(click.FloatRange):
         return number
 
 
-def keep_apart(*files: tuple[str, str | Path | None]) -> None:
-    """MinisaError where two flags of (flag, path) name one file: what the one writes, the other reads or writes too."""
+def keep_apart(written: Mapping[str, str | Path | None], *read: tuple[str, str | None]) -> None:
+    """MinisaError where a flag names a file to be written that another flag, of (flag, path), reads or writes too."""
     flags: dict[str, str] = {}
-    for flag, path in files:
+    for flag, path in written.items():
         if path is not None and (other := flags.setdefault(os.path.realpath(path), flag)) != flag:
             raise MinisaError(f"{flag} {path}: {other} names the same file: give another")
+    for flag, path in read:
+        if path is not None and os.path.realpath(path) in flags:
+            raise MinisaError(f"{flag} {path}: {flags[os.path.realpath(path)]} names the same file: give another")
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])

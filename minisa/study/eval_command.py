@@ -84,10 +84,8 @@ def evaluate(
     Every variant answers the same items; differences from plain are paired, with standard errors.
     """
     items_file = None if json_file is None else Path(json_file).with_suffix(".items.jsonl")
-    keep_apart(
-        ("--json", json_file), ("the items of --json", items_file), ("--plot", plot_file), ("--data", data),
-        ("--shots-data", shots_data),
-    )  # fmt: skip
+    written = {"--json": json_file, "the items of --json": items_file, "--plot": plot_file}
+    keep_apart(written, ("--data", data), ("--shots-data", shots_data))
     if plot_file is not None:
         check_matplotlib()
     if task == "perplexity" and (shots or shots_data):

@@ -58,7 +58,7 @@ def heal(
     """
     if (minutes is None) == (steps is None):
         raise MinisaError("heal: say how long to train, by either --minutes or --steps")
-    keep_apart(("--out", out), *(("--text", text) for text in texts))
+    keep_apart({"--out": out}, *(("--text", text) for text in texts))
     state = Path(f"{out}.heal")
     settings = {
         "model": Path(model).name,

@@ -51,7 +51,7 @@ def refit(
     The weights stand beside the plan, in a file that ends in .delta.safetensors. A matrix is left alone where held-out
     text says so.
     """
-    keep_apart(("--out", out), *(("--text", text) for text in texts))
+    keep_apart({"--out": out}, *(("--text", text) for text in texts))
     plan, weights = read_plan(model, sa)
     llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
     counts = [max(number // length, 1) for number in (held_out_tokens, tokens)]
