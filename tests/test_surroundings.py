@@ -52,6 +52,25 @@ def test_one_thread_no_home_nowhere_to_write_and_a_locale_of_ascii(tiny: Path, u
     ran = run(tiny, *FLAGS, without=("HOME",), OMP_NUM_THREADS="1", **nowhere, **ascii_only)
     assert (ran.returncode, ran.stdout) == (0, usual)
     assert b"Traceback" not in ran.stderr
+    before, found, _ = usual.decode().partition("\ufffd")
+    assert found
+    assert run(tiny, *FLAGS, "--stop", found, **ascii_only).stdout.decode() == before + "\n"
+
+
+def test_a_line_that_is_no_utf_8(tiny: Path, tmp_path: Path) -> None:
+    """Where the locale takes nothing else: it is said, and the session goes on."""
+    errors = tmp_path / "stderr"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        os.environ["PYTHONIOENCODING"] = "utf-8:strict"
+        os.execl(sys.executable, sys.executable, "chat.py", "--model", str(tiny), "--device", "cpu")
+    wait_until(lambda: b"/help" in errors.read_bytes() if errors.exists() else False)
+    os.write(terminal, b"/system \xff\n\x04")
+    wait_until(lambda: os.waitpid(pid, os.WNOHANG)[0] == pid)
+    assert "(the message is not UTF-8 at character 8)" in errors.read_text()
+    assert "Traceback" not in errors.read_text()
 
 
 def test_no_compiler(tiny: Path, usual: bytes) -> None:
