@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,7 +15,7 @@ from minisa.benchmark.plot import check_matplotlib, plot
 from minisa.benchmark.report import record
 from minisa.benchmark.run import Benchmark
 from minisa.benchmark.settings import CONTEXTS, PROMPT_LENGTHS, Settings
-from minisa.console import OutputFile, fetch, model_options, run, write_json
+from minisa.console import OutputFile, fetch, keep_apart, model_options, run, write_json
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL, find, local_path
 
@@ -74,9 +73,7 @@ def main(
         raise MinisaError("--random-weights names the model itself: leave out --model")
     if plot_path is not None:
         check_matplotlib()
-    for flag, path in (("--json", json_path), ("--plot", plot_path)):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise MinisaError(f"{flag} {path}: there is no such folder")
+    keep_apart({"--json": json_path, "--plot": plot_path}, ("--random-weights", flags["random_weights"]))
     if flags["random_weights"] is None and flags["model"] == DEFAULT_MODEL and local_path(find(DEFAULT_MODEL)) is None:
         fetch(find(DEFAULT_MODEL))
     settings = Settings.resolve(compile=compiled, **flags)

@@ -88,7 +88,7 @@ def main(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
-        "stop": stop,
+        "stop": [as_utf8(text) for text in stop],
         "speculate": speculate,
     }
     loading = {
@@ -140,6 +140,7 @@ def footer(conversation: Conversation) -> str:
 
 def converse(conversation: Conversation, model: str, loading: dict[str, Any]) -> None:
     """The interactive session."""
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # for check_text to tell
     click.echo("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.", err=True)
     with history(Path(click.get_app_dir("minisa")) / "history"):
         while True:
@@ -152,11 +153,12 @@ def converse(conversation: Conversation, model: str, loading: dict[str, Any]) ->
                 click.echo(err=True)
                 continue
             try:
-                if line.startswith("/"):
-                    command(conversation, line, model, loading)
-                elif line.strip():
+                if line.strip():
                     check_text("the message", line)
-                    answer(conversation, line)
+                    if line.startswith("/"):
+                        command(conversation, line, model, loading)
+                    else:
+                        answer(conversation, line)
             except MinisaError as error:
                 click.echo(f"({error})", err=True)
             except KeyboardInterrupt:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 from minisa.dialog import Message
 from minisa.errors import MinisaError
 from minisa.loop import DecodingLoop
 from minisa.prompts import Prompt
 from minisa.row import Chunk, Options, Prefix
+from minisa.turns import Turn
 
 
 class Batch:
@@ -25,11 +28,13 @@ class Batch:
     """
 
     def __init__(
-        self, loop: DecodingLoop, request: Callable[..., tuple[list[int], Options]], check: Callable[[], None]
-    ) -> None:
+        self, loop: DecodingLoop, request: Callable[..., tuple[list[int], Options]], turn: Turn,
+        alone: AbstractContextManager[Any],
+    ) -> None:  # fmt: skip
         self._loop = loop
         self._request = request
-        self._check = check
+        self._turn = turn
+        self._alone = alone
 
     @property
     def free(self) -> int:
@@ -53,25 +58,29 @@ class Batch:
         Returns the number that its chunks carry as `row`: 0 for the batch's first prompt, then 1, and so on.
         Raises MinisaError as `LLM.generate` does, and if every row is taken.
         """
-        self._check()
-        if not self.free:
-            raise MinisaError(
-                f"batch: all {self._loop.most_rows} rows are taken: go on until one ends, cancel one, or load with a "
-                "larger max_batch"
-            )
         ids, options = self._request(
             prompt, max_new_tokens=max_new_tokens, stop=stop, stop_ids=stop_ids, prefix=prefix, seed=seed
         )
-        return self._loop.add(ids, options, prefix=prefix)
+        with self._turn():
+            if not self.free:
+                raise MinisaError(
+                    f"batch: all {self._loop.most_rows} rows are taken: go on until one ends, cancel one, or load with "
+                    "a larger max_batch"
+                )
+            return self._loop.add(ids, options, prefix=prefix)
 
     def cancel(self, row: int) -> None:
         """End a row, by the number `add` returned: no chunk of it follows. One that has ended stays as it is."""
-        self._loop.cancel(row)
+        with self._alone:
+            self._loop.cancel(row)
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
 
     def __next__(self) -> Chunk:
-        """Raises MinisaError once another generation has begun on the model."""
-        self._check()
-        return next(self._loop)
+        """Raises MinisaError once another generation has begun on the model, and after an interrupted step."""
+        with self._turn():
+            chunk = next(self._loop, None)
+        if chunk is None:
+            raise StopIteration
+        return chunk

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,7 +48,8 @@ SEED = click.IntRange(-(1 << 63), (1 << 63) - 1)  # what torch takes for one
 
 
 class OutputFile(click.Path):
-    """The name of a file to write, refused before any work if it is empty, of no file, or without the suffix."""
+    """The name of a file to write, refused before any work if it is empty, of no file, in no folder, or without the
+    suffix."""
 
     def __init__(self, suffix: str = "") -> None:
         super().__init__(dir_okay=False)
@@ -57,6 +59,8 @@ class OutputFile(click.Path):
         path = os.fsdecode(super().convert(value, param, ctx))
         if not path or (os.path.exists(path) and not os.path.isfile(path)):
             self.fail(f"{path!r}: expected the name of a file", param, ctx)
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            self.fail(f"{path}: there is no such folder", param, ctx)
         if self.suffix and Path(path).suffix != self.suffix:
             self.fail(f"{path}: expected a name that ends in {self.suffix}", param, ctx)
         return path
@@ -70,6 +74,17 @@ class Finite(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number", param, ctx)
         return number
+
+
+def keep_apart(written: Mapping[str, str | Path | None], *read: tuple[str, str | None]) -> None:
+    """MinisaError where a flag names a file to be written that another flag, of (flag, path), reads or writes too."""
+    flags: dict[str, str] = {}
+    for flag, path in written.items():
+        if path is not None and (other := flags.setdefault(os.path.realpath(path), flag)) != flag:
+            raise MinisaError(f"{flag} {path}: {other} names the same file: give another")
+    for flag, path in read:
+        if path is not None and os.path.realpath(path) in flags:
+            raise MinisaError(f"{flag} {path}: {flags[os.path.realpath(path)]} names the same file: give another")
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -94,6 +109,10 @@ def run(command: click.Command) -> NoReturn:
     name = Path(sys.argv[0]).name
     if name == "__main__.py":
         name = "python -m minisa"
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # it was closed before we began
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
+    signal.signal(signal.SIGTERM, _end)
     with contextlib.suppress(AttributeError):  # a stream that is closed, or somebody else's
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a character that it has not is a "?"
     try:
@@ -116,6 +135,11 @@ def run(command: click.Command) -> NoReturn:
             _fail(name, f"no space left on the disk while writing {error.filename or 'a file'}")
         _fail(name, f"{error.filename or 'input or output'}: {error.strerror or error}")
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _end(signum: int, _: object) -> NoReturn:
+    """What is at work tidies up: children end, and half-written and temporary files go."""
+    sys.exit(128 + signum)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

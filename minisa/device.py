@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,7 +23,13 @@ def keep_forks_running() -> None:
     asked for them would wait for ever. A model loaded before the fork keeps its C++ step's threads, one loaded in the
     child has one thread; a process started anew (multiprocessing's "spawn") has all of them."""
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+        os.register_at_fork(after_in_child=_do_without_threads)
+
+
+def _do_without_threads() -> None:
+    torch.set_num_threads(1)
+    if inductor := sys.modules.get("torch._inductor.config"):  # torch.compile, whose pool of threads stayed behind too
+        inductor.compile_threads = 1  # type: ignore[attr-defined]
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -34,7 +40,7 @@ def choose_device(name: str = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise MinisaError(f"--device {name!r} is not a device: expected auto, cpu, cuda, cuda:N or mps")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Unpack
 from weakref import WeakSet
@@ -32,6 +33,7 @@ from minisa.runners import choose_runner, may_become_native, native_step
 from minisa.sampling import Sampling, SamplingOptions
 from minisa.sharing import SharingPlan
 from minisa.tokenizer import Tokenizer, check_ids, load_tokenizer
+from minisa.turns import Turn, Turns
 
 
 def load(
@@ -73,10 +75,11 @@ def load(
     plan = choose_plan(sa, config, entry)
     if plan.delta is not None:
         checkpoint = with_delta(checkpoint, plan.delta)
-    if max_batch < 1:
-        raise MinisaError(f"max_batch is {max_batch}: expected 1 or more")
-    if max_seq_len is not None and not 1 <= max_seq_len <= config.max_seq_len:
-        raise MinisaError(f"max_seq_len is {max_seq_len}: expected 1 to {config.max_seq_len}, the model's own context")
+    if not isinstance(max_batch, Integral) or max_batch < 1:
+        raise MinisaError(f"max_batch is {shown(max_batch)}: expected 1 or more")
+    limit = config.max_seq_len
+    if max_seq_len is not None and not (isinstance(max_seq_len, Integral) and 1 <= max_seq_len <= limit):
+        raise MinisaError(f"max_seq_len is {shown(max_seq_len)}: expected 1 to {limit}, the model's own context")
     tokenizer = load_tokenizer(path)
     with torch.device("meta"):
         transformer = Transformer(config, plan, backend or fastest_backend(target))
@@ -113,7 +116,9 @@ def choose_plan(
         if spans is None:
             raise MinisaError("--sa: this model has no default plan; name the followers, e.g. --sa 19:21,25:27")
         return SharingPlan.parse(spans, config.n_layers).check(config)
-    if str(sa).endswith(".json") or isinstance(sa, Path):
+    if not isinstance(sa, str | Path):
+        raise MinisaError(f"sa is {shown(sa)}: expected spans such as 27-30, a plan or the path of one")
+    if isinstance(sa, Path) or sa.endswith(".json"):
         return _plan_of(sa, config)
     return SharingPlan.parse(sa, config.n_layers).check(config)
 
@@ -137,7 +142,7 @@ def _affordable_length(
 
 
 class LLM:
-    """A loaded model. One generation at a time: starting the next one ends the one before.
+    """A loaded model. One generation at a time: starting the next one ends the one before, in whatever thread.
 
     It goes on in a forked process too, where PyTorch then has one thread (keep_forks_running in device.py).
     """
@@ -162,7 +167,7 @@ class LLM:
         self.weight_format = quantized or dtype_name(self.dtype)
         self._cached: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
         self._prefixes: WeakSet[Prefix] = WeakSet()
-        self._generation = 0
+        self._turns = Turns()
 
     @cached_property
     def dialog(self) -> Dialog:
@@ -200,7 +205,8 @@ class LLM:
         cache = StaticCache.allocate(
             self.config, self.plan, max_seq_len=len(ids), device=self.device, dtype=self.cache.values.dtype
         )
-        return torch.cat([logits.float() for logits in self.runner.all_logits(tokens, 0, cache)])
+        with self._turns.alone:
+            return torch.cat([logits.float() for logits in self.runner.all_logits(tokens, 0, cache)])
 
     def prefix(self, beginning: Prompt | Sequence[Message]) -> Prefix:
         """A beginning that prompts share, computed once: keys and values for `prefix=` of `generate` and `chat`.
@@ -215,13 +221,13 @@ class LLM:
                 self.dialog.render([*beginning, {"role": "user", "content": text}], self.tokenizer)
                 for text in ("a", "b")
             )
-            ids = one[: common_prefix(one, other)]
-        else:
-            ids = self._prompt_ids(beginning)  # type: ignore[arg-type]
+            beginning = one[: common_prefix(one, other)]
+        ids = self._prompt_ids(beginning)  # type: ignore[arg-type]
         cache = StaticCache.allocate(
             self.config, self.plan, max_seq_len=len(ids), device=self.device, dtype=self.cache.values.dtype
         )
-        found = compute_prefix(self.runner, cache, ids)
+        with self._turns.alone:
+            found = compute_prefix(self.runner, cache, ids)
         self._prefixes.add(found)
         return found
 
@@ -257,10 +263,11 @@ class LLM:
             raise MinisaError("batch: seed is each prompt's own: leave it to add")
         check_names(sampling, SamplingOptions, "batch")
         same = Sampling(**sampling)
-        self._cached.clear()
-        check = self._begin()
+        turn = self._begin()
+        with turn():
+            self._cached.clear()
         loop = DecodingLoop(self.runner, self.cache, self.tokenizer, same, self.cache.batch)
-        return Batch(loop, partial(self._request, same), check)
+        return Batch(loop, partial(self._request, same), turn, self._turns.alone)
 
     def _request(
         self, sampling: Sampling, prompt: Prompt | Sequence[Message], *, seed: int | None, **options: Any
@@ -314,26 +321,25 @@ class LLM:
         return self._stream(rows, options, prefix)
 
     def _stream(self, rows: list[list[int]], options: Options, prefix: Prefix | None) -> Iterator[Chunk]:
-        check = self._begin()
+        turn = self._begin()
         cached = self._cached if len(rows) == 1 else None
         if cached is None:
-            self._cached.clear()
-        for chunk in generate(self.runner, self.cache, self.tokenizer, rows, options, cached, prefix):
+            with turn():
+                self._cached.clear()
+        chunks = generate(self.runner, self.cache, self.tokenizer, rows, options, cached, prefix)
+        while True:
+            with turn():
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
             yield chunk
-            check()
 
-    def _begin(self) -> Callable[[], None]:
-        """Take the cache for a generation, with the fastest runner by now; what raises once another has taken it."""
-        if may_become_native(self.runner, self._compile):
-            self.runner = choose_runner(self.model, self._compile)
-        self._generation += 1
-        mine = self._generation
-
-        def check() -> None:
-            if self._generation != mine:
-                raise MinisaError("generate: another generation has begun on this model; its cache is taken")
-
-        return check
+    def _begin(self) -> Turn:
+        """Take the cache for a generation, with the fastest runner by now."""
+        with self._turns.alone:
+            if may_become_native(self.runner, self._compile):
+                self.runner = choose_runner(self.model, self._compile)
+            return self._turns.begin()
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str) and not prompt:

@@ -178,7 +178,8 @@ def _starts_at(response: http.client.HTTPResponse, offset: int) -> bool:
 
 def _read(response: http.client.HTTPResponse) -> bytes:
     try:
-        return response.read(CHUNK)
+        # Of a chunk that states a negative size, read() brings all that is still to come into memory.
+        return response.read1(CHUNK) if response.chunked else response.read(CHUNK)
     except (OSError, http.client.HTTPException) as error:
         raise _Trouble(_reason(error)) from error
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from minisa.cache import StaticCache
 from minisa.decode import Step
 from minisa.device import begin_reading, dtype_name
-from minisa.errors import MinisaError
+from minisa.errors import MinisaError, shown
 from minisa.row import Chunk, Options, Prefix, Row, reusable
 from minisa.runners import Runner
 from minisa.sampling import NO_TOKEN, Chooser, Sampling
@@ -74,8 +74,8 @@ class DecodingLoop:
 
     def cancel(self, number: int) -> None:
         """Take a prompt's row away, if it is still at work. Raises MinisaError for a number never given."""
-        if not 0 <= number < self._added:
-            raise MinisaError(f"cancel: no row {number} has been added")
+        if number not in range(self._added):
+            raise MinisaError(f"cancel: no row {shown(number)} has been added")
         self._rows = {place: row for place, row in self._rows.items() if row.number != number}
 
     def __iter__(self) -> Iterator[Chunk]:

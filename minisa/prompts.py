@@ -4,7 +4,7 @@ options beside it."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from operator import index
 
 from minisa.dialog import Message
@@ -15,7 +15,7 @@ Prompt = str | Sequence[int]
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Several prompts as they are, one as a list of it."""
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, str | bytes | bytearray | Mapping | Set) or not isinstance(prompts, Iterable):
         return [prompts]
     several = list(prompts)
     # A number; of another library's arrays, one without dimensions.
@@ -27,6 +27,8 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def as_ids(ids: Iterable[int], what: str) -> list[int]:
     """Whole numbers of any kind as Python's. MinisaError for anything else; what: has them, for the message."""
     try:
+        if isinstance(ids, bytes | bytearray | Mapping):  # text that was encoded already, or no list at all
+            raise TypeError
         return [index(token) for token in ids]
     except TypeError:
         raise MinisaError(f"{what}: expected token ids, found {shown(ids)}") from None

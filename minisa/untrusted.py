@@ -60,7 +60,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "not a file", str(path))
-    partial = path.with_name(path.name + ".part")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # two that write the same file do not meet
     try:
         yield partial
         partial.replace(path)

@@ -167,7 +167,7 @@ class TestFlags:
     ) -> None:
         file = tmp_path / "record.json"
         file.write_text("{}")
-        (tmp_path / "record.json.part").symlink_to("/dev/full")
+        (tmp_path / f"record.json.{os.getpid()}.part").symlink_to("/dev/full")
         ran = run_bench("--model", bench_gguf, *QUICK, "--json", file)
         assert ran.status == 2 and f"--json {file}: No space left" in ran.err
         assert file.read_text() == "{}"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import pytest
@@ -16,6 +19,7 @@ from minisa import cli, console
 from minisa.errors import MinisaError
 from minisa.study.heal_command import heal
 from minisa.study.search_command import search
+from minisa.untrusted import written_whole
 
 
 def torch_allocates() -> None:
@@ -61,6 +65,33 @@ def test_a_finite_number(value: str) -> None:
         kind.convert(value, None, None)
 
 
+def test_a_rate_that_no_float_could_hold() -> None:
+    ran = CliRunner().invoke(heal, ["--rate", "1e300"])
+    assert ran.exit_code == 2
+    assert "Invalid value for '--rate'" in ran.output
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX's signals")
+def test_what_is_at_work_tidies_up_when_it_is_told_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    @click.command()
+    def command() -> None:
+        with written_whole(tmp_path / "plan.json") as partial:
+            partial.write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    monkeypatch.setattr("sys.argv", ["chat.py"])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            console.run(command)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("command", "flag"), [(heal, "--minutes"), (heal, "--rate"), (search, "--budget-minutes")])
 def test_no_time_and_no_rate_is_nan(command: click.Command, flag: str) -> None:
     ran = CliRunner().invoke(command, [flag, "nan"])
@@ -89,6 +120,27 @@ def test_a_file_that_cannot_be_written_is_refused_before_any_work(flag: str) -> 
     command, option = flag.split()
     main, start = (bench.main, []) if command == "bench" else (cli.main, [command])
     plans = ("plan.safetensors", "plan", ".json") if option in ("--out", "--save") else ()
-    for name in ("", ".", os.devnull, *plans):
+    for name in ("", ".", os.devnull, "no/such/folder.json", *plans):
         ran = CliRunner().invoke(main, [*start, option, name])
         assert ran.exit_code == 2 and f"Invalid value for '{option}'" in ran.stderr, (name, ran.stderr)
+
+
+APART = {
+    "bench": "--json a.json --plot ./a.json",
+    "eval": "--json a.json --data a.json --task piqa",
+    "eval of items": "--json a.json --plot a.items.jsonl --data b --task piqa",
+    "isotropy": "--text t --json a --plot a",
+    "rivals": "drop 1 --text t --json ./t",
+    "search": "--followers 1 --text t.json --out ./t.json",
+    "refit": "--sa 1 --text u --text t.json --out t.json",
+    "heal": "--sa 1 --steps 1 --text t.json --out t.json",
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_two_flags_that_name_one_file_to_write(name: str) -> None:
+    command = name.split()[0]
+    main, start = (bench.main, []) if command == "bench" else (cli.main, [command])
+    ran = CliRunner().invoke(main, [*start, *APART[name].split()])
+    assert isinstance(ran.exception, MinisaError)
+    assert "names the same file: give another" in str(ran.exception)

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from minisa.cache import StaticCache
-from minisa.dialog import DIALOGS
-from minisa.engine import LLM
+from minisa.dialog import DIALOGS, Dialog, Message
+from minisa.engine import LLM, load
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.row import Chunk, StopStrings
 from minisa.sharing import SharingPlan
+from tests.soak import tiny_model
 from tests.test_model import CONFIG, PLANS, build
 
 
@@ -307,10 +308,14 @@ def test_stats_count_what_happened() -> None:
         (5, {}, "the prompt: expected token ids, found 5"),
         (torch.ones(3), {}, "the prompt: expected token ids"),
         ([{"role": "user", "content": "a"}], {}, "the prompt: expected token ids"),
+        ({"role": "user", "content": "a"}, {}, "the prompt: expected token ids"),
+        (b"abc", {}, "the prompt: expected token ids, found b'abc'"),
+        ({"a", "b"}, {}, "the prompt: expected token ids"),
         ("a", {"stop": None}, "stop is None: expected a string"),
         ("a", {"stop": [5]}, r"stop is \(5,\): expected a string"),
         ("a", {"stop_ids": 5}, "stop_ids: expected token ids, found 5"),
         ("a", {"stop_ids": [1.5]}, "stop_ids: expected token ids"),
+        ("a", {"temperature": np.ones(2)}, "temperature is array"),
         ("a", {"seed": 1.5}, "seed is 1.5"),
         ("a", {"seed": "1"}, "seed is '1'"),
         ("a", {"top_k": 2.5}, "top_k is 2.5"),
@@ -322,6 +327,17 @@ def test_stats_count_what_happened() -> None:
 def test_bad_requests_are_refused_before_anything_runs(prompt: Any, options: dict[str, Any], says: str) -> None:
     with pytest.raises(MinisaError, match=says):
         llm_of().generate(prompt, **options)
+
+
+def test_a_dialog_in_the_models_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its beginning fits the context, and it stops where the format says if it is not told."""
+    llm = load(tiny_model(tmp_path), device="cpu", dtype="fp32", max_seq_len=96)
+    with pytest.raises(MinisaError, match="tokens long, the context 96"):
+        llm.prefix([{"role": "system", "content": "x" * 101}])
+    question: list[Message] = [{"role": "user", "content": "a"}]
+    first = next(llm.chat(question)).token
+    monkeypatch.setattr(Dialog, "stop_ids", lambda *_: frozenset([first]))
+    assert [chunk.finish_reason for chunk in llm.chat(question, stop_ids=None)] == ["stop"]
 
 
 def test_token_ids_of_any_kind_of_whole_number() -> None:

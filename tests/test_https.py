@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from minisa import https
 from minisa.download import pull
+from minisa.errors import MinisaError
 from minisa.registry import ModelFile, find, local_path
 from tests.publisher import BIG, Publisher, contents, failure, isolate, model, serving, sha256
 
@@ -327,3 +329,25 @@ def test_a_server_that_is_not_there_is_said(publisher: Publisher) -> None:
         unused.bind(("127.0.0.1", 0))
         publisher.port = unused.getsockname()[1]
         assert "Connection refused; gave up after 5 attempts" in failure(model(publisher, "model.gguf"))
+
+
+@pytest.mark.parametrize("size", [b"-1", b"-5"])
+def test_a_chunk_of_negative_size(size: bytes, tmp_path: Path) -> None:
+    """Python's own reader takes it for all that is still to come, at once, or raises ValueError."""
+    chunk = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + size + b"\r\n" + b"x" * 200
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:  # the test is over
+                    return
+                with connection:
+                    asked = connection.recv(1 << 16)
+                    head = asked.startswith(b"HEAD")
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" if head else chunk)
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(MinisaError, match="sent more than the 100 bytes it announced"):
+            https.fetch(f"http://127.0.0.1:{server.getsockname()[1]}/f", tmp_path / "f", lambda *_: None)

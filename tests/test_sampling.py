@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,9 @@ def test_numbers_of_other_kinds() -> None:
     assert Sampling(top_k=10**400).choose(LOGITS, None).tolist() == [1]
     own = Sampling(np.float32(1), np.int64(2), seed=np.int64(3)), Sampling(1.0, 2, seed=3)
     assert torch.equal(*(sampling.uniforms(1, 8) for sampling in own))
+    half = Fraction(1, 2)
+    assert Sampling(half, top_p=half, min_p=half, repetition_penalty=half) == Sampling(0.5, 0, 0.5, 0.5, 0.5)
+    Sampling(half, top_p=half, repetition_penalty=half).choose(LOGITS, torch.tensor([0.3]), LOGITS > 0)
 
 
 EXTREMES = {"temperature": (1e-4, 1e4), "top_p": (1e-6, 1), "min_p": (1e-320, 1), "repetition_penalty": (1e-9, 1e9)}

@@ -280,7 +280,7 @@ class TestTheCommand:
             (("--task", "piqa", "--sa", "9"), "layer 9 is outside the model"),
             (("--task", "piqa", "--sa", "2", "--sa", "2"), "2 is there twice"),
             (("--task", "piqa", "--rival", "sa:2+drop:1"), "only kv-int8 goes with a plan"),
-            (("--task", "piqa", "--json", "no/such/r.json"), "cannot keep results there"),
+            (("--task", "piqa", "--json", "no/such/r.json"), "there is no such folder"),
             (("--task", "piqa", "--device", "tpu"), "tpu"),
             (("--task", "piqa", "--model", "no-such-model"), "no-such-model"),
         ],

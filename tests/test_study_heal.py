@@ -291,3 +291,24 @@ def test_what_cannot_be_done_is_said(
 ) -> None:
     error = invoke(command, folder, out=tmp_path / "p.json", **changes).exception
     assert isinstance(error, MinisaError) and says in str(error)
+
+
+def test_a_model_whose_numbers_overflow_has_no_plan(folder: Path, tmp_path: Path) -> None:
+    """One that is made all the same would be the first of many that are all equally unknown."""
+    config = tiny_config(n_layers=5, vocab_size=275, max_seq_len=64)
+    weights = random_weights(config)
+    weights["layers.1.feed_forward.w2.weight"].fill_(3e38)
+    broken = shutil.copytree(folder, tmp_path / "tiny")
+    write_hf(broken, config, weights)
+    common = ["--model", str(broken), "--text", str(folder.parent / "a.txt"), "--length", "16"]
+    few = ["--held-out-tokens", "64", "--out", str(tmp_path / "out.json")]
+    for command in (
+        ["refit", "--sa", "1:3", "--tokens", "64", *few],
+        ["heal", "--sa", "1:3", "--steps", "1", *few],
+        ["search", "--followers", "1", "--calibration-tokens", "64", *few],
+        ["rivals", "drop", "1"],
+    ):
+        ran = CliRunner().invoke(main, [*command, *common])
+        assert isinstance(ran.exception, MinisaError), (command, ran.output)
+        assert "predictions are no numbers" in str(ran.exception)
+    assert list(tmp_path.iterdir()) == [broken]

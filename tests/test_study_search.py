@@ -249,10 +249,11 @@ def test_what_cannot_be_done_is_said(folder: Path, tmp_path: Path, monkeypatch: 
         ({"followers": None}, "by --followers, or which, by --spans"),
         ({"followers": 5}, "--followers is 5: expected 1 to 4"),
         ({"calibration_tokens": 4000}, "windows of 16 tokens, 254 are needed"),
-        ({"out": tmp_path / "none" / "plan.json"}, "cannot keep the state of the search"),
     ):
         error = invoke(folder, **{"out": tmp_path / "plan.json", **changes}).exception
         assert isinstance(error, MinisaError) and says in str(error)
+    with pytest.raises(MinisaError, match="cannot keep the state of the search"):
+        write_findings(tmp_path / "none" / "plan.json.search", {}, Findings())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     error = invoke(folder, out=tmp_path / "plan.json", plot=tmp_path / "p.png").exception
     assert isinstance(error, MinisaError | click.ClickException) and "minisa[plots]" in str(error)

@@ -52,6 +52,25 @@ def test_one_thread_no_home_nowhere_to_write_and_a_locale_of_ascii(tiny: Path, u
     ran = run(tiny, *FLAGS, without=("HOME",), OMP_NUM_THREADS="1", **nowhere, **ascii_only)
     assert (ran.returncode, ran.stdout) == (0, usual)
     assert b"Traceback" not in ran.stderr
+    before, found, _ = usual.decode().partition("\ufffd")
+    assert found
+    assert run(tiny, *FLAGS, "--stop", found, **ascii_only).stdout.decode() == before + "\n"
+
+
+def test_a_line_that_is_no_utf_8(tiny: Path, tmp_path: Path) -> None:
+    """Where the locale takes nothing else: it is said, and the session goes on."""
+    errors = tmp_path / "stderr"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        os.environ["PYTHONIOENCODING"] = "utf-8:strict"
+        os.execl(sys.executable, sys.executable, "chat.py", "--model", str(tiny), "--device", "cpu")
+    wait_until(lambda: b"/help" in errors.read_bytes() if errors.exists() else False)
+    os.write(terminal, b"/system \xff\n\x04")
+    wait_until(lambda: os.waitpid(pid, os.WNOHANG)[0] == pid)
+    assert "(the message is not UTF-8 at character 8)" in errors.read_text()
+    assert "Traceback" not in errors.read_text()
 
 
 def test_no_compiler(tiny: Path, usual: bytes) -> None:
@@ -73,6 +92,15 @@ def test_no_stdin_at_all(tiny: Path) -> None:
     command = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "chat.py", "--model", str(tiny)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, timeout=120)
     assert (ran.returncode, ran.stderr) == (2, b"chat.py: stdin is closed: give --prompt TEXT\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_an_output_that_is_closed(closed: str, tiny: Path, usual: bytes) -> None:
+    """What would go there goes nowhere."""
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "chat.py", "--model", str(tiny), "--seed", "7"]
+    ran = subprocess.run([*command, *FLAGS], cwd=ROOT, capture_output=True, check=False, timeout=120)
+    assert (ran.returncode, ran.stdout) == (0, b"" if closed == ">&-" else usual)
+    assert b"Traceback" not in ran.stderr
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["hangup ends it", "as under nohup"])
@@ -133,3 +161,23 @@ def test_parent_and_child_go_on_after_a_fork(when: str, compiled: bool, tmp_path
     assert one == other
     assert len(one) > 24
     assert one.startswith("C++ step" if compiled else "eager")
+
+
+COMPILES = """
+import os, signal
+from torch._inductor import async_compile, config
+from minisa.device import keep_forks_running
+keep_forks_running()
+config.compile_threads = 2
+compiling = async_compile.AsyncCompile
+assert compiling.submit(int).result() == 0
+if os.fork() == 0:
+    signal.alarm(20)
+    os._exit(compiling.submit(int))
+assert os.wait()[1] == 0
+"""
+
+
+def test_a_fork_that_compiles() -> None:
+    """The threads in which torch.compile waits for compilers have stayed in the parent."""
+    subprocess.run([sys.executable, "-c", COMPILES], cwd=ROOT, check=True, timeout=60)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minisa.checkpoint.safetensors import write_safetensors
-from minisa.untrusted import write_whole
+from minisa.untrusted import write_whole, written_whole
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "text": lambda path: write_whole(path, "text"),
@@ -27,13 +27,26 @@ class TestWhole:
     ) -> None:
         file = tmp_path / "file"
         file.write_text("before")
-        (tmp_path / "file.part").symlink_to("/dev/full")
+        (tmp_path / f"file.{os.getpid()}.part").symlink_to("/dev/full")
         with pytest.raises(OSError) as raised:
             write(file)
         assert raised.value.errno == errno.ENOSPC
         assert [path.name for path in tmp_path.iterdir()] == ["file"] and file.read_text() == "before"
         write(file)
         assert [path.name for path in tmp_path.iterdir()] == ["file"] and file.read_bytes() != b"before"
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_another_process_that_writes_the_same_file(self, write: Callable[[Path], None], tmp_path: Path) -> None:
+        file = tmp_path / "file"
+        with written_whole(file) as partial:
+            partial.write_text("ours")
+            child = os.fork()
+            if child == 0:
+                write(file)
+                os._exit(0)
+            assert os.wait()[1] == 0
+            assert partial.read_text() == "ours"
+        assert file.read_text() == "ours"
 
     @pytest.mark.parametrize(
         ("name", "expected"),

@@ -7,6 +7,7 @@ comes before, hidden states, keys and values, is there from the round's beginnin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from minisa.attention import visible_slots
 from minisa.cache import StaticCache
+from minisa.errors import MinisaError
 from minisa.model import Layer, Transformer
 from minisa.rope import rope_angles
-from minisa.study.loss import losses_of
+from minisa.study.loss import NO_NUMBERS, losses_of
 from minisa.study.rivals import Rival, altered
 
 KEPT = 12
@@ -44,11 +46,15 @@ def cheapest(
     """The plain model's loss over windows [N, T], then the best rival of one layer, of two, … of n.
 
     kind: "drop" or "cla". batch: windows run together. progress: called with (layers run, layers to run in all).
+    Raises MinisaError where the plain model's loss is no number.
     """
     trials = _Trials(model, windows, batch)
     rival = Rival()
     n_layers = model.config.n_layers
-    yield Step(rival, trials.loss(n_layers))
+    plain = trials.loss(n_layers)
+    if not math.isfinite(plain):
+        raise MinisaError(NO_NUMBERS)
+    yield Step(rival, plain)
     layers = set(range(n_layers))
     done, total = 0, 0
     for number in range(n):

@@ -11,7 +11,7 @@ import click
 
 from minisa.benchmark.plot import check_matplotlib
 from minisa.checkpoint import open_checkpoint
-from minisa.console import OutputFile, open_model, weights_options, write_json
+from minisa.console import OutputFile, keep_apart, open_model, weights_options, write_json
 from minisa.device import dtype_name
 from minisa.engine import LLM
 from minisa.errors import MinisaError
@@ -83,6 +83,9 @@ def evaluate(
 
     Every variant answers the same items; differences from plain are paired, with standard errors.
     """
+    items_file = None if json_file is None else Path(json_file).with_suffix(".items.jsonl")
+    written = {"--json": json_file, "the items of --json": items_file, "--plot": plot_file}
+    keep_apart(written, ("--data", data), ("--shots-data", shots_data))
     if plot_file is not None:
         check_matplotlib()
     if task == "perplexity" and (shots or shots_data):
@@ -117,9 +120,7 @@ def evaluate(
         context = plain.config.max_seq_len
         click.echo(f"{evaluation.cut} items are cut at the beginning to fit the model's {context} tokens", err=True)
     del plain
-    results = Results(
-        None if json_file is None else Path(json_file).with_suffix(".items.jsonl"), settings, evaluation.metrics
-    )
+    results = Results(items_file, settings, evaluation.metrics)
     try:
         records = answer_all(models, variants, evaluation, results)
     except KeyboardInterrupt:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from minisa.console import SEED, Finite, OutputFile, fetch_default, open_model
+from minisa.console import SEED, Finite, OutputFile, fetch_default, keep_apart, open_model
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL
 from minisa.study.heal import STATES, TRAINABLE, trainable
@@ -29,7 +29,7 @@ FILE = click.Path(dir_okay=False)
     "--train", "which", type=click.Choice(TRAINABLE), default="attention", show_default=True,
     help="wv, wo and norms of the followers; attention and norms of every layer from the first on; or all of those.",
 )  # fmt: skip
-@click.option("--rate", type=Finite(0, min_open=True), default=2e-4, show_default=True, help="Adam's.")
+@click.option("--rate", type=Finite(0, 1, min_open=True), default=2e-4, show_default=True, help="Adam's.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
 @click.option("--held-out-tokens", type=click.IntRange(1), default=4096, show_default=True, help="To choose by.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Draws the windows.")
@@ -58,6 +58,7 @@ def heal(
     """
     if (minutes is None) == (steps is None):
         raise MinisaError("heal: say how long to train, by either --minutes or --steps")
+    keep_apart({"--out": out}, *(("--text", text) for text in texts))
     fetch_default(model)
     state = Path(f"{out}.heal")
     settings = {

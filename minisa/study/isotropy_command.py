@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from minisa.benchmark.plot import check_matplotlib
-from minisa.console import OutputFile, open_model, weights_options, write_json
+from minisa.console import OutputFile, keep_apart, open_model, weights_options, write_json
 from minisa.device import dtype_name
 from minisa.registry import resolve
 from minisa.study.isotropy import similarity
@@ -32,6 +32,7 @@ def isotropy(
     head from the one least unlike it, in bits. Each with the first token's column (the "sink") and without. It is a
     look at the model, not advice: layers that look alike are not always those that can share.
     """
+    keep_apart({"--json": json_file, "--plot": plot_file}, ("--text", text))
     if plot_file is not None:
         check_matplotlib()
     llm = open_model(model, max_seq_len=1, compile=False, **load)

@@ -7,13 +7,16 @@ window far less than the loss itself: a few thousand tokens tell plans apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
+from minisa.study.loss import NO_NUMBERS
 from minisa.study.walk import Walk, layer_of, replace, share
 
 ROWS = 256  # positions whose predictions are held at once
@@ -24,6 +27,7 @@ class Judge:
 
     windows [N, T]. every: of the positions, one in so many is looked at; those between say little more and cost a row
     of the vocabulary each. batch: windows run together.
+    Raises MinisaError where the plain model's predictions are no numbers.
     Holds the hidden states before every layer: (L + 1) · N · T · dim numbers, and the plain predictions.
     """
 
@@ -41,6 +45,8 @@ class Judge:
             self._entropy = [
                 -sum(torch.special.xlogy(p, p).sum().item() for p in rows.split(ROWS)) for rows in self._targets
             ]
+        if not all(map(math.isfinite, self._entropy)):
+            raise MinisaError(NO_NUMBERS)
 
     def rebase(self, plan: SharingPlan) -> None:
         """Measure what comes next against this plan's states: the nearer a plan is to it, the sooner it is measured."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from minisa.cache import StaticCache
 from minisa.model import Transformer
 
+NO_NUMBERS = "the model's predictions are no numbers: its weights are damaged, or too large: fetch it again"
 ROWS = 512  # positions whose logits are held at once: 100 MB for a vocabulary of 49,152
 
 

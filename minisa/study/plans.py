@@ -39,13 +39,28 @@ def read_plan(model: str, sa: str) -> tuple[SharingPlan, dict[str, Tensor]]:
 def save_plan(plan: SharingPlan, path: Path, made: Mapping[str, Any], weights: Mapping[str, Tensor] | None) -> None:
     """Write the plan and, beside it, weights (by parameter name, in bf16) as NAME.delta.safetensors.
 
-    Not as NAME.safetensors, which may be a checkpoint's file, or weights that came with another plan.
+    Not as NAME.safetensors, which may be a checkpoint's file, or weights that came with another plan; and not over
+    those of the plan whose place it takes, which stays whole until then: they go to NAME.json.delta.safetensors.
     """
+    names = [path.with_suffix(".delta.safetensors").name, f"{path.name}.delta.safetensors"]
+    before = _delta_at(path)
+    name = next(name for name in names if name != before)
     try:
-        delta = write_delta(path.with_suffix(".delta.safetensors"), weights) if weights else None
+        delta = write_delta(path.with_name(name), weights) if weights else None
         SharingPlan(plan.sources, plan.head_maps, delta).save(path, made)
+        if delta is not None and before in names:
+            path.with_name(before).unlink(missing_ok=True)
     except OSError as error:
         raise MinisaError(f"--out {path}: cannot write the plan: {error.strerror}") from error
+
+
+def _delta_at(path: Path) -> str | None:
+    """The file of weights that the plan at a path names, if there is one."""
+    try:
+        delta = SharingPlan.load(path).delta
+    except MinisaError:
+        return None
+    return None if delta is None else delta.path.name
 
 
 def provenance(model: str, texts: Sequence[str | Path], **figures: Any) -> dict[str, Any]:

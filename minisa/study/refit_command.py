@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from minisa.console import SEED, OutputFile, fetch_default, open_model
+from minisa.console import SEED, OutputFile, fetch_default, keep_apart, open_model
 from minisa.registry import DEFAULT_MODEL
 from minisa.study.judge import Judge
 from minisa.study.plans import provenance, read_plan, save_plan
@@ -51,11 +51,13 @@ def refit(
     The weights stand beside the plan, in a file that ends in .delta.safetensors. A matrix is left alone where held-out
     text says so.
     """
+    keep_apart({"--out": out}, *(("--text", text) for text in texts))
     fetch_default(model)
     plan, weights = read_plan(model, sa)
     llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
     counts = [max(number // length, 1) for number in (held_out_tokens, tokens)]
     held_out, windows, _ = sample(llm, texts, length, counts, seed)
+    judge = Judge(llm.model, held_out)  # first of all: it finds out whether the model works
     bar = Progress("refit", plan.n_layers)
     found, corrections = refit_weights(
         llm.model,
@@ -67,7 +69,6 @@ def refit(
         progress=lambda done, _: bar.update(done),
     )
     bar.close()
-    judge = Judge(llm.model, held_out)
     before, after = judge.divergence(plan, weights), judge.divergence(plan, found)
     figures = {
         "length": length,

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from minisa.console import OutputFile, open_model, weights_options, write_json
+from minisa.console import OutputFile, keep_apart, open_model, weights_options, write_json
 from minisa.device import dtype_name
 from minisa.registry import resolve
 from minisa.study.cheapest import cheapest
@@ -32,6 +32,7 @@ def rivals(
 
     Greedily, by the loss on a text. Each line is a --rival that eval takes, with what it saves and its perplexity.
     """
+    keep_apart({"--json": json_file}, ("--text", text))
     llm = open_model(model, max_seq_len=1, compile=False, **load)
     cut = windows(llm, text, length, limit)
     bar: list[Progress] = []

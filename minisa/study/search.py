@@ -27,6 +27,7 @@ from minisa.study.calibrate import best_map, pair_errors
 from minisa.study.findings import Findings, Point
 from minisa.study.head_maps import remap
 from minisa.study.judge import Judge
+from minisa.study.loss import NO_NUMBERS
 
 WIDTH = 4  # candidates measured at every step of the greedy search
 
@@ -95,6 +96,8 @@ class Search:
                 self.report(f"head maps: {done} of {total} layers of text")
 
         errors = pair_errors(self.plain, self.calibration, progress=progress)
+        if errors.isnan().any():
+            raise MinisaError(NO_NUMBERS)
         for follower in range(1, self.n_layers):
             for leader in range(follower):
                 found = errors[leader, follower]

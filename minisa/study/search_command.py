@@ -10,7 +10,7 @@ import click
 
 from minisa.benchmark.plot import check_matplotlib, save
 from minisa.config import ModelConfig
-from minisa.console import SEED, Finite, OutputFile, open_model
+from minisa.console import SEED, Finite, OutputFile, keep_apart, open_model
 from minisa.errors import MinisaError
 from minisa.registry import DEFAULT_MODEL
 from minisa.sharing import SharingPlan
@@ -62,6 +62,7 @@ def search(
     """
     if (followers is None) == (spans is None):
         raise MinisaError("search: say how many layers shall follow, by --followers, or which, by --spans")
+    keep_apart({"--out": out, "--plot": plot}, ("--validation", validation), *(("--text", text) for text in texts))
     began = time.monotonic()
     if plot is not None:
         check_matplotlib()

@@ -1,0 +1,28 @@
+"""What load() is given: arguments of the wrong kind are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minisa import MinisaError, load
+from tests.soak import tiny_model
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"sa": 5}, "sa is 5: expected spans"),
+        ({"sa": b"1"}, "sa is b'1': expected spans"),
+        ({"device": None}, "--device None is not a device"),
+        ({"max_seq_len": "5"}, "max_seq_len is '5': expected 1 to 256"),
+        ({"max_seq_len": 2.5}, "max_seq_len is 2.5: expected 1 to 256"),
+        ({"max_batch": None}, "max_batch is None: expected 1 or more"),
+        ({"max_batch": 1.5}, "max_batch is 1.5: expected 1 or more"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(options: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(MinisaError, match=says):
+        load(tiny_model(tmp_path), **{"device": "cpu", **options})
