@@ -16,8 +16,7 @@ from minisa import MinisaError
 from minisa.console import banner, mebibytes, model_options, open_model, run
 from minisa.conversation import Conversation
 from minisa.costs import kv_bytes
-from minisa.engine import choose_plan
-from minisa.registry import resolve
+from minisa.registry import choose_plan, resolve
 
 HELP = """\
 /reset         forget the conversation
@@ -33,11 +32,17 @@ Ctrl-C stops an answer and keeps the session, Ctrl-D leaves."""
 @click.option("--prompt", help="Answer this once, on stdout, and exit.")
 @click.option("--system", help="System prompt.")
 @click.option("--max-new-tokens", type=int, default=1024, show_default=True, help="Longest answer.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-k", type=int, default=0, show_default=True, help="Keep the k most likely tokens; 0 is off.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep the likeliest tokens up to this sum.")
 @click.option("--min-p", type=float, default=0.0, show_default=True, help="Keep tokens this likely beside the best.")
-@click.option("--repetition-penalty", type=float, default=1.1, show_default=True, help="Above 1 discourages repeats.")
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=1.1,
+    show_default=True,
+    help="Above 1 discourages repeats; 1 is off.",
+)
 @click.option("--seed", type=int, help="Same seed, same text.")
 @click.option("--stop", multiple=True, help="End the answer at this text; may be given several times.")
 @click.option(

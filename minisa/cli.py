@@ -8,11 +8,10 @@ import torch
 from minisa.benchmark.report import device_name
 from minisa.benchmark.short import short_bench
 from minisa.checkpoint import open_checkpoint
-from minisa.console import OutputFile, fetch, fetch_default
+from minisa.console import DEVICE, MODEL, OutputFile, fetch, fetch_default
 from minisa.costs import kv_bytes, parameter_count
 from minisa.device import choose_device
-from minisa.engine import choose_plan
-from minisa.registry import DEFAULT_MODEL, find, local_path, registry, resolve
+from minisa.registry import choose_plan, find, local_path, registry, resolve
 from minisa.selfcheck import run_checks
 from minisa.sharing import SharingPlan
 from minisa.study.eval_command import evaluate
@@ -50,7 +49,7 @@ def models() -> None:
 
 @main.command()
 @click.argument("spans", default="default")
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path.")
+@MODEL
 @click.option("--save", type=OutputFile(".json"), help="Write the plan to this JSON file.")
 def plan(spans: str, model: str, save: str | None) -> None:
     """Show what SPANS share in a model, and what that saves: 27-30, 3:6,19:21, none, default or a JSON file."""
@@ -70,10 +69,8 @@ def plan(spans: str, model: str, save: str | None) -> None:
 
 
 @main.command()
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
-@click.option(
-    "--bench/--no-bench", default=True, show_default=True, help="Measure a large shape too, plain and shared."
-)
+@DEVICE
+@click.option("--bench/--no-bench", default=True, show_default=True, help="Measure a shape of this machine's size too.")
 def selfcheck(device: str, bench: bool) -> int:
     """Check that this machine's kernels, compiled steps and models compute what the reference computes.
 

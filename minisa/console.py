@@ -24,9 +24,13 @@ from minisa.quantize import QUANTIZATIONS
 from minisa.registry import DEFAULT_MODEL, ModelEntry, find, local_path, weights_dir
 from minisa.untrusted import write_whole
 
+MODEL = click.option(
+    "--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path."
+)
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 WEIGHTS_OPTIONS = [
-    click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
+    MODEL,
+    DEVICE,
     click.option("--dtype", default="auto", show_default=True, help=f"auto, {', '.join(DTYPES)}."),
     click.option("--quantize", type=click.Choice(QUANTIZATIONS), help="Weights in 8 or 4 bits, in blocks of 32."),
 ]
@@ -42,9 +46,6 @@ SHARING_OPTIONS = [
         "--kv-dtype", default="auto", show_default=True, help=f"Of keys and values: auto, {', '.join(KV_DTYPES)}."
     ),
 ]
-
-
-SEED = click.IntRange(-(1 << 63), (1 << 63) - 1)  # what torch takes for one
 
 
 class OutputFile(click.Path):

@@ -27,7 +27,7 @@ from minisa.loop import DecodingLoop
 from minisa.model import Transformer
 from minisa.prompts import Prompt, as_ids, as_list, check_names, is_dialog
 from minisa.quantize import check_quantization
-from minisa.registry import ModelEntry, resolve, shipped_plan
+from minisa.registry import choose_plan, resolve
 from minisa.row import Chunk, GenerationOptions, Options, Prefix, common_prefix
 from minisa.runners import choose_runner, may_become_native, native_step
 from minisa.sampling import Sampling, SamplingOptions
@@ -97,38 +97,6 @@ def load(
         return DIALOGS[entry.chat] if entry is not None and entry.chat else find_dialog(path, tokenizer)
 
     return LLM(transformer, tokenizer, dialog, cache, compile=compile, quantized=blocks)
-
-
-def choose_plan(
-    sa: str | Path | SharingPlan | None, config: ModelConfig, entry: ModelEntry | None = None
-) -> SharingPlan:
-    """What `load` takes as `sa`, as a plan that fits the model. Raises MinisaError where it does not."""
-    if sa is None:
-        return SharingPlan.none(config.n_layers)
-    if isinstance(sa, SharingPlan):
-        return sa.check(config)
-    if sa == "default":
-        spans = entry.sa if entry is not None else None
-        if spans is not None and spans.endswith(".json"):
-            return _plan_of(shipped_plan(spans), config)
-        if spans is None and config.n_layers == 32 and config.dim == 4096:
-            spans = "23-26"  # the authors' choice for 7B and 8B models
-        if spans is None:
-            raise MinisaError("--sa: this model has no default plan; name the followers, e.g. --sa 19:21,25:27")
-        return SharingPlan.parse(spans, config.n_layers).check(config)
-    if not isinstance(sa, str | Path):
-        raise MinisaError(f"sa is {shown(sa)}: expected spans such as 27-30, a plan or the path of one")
-    if isinstance(sa, Path) or sa.endswith(".json"):
-        return _plan_of(sa, config)
-    return SharingPlan.parse(sa, config.n_layers).check(config)
-
-
-def _plan_of(path: str | Path, config: ModelConfig) -> SharingPlan:
-    plan = SharingPlan.load(path)
-    try:
-        return plan.check(config)
-    except MinisaError as error:
-        raise MinisaError(f"{path}: {error}") from None
 
 
 def _affordable_length(
@@ -354,6 +322,4 @@ class LLM:
         return ids
 
     def _encode(self, text: str) -> list[int]:
-        tokenizer = self.tokenizer
-        bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-        return bos + tokenizer.encode(text)
+        return self.tokenizer.bos_ids + self.tokenizer.encode(text)

@@ -1,4 +1,5 @@
-"""The model registry: weights/models.toml read and checked, and which models' files are on this machine.
+"""The model registry: weights/models.toml read and checked, which models' files are on this machine, and what plans
+they have.
 
 `models.toml` has one table for each model; its keys are the fields of ModelEntry. Nothing here touches the
 network: download.py does, and imports this module.
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from minisa.errors import MinisaError
+from minisa.config import ModelConfig
+from minisa.errors import MinisaError, shown
+from minisa.sharing import SharingPlan
 from minisa.untrusted import open_plain, read_json
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -180,6 +183,38 @@ def resolve(model: str) -> tuple[Path, ModelEntry | None]:
     if present is None:
         raise MinisaError(f"{entry.name} is not in {weights_dir()} yet: run `python -m minisa pull {entry.name}`")
     return present, entry
+
+
+def choose_plan(
+    sa: str | Path | SharingPlan | None, config: ModelConfig, entry: ModelEntry | None = None
+) -> SharingPlan:
+    """What `load` takes as `sa`, as a plan that fits the model. Raises MinisaError where it does not."""
+    if sa is None:
+        return SharingPlan.none(config.n_layers)
+    if isinstance(sa, SharingPlan):
+        return sa.check(config)
+    if sa == "default":
+        spans = entry.sa if entry is not None else None
+        if spans is not None and spans.endswith(".json"):
+            return _plan_of(shipped_plan(spans), config)
+        if spans is None and config.n_layers == 32 and config.dim == 4096:
+            spans = "23-26"  # the authors' choice for 7B and 8B models
+        if spans is None:
+            raise MinisaError("--sa: this model has no default plan; name the followers, e.g. --sa 19:21,25:27")
+        return SharingPlan.parse(spans, config.n_layers).check(config)
+    if not isinstance(sa, str | Path):
+        raise MinisaError(f"sa is {shown(sa)}: expected spans such as 27-30, a plan or the path of one")
+    if isinstance(sa, Path) or sa.endswith(".json"):
+        return _plan_of(sa, config)
+    return SharingPlan.parse(sa, config.n_layers).check(config)
+
+
+def _plan_of(path: str | Path, config: ModelConfig) -> SharingPlan:
+    plan = SharingPlan.load(path)
+    try:
+        return plan.check(config)
+    except MinisaError as error:
+        raise MinisaError(f"{path}: {error}") from None
 
 
 def shard_names(index: Path) -> list[str]:

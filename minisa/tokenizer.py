@@ -105,6 +105,11 @@ class Tokenizer:
         """One more than the largest id. A model's embedding may have more rows, for padding."""
         return len(self._pieces)
 
+    @property
+    def bos_ids(self) -> list[int]:
+        """What comes before plain text: the BOS token where the maker's own tokenizer puts it, else nothing."""
+        return [self.bos_id] if self.add_bos and self.bos_id is not None else []
+
     def encode(self, text: str, *, mid_text: bool = False) -> list[int]:
         """The ids of plain text: no BOS, and no special token whatever the text spells.
 

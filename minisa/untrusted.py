@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -44,6 +45,12 @@ def read_plain(path: Path, limit: int, what: str) -> bytes:
         if os.fstat(file.fileno()).st_size > limit:
             raise MinisaError(f"{path}: longer than {limit} bytes: this is no {what}")
         return file.read(limit)
+
+
+def sha256_of(path: Path) -> str:
+    """Of all of a file's bytes, in hexadecimal. Raises OSError where it cannot be read."""
+    with open_plain(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path) -> str:

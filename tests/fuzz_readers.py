@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta, write_delta
-from minisa.engine import choose_plan
-from minisa.registry import read_registry, shard_names
+from minisa.registry import choose_plan, read_registry, shard_names
 from minisa.sharing import Delta, SharingPlan
 from minisa.study.findings import Findings, read_findings, write_findings
 from minisa.study.training import Training, read_training, write_training

@@ -12,11 +12,11 @@ import torch
 
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta, write_delta
 from minisa.checkpoint.safetensors import read_safetensors, write_safetensors
-from minisa.engine import choose_plan
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.native.build import open_library
 from minisa.native.runner import NativeRunner
+from minisa.registry import choose_plan
 from minisa.sharing import Delta, SharingPlan
 from tests.test_model import in_one_go, tokens_of
 from tests.test_native import caches

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -41,6 +41,7 @@ class ByteTokenizer:
 
     bos_id = None
     add_bos = False
+    bos_ids: ClassVar[list[int]] = []
     eos_ids: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> list[int]:

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from minisa.config import PRESETS
-from minisa.engine import choose_plan
 from minisa.errors import MinisaError
-from minisa.registry import find, shipped_plan
+from minisa.registry import choose_plan, find, shipped_plan
 from minisa.sharing import SharingPlan
 from minisa.study.plans import save_plan
 

@@ -11,12 +11,12 @@ import pytest
 from minisa import registry as registry_module
 from minisa.config import PRESETS
 from minisa.costs import parameter_count
-from minisa.engine import choose_plan
 from minisa.errors import MinisaError
 from minisa.registry import (
     DEFAULT_MODEL,
     ModelEntry,
     ModelFile,
+    choose_plan,
     find,
     local_path,
     read_registry,

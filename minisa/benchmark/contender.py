@@ -114,7 +114,7 @@ class Minisa:
         began = time.perf_counter()
         self.llm = opening.llm()
         self._facts = Facts(
-            weight_bytes=weight_bytes(self.llm),
+            weight_bytes=self.llm.weight_bytes,
             memory_before=before,
             kv_itemsize=self.llm.cache.values.itemsize,
             load_seconds=time.perf_counter() - began,
@@ -174,8 +174,3 @@ class Minisa:
 
     def _row(self, tokens: list[int]) -> Tensor:
         return torch.tensor([tokens], device=self.llm.device)
-
-
-def weight_bytes(llm: LLM) -> int:
-    """Bytes of the weights as they are stored."""
-    return llm.runner.weight_bytes

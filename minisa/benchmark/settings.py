@@ -15,9 +15,8 @@ from minisa.checkpoint import open_checkpoint
 from minisa.checkpoint.layouts import describing
 from minisa.config import PRESETS, ModelConfig
 from minisa.device import choose_device, choose_dtype, choose_kv_dtype
-from minisa.engine import choose_plan
 from minisa.errors import MinisaError
-from minisa.registry import ModelEntry, registry, resolve
+from minisa.registry import ModelEntry, choose_plan, registry, resolve
 from minisa.runners import native_step
 from minisa.sharing import SharingPlan
 from minisa.untrusted import read_json

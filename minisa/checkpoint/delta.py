@@ -7,7 +7,6 @@ wq and wk are in the model's order, whatever the checkpoint's.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from minisa.checkpoint.layouts import Checkpoint
 from minisa.checkpoint.safetensors import read_safetensors, write_safetensors
 from minisa.errors import MinisaError
 from minisa.sharing import Delta
-from minisa.untrusted import open_plain
+from minisa.untrusted import sha256_of
 
 
 def with_delta(checkpoint: Checkpoint, delta: Delta) -> Checkpoint:
@@ -29,7 +28,7 @@ def with_delta(checkpoint: Checkpoint, delta: Delta) -> Checkpoint:
     Raises MinisaError where the file is missing, is not the one the plan was saved with, or does not fit the model.
     """
     try:
-        found = _sha256(delta.path)
+        found = sha256_of(delta.path)
         tensors = read_safetensors(delta.path)
     except OSError as error:
         raise MinisaError(f"{delta.path}: cannot read the plan's weights: {error.strerror}") from error
@@ -76,9 +75,4 @@ class _Interleaved:
 def write_delta(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Delta:
     """Write the tensors in dtype; what a plan then points to."""
     write_safetensors(path, {name: tensor.to(dtype) for name, tensor in tensors.items()})
-    return Delta(path.resolve(), _sha256(path))
-
-
-def _sha256(path: Path) -> str:
-    with open_plain(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Delta(path.resolve(), sha256_of(path))

@@ -19,7 +19,7 @@ from minisa.cache import StaticCache
 from minisa.errors import MinisaError
 from minisa.model import Layer, Transformer
 from minisa.rope import rope_angles
-from minisa.study.loss import NO_NUMBERS, losses_of
+from minisa.study.loss import NO_NUMBERS, losses_of, window_cache
 from minisa.study.rivals import Rival, altered
 
 KEPT = 12
@@ -101,18 +101,7 @@ class _Trials:
         self._parts = [part.to(weight.device) for part in windows.split(batch)]
         self._positions = torch.arange(windows.shape[1], device=weight.device)
         self._mask = visible_slots(self._positions[None], windows.shape[1], model.config.sliding_window)
-        self._caches = [
-            StaticCache.allocate(
-                model.config,
-                model.plan,
-                batch=len(part),
-                max_seq_len=windows.shape[1],
-                device=weight.device,
-                dtype=weight.dtype,
-                ring=False,
-            )
-            for part in self._parts
-        ]
+        self._caches = [window_cache(model, len(part), windows.shape[1]) for part in self._parts]
         self._states = [[model.tok_embeddings(part)] for part in self._parts]
         self.rebase(0)
 

@@ -14,12 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minisa.cache import StaticCache
 from minisa.engine import LLM
 from minisa.generate import generate
 from minisa.row import Options
 from minisa.study.likelihood import Item, batches, encode, likelihoods
-from minisa.study.loss import token_losses
+from minisa.study.loss import token_losses, window_cache
 from minisa.study.results import Record
 from minisa.study.tasks import GENERATION_STOPS, Question, Task, score_numbers
 from minisa.study.text import windows
@@ -141,9 +140,8 @@ class Generation:
     @classmethod
     def of(cls, llm: LLM, task: Task, questions: Sequence[Question], max_tokens: int) -> Generation:
         tokenizer = llm.tokenizer
-        bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
         room = max(llm.config.max_seq_len - ANSWER_TOKENS, 1)
-        prompts = [bos + tokenizer.encode(question.prompts[0]) for question in questions]
+        prompts = [tokenizer.bos_ids + tokenizer.encode(question.prompts[0]) for question in questions]
         for number, prompt in enumerate(prompts, 1):
             check_ids(prompt, llm.config.vocab_size, f"row {number}, by the model's tokenizer,")
         cut = sum(len(prompt) > room for prompt in prompts)
@@ -167,9 +165,7 @@ class Generation:
     def run(self, llm: LLM, batch: Sequence[int]) -> list[Record]:
         prompts = [self.prompts[item] for item in batch]
         length = min(max(map(len, prompts)) + ANSWER_TOKENS, llm.config.max_seq_len)
-        cache = StaticCache.allocate(
-            llm.config, llm.plan, batch=len(batch), max_seq_len=length, device=llm.device, dtype=llm.dtype, ring=False
-        )
+        cache = window_cache(llm.model, len(batch), length)
         options = Options(max_new_tokens=ANSWER_TOKENS, stop=GENERATION_STOPS, stop_ids=llm.tokenizer.eos_ids)
         texts = [""] * len(batch)
         with torch.inference_mode():

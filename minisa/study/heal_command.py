@@ -6,37 +6,38 @@ from pathlib import Path
 
 import click
 
-from minisa.console import SEED, Finite, OutputFile, fetch_default, keep_apart, open_model
+from minisa.console import DEVICE, MODEL, Finite, fetch_default, keep_apart, open_model
 from minisa.errors import MinisaError
-from minisa.registry import DEFAULT_MODEL
 from minisa.study.heal import STATES, TRAINABLE, trainable
 from minisa.study.heal import heal as train
+from minisa.study.options import LENGTH, PLAN, SEED, TEXTS, plan_file
 from minisa.study.plans import provenance, read_plan, save_plan
 from minisa.study.resuming import fingerprint
 from minisa.study.text import sample, sha256_of
 from minisa.study.training import read_training, write_training
 
-FILE = click.Path(dir_okay=False)
-
 
 @click.command()
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path.")
-@click.option("--sa", required=True, metavar="SPANS|PLAN.json", help="The plan, as everywhere.")
-@click.option("--text", "texts", type=FILE, multiple=True, required=True, help="UTF-8 text; may be given repeatedly.")
+@MODEL
+@PLAN
+@TEXTS
 @click.option("--minutes", type=Finite(0, min_open=True), help="Time to train.")
 @click.option("--steps", type=click.IntRange(1), help="Steps to train, in place of --minutes: the same every time.")
 @click.option(
     "--train", "which", type=click.Choice(TRAINABLE), default="attention", show_default=True,
-    help="wv, wo and norms of the followers; attention and norms of every layer from the first on; or all of those.",
+    help="wv, wo and norms of the followers; attention and norms of every layer from the first follower on; or w1, w2 "
+    "and w3 of those layers too.",
 )  # fmt: skip
-@click.option("--rate", type=Finite(0, 1, min_open=True), default=2e-4, show_default=True, help="Adam's.")
-@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
-@click.option("--held-out-tokens", type=click.IntRange(1), default=4096, show_default=True, help="To choose by.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Draws the windows.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option(
-    "--out", type=OutputFile(".json"), default="healed.json", show_default=True, help="The plan file to write."
+    "--rate", type=Finite(0, 1, min_open=True), default=2e-4, show_default=True, help="Learning rate of Adam."
 )
+@LENGTH
+@click.option(
+    "--held-out-tokens", type=click.IntRange(1), default=4096, show_default=True, help="To choose the best weights on."
+)
+@SEED
+@DEVICE
+@plan_file("healed.json")
 def heal(
     model: str,
     sa: str,

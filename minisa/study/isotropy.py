@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from minisa.attention import AttentionBackend, Queries, Shared
-from minisa.cache import StaticCache
 from minisa.model import Layer, Transformer
+from minisa.study.loss import window_cache
 
 BLOCK = 64  # query positions whose weights are held at once
 JS_POSITIONS = 32  # query positions a window whose divergences are taken; each costs (n_layers · n_heads)² rows
@@ -144,12 +144,9 @@ def _weights(queries: list[Queries], positions: Tensor) -> Tensor:
 
 def _queries(model: Transformer, window: Tensor) -> list[Queries]:
     """What every layer's attention weights follow from, for tokens [T]."""
-    weight = model.norm.weight
-    cache = StaticCache.allocate(
-        model.config, model.plan, max_seq_len=len(window), device=weight.device, dtype=weight.dtype, ring=False
-    )
+    positions = torch.arange(len(window), device=model.norm.weight.device)
     with _watched(model) as queries:
-        model.hidden(window[None], torch.arange(len(window), device=weight.device)[None], cache)
+        model.hidden(window[None], positions[None], window_cache(model, 1, len(window)))
     return queries
 
 

@@ -12,6 +12,7 @@ from minisa.device import dtype_name
 from minisa.registry import resolve
 from minisa.study.isotropy import similarity
 from minisa.study.isotropy_report import as_record, plot, table
+from minisa.study.options import LENGTH
 from minisa.study.progress import Progress
 from minisa.study.text import sha256_of, windows
 
@@ -19,7 +20,7 @@ from minisa.study.text import sha256_of, windows
 @click.command()
 @weights_options
 @click.option("--text", required=True, metavar="FILE", help="UTF-8 text to look at.")
-@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
+@LENGTH
 @click.option("--limit", type=click.IntRange(1), default=8, show_default=True, help="Only so many windows.")
 @click.option("--json", "json_file", type=OutputFile(), metavar="FILE.json", help="Write every matrix there.")
 @click.option("--plot", "plot_file", type=OutputFile(), metavar="FILE.png", help="Draw the matrices.")

@@ -20,7 +20,7 @@ from minisa.cache import StaticCache
 from minisa.decode import prefill_chunks
 from minisa.errors import MinisaError
 from minisa.model import Transformer
-from minisa.study.loss import ROWS
+from minisa.study.loss import ROWS, window_cache
 from minisa.tokenizer import Tokenizer
 
 
@@ -79,7 +79,7 @@ def encode(tokenizer: Tokenizer, prompt: str, answer: str, max_length: int) -> S
     """
     stripped = prompt.rstrip()
     answer, prompt = prompt[len(stripped) :] + answer, stripped
-    bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    bos = tokenizer.bos_ids
     start = bos + tokenizer.encode(prompt) if prompt else bos
     ids = bos + tokenizer.encode(prompt + answer)
     # Should a merge across the border leave the answer without a token, its last one is scored all the same.
@@ -112,19 +112,11 @@ def batches(items: Sequence[Item], max_tokens: int) -> Iterator[list[int]]:
 @torch.inference_mode()
 def likelihoods(model: Transformer, items: Sequence[Item]) -> list[list[Likelihood]]:
     """The likelihood of every choice of every item, all in one batch."""
-    device, dtype = model.norm.weight.device, model.norm.weight.dtype
+    device = model.norm.weight.device
     rows = [(i, choice) for i, item in enumerate(items) for choice in item.choices]
     longest_prefix = max(item.shared for item in items)
     longest = max(item.longest for item in items)
-    cache = StaticCache.allocate(
-        model.config,
-        model.plan,
-        batch=len(rows),
-        max_seq_len=longest_prefix + longest,
-        device=device,
-        dtype=dtype,
-        ring=False,
-    )
+    cache = window_cache(model, len(rows), longest_prefix + longest)
     owners = torch.tensor([i for i, _ in rows], device=device)
     if longest_prefix:
         prefixes = _padded([item.choices[0].ids[: item.shared] for item in items]).to(device)
@@ -147,15 +139,7 @@ def likelihoods(model: Transformer, items: Sequence[Item]) -> list[list[Likeliho
 def _feed_once(model: Transformer, prefixes: Tensor, owners: Tensor, cache: StaticCache) -> None:
     """Feed prefixes [items, T] and copy their keys and values to the rows [rows] of the cache that begin with them."""
     length = prefixes.shape[1]
-    once = StaticCache.allocate(
-        model.config,
-        model.plan,
-        batch=len(prefixes),
-        max_seq_len=length,
-        device=prefixes.device,
-        dtype=cache.values.dtype,
-        ring=False,
-    )
+    once = window_cache(model, len(prefixes), length)
     for _ in prefill_chunks(model, prefixes, 0, once):
         pass
     cache.keys[:, :, :, :length] = once.keys[:, owners]

@@ -37,16 +37,20 @@ def perplexity(losses: Tensor) -> float:
     return losses.double().mean().exp().item()
 
 
-def final_hidden(model: Transformer, windows: Tensor) -> Tensor:
-    """The final hidden states [N, length, dim] of windows [N, length], each from position 0, after the last norm."""
+def window_cache(model: Transformer, batch: int, length: int) -> StaticCache:
+    """A cache for `batch` windows of `length` tokens that keeps every one of them, with a sliding window too."""
     weight = model.norm.weight
-    tokens = windows.to(weight.device)
-    batch, length = tokens.shape
-    cache = StaticCache.allocate(
+    return StaticCache.allocate(
         model.config, model.plan, batch=batch, max_seq_len=length, device=weight.device, dtype=weight.dtype, ring=False
     )
-    positions = torch.arange(length, device=weight.device).expand(batch, -1)
-    return model.hidden(tokens, positions, cache)
+
+
+def final_hidden(model: Transformer, windows: Tensor) -> Tensor:
+    """The final hidden states [N, length, dim] of windows [N, length], each from position 0, after the last norm."""
+    tokens = windows.to(model.norm.weight.device)
+    batch, length = tokens.shape
+    positions = torch.arange(length, device=tokens.device).expand(batch, -1)
+    return model.hidden(tokens, positions, window_cache(model, batch, length))
 
 
 def losses_of(model: Transformer, hidden: Tensor, windows: Tensor) -> Tensor:

@@ -12,9 +12,8 @@ from minisa.checkpoint import open_checkpoint, with_delta, write_delta
 from minisa.checkpoint.safetensors import read_safetensors
 from minisa.config import ModelConfig
 from minisa.costs import kv_bytes, parameter_count
-from minisa.engine import choose_plan
 from minisa.errors import MinisaError
-from minisa.registry import resolve
+from minisa.registry import choose_plan, resolve
 from minisa.sharing import SharingPlan
 from minisa.study.text import sha256_of
 

@@ -6,34 +6,30 @@ from pathlib import Path
 
 import click
 
-from minisa.console import SEED, OutputFile, fetch_default, keep_apart, open_model
-from minisa.registry import DEFAULT_MODEL
+from minisa.console import DEVICE, MODEL, fetch_default, keep_apart, open_model
 from minisa.study.judge import Judge
+from minisa.study.options import LENGTH, PLAN, SEED, TEXTS, plan_file
 from minisa.study.plans import provenance, read_plan, save_plan
 from minisa.study.progress import Progress
 from minisa.study.refit import WHICH, Correction
 from minisa.study.refit import refit as refit_weights
 from minisa.study.text import sample
 
-FILE = click.Path(dir_okay=False)
-
 
 @click.command()
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path.")
-@click.option("--sa", required=True, metavar="SPANS|PLAN.json", help="The plan, as everywhere.")
-@click.option("--text", "texts", type=FILE, multiple=True, required=True, help="UTF-8 text; may be given repeatedly.")
+@MODEL
+@PLAN
+@TEXTS
 @click.option("--tokens", type=click.IntRange(1), default=32768, show_default=True, help="Tokens to fit to.")
 @click.option("--held-out-tokens", type=click.IntRange(1), default=8192, show_default=True, help="To choose λ on.")
-@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
+@LENGTH
 @click.option(
     "--matrices", type=click.Choice(WHICH), default=WHICH[0], show_default=True,
-    help="wo of the followers; wo of every layer from the first on; or w2 too.",
+    help="wo of the followers; wo of every layer from the first follower on; or w2 of those too.",
 )  # fmt: skip
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Draws the windows.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
-@click.option(
-    "--out", type=OutputFile(".json"), default="refitted.json", show_default=True, help="The plan file to write."
-)
+@SEED
+@DEVICE
+@plan_file("refitted.json")
 def refit(
     model: str,
     sa: str,

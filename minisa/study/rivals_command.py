@@ -12,6 +12,7 @@ from minisa.registry import resolve
 from minisa.study.cheapest import cheapest
 from minisa.study.compare import exp
 from minisa.study.evaluation_report import finite
+from minisa.study.options import LENGTH
 from minisa.study.progress import Progress
 from minisa.study.text import sha256_of, windows
 from minisa.study.variants import parse_variants
@@ -22,7 +23,7 @@ from minisa.study.variants import parse_variants
 @click.argument("kind", type=click.Choice(["drop", "cla"]))
 @click.argument("layers", type=click.IntRange(1))
 @click.option("--text", required=True, metavar="FILE", help="UTF-8 text to choose by; not the one to be tested on.")
-@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
+@LENGTH
 @click.option("--limit", type=click.IntRange(1), default=4, show_default=True, help="Only so many windows.")
 @click.option("--json", "json_file", type=OutputFile(), metavar="FILE.json", help="Write the choices there.")
 def rivals(

@@ -10,34 +10,34 @@ import click
 
 from minisa.benchmark.plot import check_matplotlib, save
 from minisa.config import ModelConfig
-from minisa.console import SEED, Finite, OutputFile, keep_apart, open_model
+from minisa.console import DEVICE, MODEL, Finite, OutputFile, keep_apart, open_model
 from minisa.errors import MinisaError
-from minisa.registry import DEFAULT_MODEL
 from minisa.sharing import SharingPlan
 from minisa.study.findings import Point, read_findings, write_findings
 from minisa.study.loss import perplexity, token_losses
+from minisa.study.options import FILE, LENGTH, SEED, TEXTS, plan_file
 from minisa.study.plans import kv_saved, provenance, save_plan, weights_saved
 from minisa.study.resuming import fingerprint
 from minisa.study.search import Search
 from minisa.study.text import echoing, sample, sha256_of
 from minisa.study.walk import share
 
-FILE = click.Path(dir_okay=False)
-
 
 @click.command()
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path.")
+@MODEL
 @click.option("--followers", type=click.IntRange(1), help="Layers that shall follow.")
 @click.option("--spans", help="Followers and leaders as 3:6,19:21, in place of a search: head maps alone are made.")
-@click.option("--text", "texts", type=FILE, multiple=True, required=True, help="UTF-8 text; may be given repeatedly.")
+@TEXTS
 @click.option("--validation", type=FILE, help="Text to measure plans on; else windows of --text held out for that.")
 @click.option("--budget-minutes", type=Finite(0), default=30.0, show_default=True, help="Time to search.")
-@click.option("--calibration-tokens", type=click.IntRange(1), default=4096, show_default=True, help="For head maps.")
+@click.option(
+    "--calibration-tokens", type=click.IntRange(1), default=4096, show_default=True, help="To choose head maps on."
+)
 @click.option("--held-out-tokens", type=click.IntRange(1), default=4096, show_default=True, help="To measure plans on.")
-@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Draws the windows.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
-@click.option("--out", type=OutputFile(".json"), default="plan.json", show_default=True, help="The plan file to write.")
+@LENGTH
+@SEED
+@DEVICE
+@plan_file("plan.json")
 @click.option("--plot", type=OutputFile(), help="Draw divergence against bytes saved to this PNG (extra `plots`).")
 def search(
     model: str,

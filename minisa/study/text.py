@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,8 +27,7 @@ def read_text(path: str | Path) -> str:
 def sha256_of(path: str | Path) -> str:
     """The sha256 of a file's bytes, for provenance. MinisaError if it cannot be read."""
     try:
-        with untrusted.open_plain(Path(path)) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return untrusted.sha256_of(Path(path))
     except OSError as error:
         raise MinisaError(f"{path}: cannot read the file: {error.strerror}") from error
 
@@ -57,7 +55,7 @@ def windows(llm: LLM, path: str | Path, length: int, limit: int | None = None, s
     Raises MinisaError where the text is too short for a single window, or has tokens that the model has not.
     """
     tokenizer = llm.tokenizer
-    bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    bos = tokenizer.bos_ids
     if not len(bos) + 2 <= length <= llm.config.max_seq_len:
         raise MinisaError(f"windows of {length} tokens: expected {len(bos) + 2} to {llm.config.max_seq_len}")
     encoded = tokenizer.encode(read_text(path))

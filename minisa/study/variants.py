@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from minisa.config import ModelConfig
-from minisa.engine import LLM, choose_plan
+from minisa.engine import LLM
 from minisa.errors import MinisaError
-from minisa.registry import ModelEntry
+from minisa.registry import ModelEntry, choose_plan
 from minisa.sharing import SharingPlan
 from minisa.study.rivals import Rival, altered, slot_bytes
 
