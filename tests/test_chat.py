@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import json
 import os
@@ -53,9 +54,19 @@ def run_chat(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
     return run
 
 
+open_once = functools.lru_cache(2)(chat.open_model)
+
+
+def open_again(*given: Any, **options: Any) -> LLM:
+    llm = open_once(*given, **options)
+    llm._cached.clear()  # as where it has just been loaded
+    return llm
+
+
 @pytest.fixture
-def ask(smollm2_path: Path, run_chat: Callable[..., Ran]) -> Callable[..., Ran]:
-    """run_chat on the default model, greedy, in a short context."""
+def ask(smollm2_path: Path, run_chat: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """run_chat on the default model, greedy, in a short context; a model that was loaded before is taken again."""
+    monkeypatch.setattr(chat, "open_model", open_again)
 
     def run(*flags: object, **options: Any) -> Ran:
         return run_chat("--max-seq-len", 512, "--temperature", 0, *flags, **options)
