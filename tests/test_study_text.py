@@ -21,7 +21,7 @@ class Bytes:
     """A tokenizer whose tokens are bytes; BOS, if any, is 255."""
 
     def __init__(self, add_bos: bool = False) -> None:
-        self.add_bos, self.bos_id = add_bos, 255
+        self.bos_ids = [255] if add_bos else []
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
