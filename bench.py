@@ -15,9 +15,8 @@ from minisa.benchmark.plot import check_matplotlib, plot
 from minisa.benchmark.report import record
 from minisa.benchmark.run import Benchmark
 from minisa.benchmark.settings import CONTEXTS, PROMPT_LENGTHS, Settings
-from minisa.console import OutputFile, fetch, keep_apart, model_options, run, write_json
+from minisa.console import OutputFile, fetch_default, keep_apart, model_options, run, write_json
 from minisa.errors import MinisaError
-from minisa.registry import DEFAULT_MODEL, find, local_path
 
 
 class Lengths(click.ParamType):
@@ -74,8 +73,8 @@ def main(
     if plot_path is not None:
         check_matplotlib()
     keep_apart({"--json": json_path, "--plot": plot_path}, ("--random-weights", flags["random_weights"]))
-    if flags["random_weights"] is None and flags["model"] == DEFAULT_MODEL and local_path(find(DEFAULT_MODEL)) is None:
-        fetch(find(DEFAULT_MODEL))
+    if flags["random_weights"] is None:
+        fetch_default(flags["model"])
     settings = Settings.resolve(compile=compiled, **flags)
     with Benchmark(settings, Progress()) as benchmark:
         try:

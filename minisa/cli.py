@@ -70,7 +70,7 @@ def plan(spans: str, model: str, save: str | None) -> None:
 
 @main.command()
 @DEVICE
-@click.option("--bench/--no-bench", default=True, show_default=True, help="Measure a shape of this machine's size too.")
+@click.option("--bench/--no-bench", default=True, show_default=True, help="Measure a shape that fits this machine too.")
 def selfcheck(device: str, bench: bool) -> int:
     """Check that this machine's kernels, compiled steps and models compute what the reference computes.
 

@@ -10,21 +10,21 @@
 // weights, to eight bits with a scale for each block.
 struct Activations {
     int cols = 0;
-    std::vector<Rounded> halves;  // [rows, cols]
+    std::vector<Rounded> rounded;  // [rows, cols]
     std::vector<int8_t> quants;   // [rows, cols]
     std::vector<float> scales;    // [rows, cols / 32]
     std::vector<int32_t> totals;  // [rows, cols / 32]: the sum of the block's quants
 
     void reserve(size_t size) {
-        halves.resize(size), quants.resize(size), scales.resize(size / kBlock), totals.resize(size / kBlock);
+        rounded.resize(size), quants.resize(size), scales.resize(size / kBlock), totals.resize(size / kBlock);
     }
-    const Rounded* pair(int row, int i) const { return &halves[(size_t)row * cols + 2 * i]; }
+    const Rounded* pair(int row, int i) const { return &rounded[(size_t)row * cols + 2 * i]; }
     uint32_t four(int row, int i) const { return load_as<uint32_t>(&quants[(size_t)row * cols + 4 * i]); }
     size_t block(int row, int i) const { return (size_t)row * (cols / kBlock) + i; }
 
     void set(int row, const float* values, int format) {
         if (format == kBf16) {
-            for (int i = 0; i < cols; i += kLanes) store_rounded(&halves[(size_t)row * cols + i], load(values + i));
+            for (int i = 0; i < cols; i += kLanes) store_rounded(&rounded[(size_t)row * cols + i], load(values + i));
             return;
         }
         for (int b = 0; b < cols / kBlock; ++b, values += kBlock) {

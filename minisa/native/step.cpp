@@ -199,10 +199,11 @@ class Engine {
         }
     }
 
-    bool is_one_text() const {  // many rows that follow each other, and see everything before them
+    bool is_one_text() const {  // many rows that follow each other, see everything before them, and attend in company
+        if (n_rows < kFewRows || n_own < kWorthwhile || first_seen(n_rows - 1) > 0) return false;
         for (int row = 1; row < n_rows; ++row)
             if (sequences[row] != sequences[0] || positions[row] != positions[0] + row) return false;
-        return n_rows >= kFewRows && first_seen(n_rows - 1) == 0;
+        return true;
     }
 
     // A thread takes a key and value head and a few rows: all the queries that meet them.
@@ -282,6 +283,7 @@ class Engine {
         });
     }
 
+    static constexpr int kWorthwhile = 16;      // queries that meet a panel: fewer do not pay for laying it out
     static constexpr int kMostTogether = 16;    // rows: more would leave threads without work
     static constexpr int kAtHand = 1 << 19;     // attention weights that a thread has of its own, for one token at least
     // More than a step with guesses feeds (speculate.py): its sums are to be those of one row.
