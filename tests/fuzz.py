@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import os
 import random
 import re
@@ -92,7 +93,7 @@ def changed(content: bytes, chance: random.Random) -> bytes:
     return changed_bytes(content, chance, times)
 
 
-def change_tree(tree: object, chance: random.Random) -> None:
+def change_tree(tree: Any, chance: random.Random) -> None:
     """A value of a JSON tree is replaced, removed, taken from elsewhere or put under a word that minisa looks for."""
     places: list[tuple[Any, Any]] = []
     inner = [tree]
@@ -118,7 +119,7 @@ def change_tree(tree: object, chance: random.Random) -> None:
 
 
 def odd_value(chance: random.Random) -> object:
-    odd = (None, True, False, -1, 0, 1, 2, 3, 0.5, 1e308, float("nan"), 2**31, 2**63, 10**30, "", "\ud800", [], {})
+    odd: list[object] = [None, True, False, -1, 0, 1, 2, 3, 0.5, 1e308, math.nan, 2**31, 10**30, "", "\ud800", [], {}]
     match chance.randrange(4):
         case 0:
             return chance.choice(words())

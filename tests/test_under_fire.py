@@ -124,8 +124,9 @@ def test_cut_short_anywhere(reader: Reader) -> None:
 
 
 def test_changed_at_random(reader: Reader) -> None:
-    for content in itertools.islice(changed(reader.seed, random.Random(0)), 60):
-        put(reader, content)
+    chance = random.Random(0)
+    for _ in range(60):
+        put(reader, changed(reader.seed, chance))
         read(reader)
 
 
