@@ -21,18 +21,16 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from minisa.checkpoint.safetensors import read_weight_map
 from minisa.config import ModelConfig
 from minisa.errors import MinisaError, shown
 from minisa.sharing import SharingPlan
-from minisa.untrusted import open_plain, read_json
+from minisa.untrusted import is_plain_name, open_plain
 
 DEFAULT_MODEL = "smollm2-135m"
 WHEEL = "wheel:"  # how a source names a wheel; every other source is a URL
 
-MAX_SHARDS = 1024
-
 _MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # no folders, nothing hidden
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _WHEEL_SOURCE = re.compile(r"wheel:[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.]*")
 
@@ -135,8 +133,11 @@ def required_files(entry: ModelEntry, folder: Path) -> tuple[ModelFile, ...]:
     files = {file.name: file for file in entry.files}
     for index in [name for name in files if name.endswith(".index.json")]:
         if (folder / index).is_file():
-            for shard in shard_names(folder / index):
-                files.setdefault(shard, ModelFile(shard))
+            try:
+                shards = sorted(set(read_weight_map(folder / index).values()))
+            except OSError as error:
+                raise MinisaError(f"cannot read {folder / index}: {error.strerror}") from error
+            files |= {shard: ModelFile(shard) for shard in shards if shard not in files}
     return tuple(files.values())
 
 
@@ -217,27 +218,6 @@ def _plan_of(path: str | Path, config: ModelConfig) -> SharingPlan:
         raise MinisaError(f"{path}: {error}") from None
 
 
-def shard_names(index: Path) -> list[str]:
-    """The safetensors files that a model.safetensors.index.json names, in order.
-
-    Format: huggingface.co/docs/safetensors, "weight_map" from tensor name to file name. MinisaError if the file
-    is not of that form or names anything but a plain .safetensors file beside it.
-    """
-    try:
-        weight_map = read_json(index).get("weight_map")
-    except OSError as error:
-        raise MinisaError(f"cannot read {index}: {error.strerror}") from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise MinisaError(f"{index}: weight_map is missing; expected tensor names and their files")
-    shards = set(weight_map.values()) if all(isinstance(shard, str) for shard in weight_map.values()) else {""}
-    for shard in sorted(shards):
-        if not (_FILE_NAME.fullmatch(shard) and shard.endswith(".safetensors")):
-            raise MinisaError(f"{index}: weight_map names {shard!r}; expected plain .safetensors file names")
-    if len(shards) > MAX_SHARDS:
-        raise MinisaError(f"{index} names {len(shards)} files; expected at most {MAX_SHARDS}")
-    return sorted(shards)
-
-
 def _models_toml() -> Path:
     """Beside the package in a checkout, inside it in an installed wheel."""
     package = Path(__file__).resolve().parent
@@ -295,7 +275,7 @@ def _entry(name: str, table: object, where: str) -> ModelEntry:
 def _file(value: object, where: str) -> ModelFile:
     """A file is its name alone, or a table that adds sha256 and size."""
     values = _checked({"name": value} if isinstance(value, str) else value, _FILE_KEYS, {"name": str}, where)
-    if not _FILE_NAME.fullmatch(values["name"]):
+    if not is_plain_name(values["name"]):
         raise MinisaError(f"{where}: {values['name']!r} is not a plain file name")
     if "sha256" in values and not _SHA256.fullmatch(values["sha256"]):
         raise MinisaError(f"{where}: sha256 of {values['name']} is not 64 lower-case hexadecimal digits")

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
@@ -45,6 +46,11 @@ def read_plain(path: Path, limit: int, what: str) -> bytes:
         if os.fstat(file.fileno()).st_size > limit:
             raise MinisaError(f"{path}: longer than {limit} bytes: this is no {what}")
         return file.read(limit)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file of that name can only lie beside the one that names it: no folders, nothing hidden."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) is not None
 
 
 def sha256_of(path: Path) -> str:

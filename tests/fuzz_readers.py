@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta, write_delta
-from minisa.registry import choose_plan, read_registry, shard_names
+from minisa.registry import choose_plan, read_registry
 from minisa.sharing import Delta, SharingPlan
 from minisa.study.findings import Findings, read_findings, write_findings
 from minisa.study.training import Training, read_training, write_training
@@ -160,13 +160,6 @@ def models_toml(folder: Path) -> Reader:
     return Reader(file, lambda: read_registry(file), file)
 
 
-def pulled_index(folder: Path) -> Reader:
-    file = write_json(
-        folder / "model.safetensors.index.json", {"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}
-    )
-    return Reader(file, lambda: shard_names(file), file)
-
-
 READERS: dict[str, Callable[[Path], Reader]] = {
     "safetensors": lambda folder: hugging_face(folder, "model.safetensors"),
     "index": lambda folder: hugging_face(folder, "model.safetensors.index.json"),
@@ -189,5 +182,4 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "search state": search_state,
     "heal state": heal_state,
     "models.toml": models_toml,
-    "pulled index": pulled_index,
 }  # fmt: skip

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from minisa.checkpoint import open_checkpoint
+from minisa.checkpoint.safetensors import read_weight_map
 from minisa.errors import MinisaError
-from minisa.registry import shard_names
 from minisa.sharing import SharingPlan
 from minisa.spm import _varint as varint
 from minisa.tokenizer import load_tokenizer
@@ -205,7 +205,7 @@ def read(path: Path) -> object:
     if path.name == "p.json":
         return SharingPlan.load(path)
     if path.name.endswith("index.json"):
-        return shard_names(path)
+        return read_weight_map(path)
     if path.name.startswith(("tekken", "tokenizer")):
         return load_tokenizer(path).encode("a" * 60)
     return open_checkpoint(path)

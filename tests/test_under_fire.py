@@ -29,7 +29,6 @@ JSON = (
     "tokenizer.json",
     "tokenizer_config.json",
     "index",
-    "pulled index",
     "plan",
     "search state",
 )

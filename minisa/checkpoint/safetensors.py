@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from minisa.checkpoint.files import DataFile, FileTensor, is_size
-from minisa.errors import MinisaError
-from minisa.untrusted import MAX_JSON, parse_json, read_json, written_whole
+from minisa.errors import MinisaError, shown
+from minisa.untrusted import MAX_JSON, is_plain_name, parse_json, read_json, written_whole
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -25,6 +25,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+MAX_SHARDS = 1024
 
 
 def read_safetensors(path: Path) -> dict[str, FileTensor]:
@@ -98,18 +99,32 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(is_size(item) for item in value)
 
 
-def read_safetensors_index(path: Path) -> dict[str, FileTensor]:
-    """The tensors that an index lists (model.safetensors.index.json), shard by shard.
+def read_weight_map(path: Path) -> dict[str, str]:
+    """From each tensor's name to its file, as an index has them (model.safetensors.index.json).
 
-    Raises MinisaError for a shard that is missing, lies elsewhere or lacks what the index says it holds.
+    Format: huggingface.co/docs/safetensors. Raises MinisaError where it is not of that form, names anything but plain
+    .safetensors files beside it, or more than MAX_SHARDS of them; OSError where it cannot be read.
     """
-    shard_of = read_json(path).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+    weight_map = read_json(path).get("weight_map") or {}
+    if not isinstance(weight_map, dict) or {type(shard) for shard in weight_map.values()} != {str}:
         raise MinisaError(f"{path}: weight_map is missing or broken: expected tensor names with their files")
+    shards = sorted(set(weight_map.values()))
+    if len(shards) > MAX_SHARDS:
+        raise MinisaError(f"{path} names {len(shards)} files: expected at most {MAX_SHARDS}")
+    for shard in shards:
+        if not (is_plain_name(shard) and shard.endswith(".safetensors")):
+            raise MinisaError(f"{path}: weight_map names {shown(shard)}: expected plain .safetensors file names")
+    return weight_map
+
+
+def read_safetensors_index(path: Path) -> dict[str, FileTensor]:
+    """The tensors that an index lists, shard by shard.
+
+    Raises MinisaError for a shard that is missing or lacks what the index says it holds, and as read_weight_map does.
+    """
+    shard_of = read_weight_map(path)
     tensors: dict[str, FileTensor] = {}
     for shard in sorted(set(shard_of.values())):
-        if shard in ("", "..") or "\\" in shard or Path(shard).name != shard:
-            raise MinisaError(f"{path}: {shard!r} is not a plain file name: shards lie beside their index")
         if not path.with_name(shard).is_file():
             raise MinisaError(f"{path.with_name(shard)}: missing, and {path.name} lists it: fetch it as well")
         stored = read_safetensors(path.with_name(shard))
