@@ -357,3 +357,22 @@ def test_a_compiler_is_started_once(bf16_model: Transformer, tmp_path: Path, mon
     finally:
         build.library_path.cache_clear()
     assert log.read_text() == "started\n"
+
+
+def test_a_damaged_library_is_built_again(
+    library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler, built = tmp_path / "quick-compiler", build.library_path()
+    compiler.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; cp "{built}" "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(compiler))
+    build.library_path.cache_clear()
+    try:
+        damaged = build.library_path()
+        assert damaged is not None
+        damaged.parent.mkdir()
+        damaged.write_bytes(b"\x7fELF")
+        assert open_library(wait=True) is not None
+    finally:
+        build.library_path.cache_clear()

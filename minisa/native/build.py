@@ -26,14 +26,12 @@ def open_library(*, wait: bool) -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if target is None or compiler is None:
         return None
-    if not target.exists():
-        build = _start(compiler, target)
-        if build is None or (build.wait() if wait else build.poll()) != 0:
-            return None
-    try:
-        return _declare(ctypes.CDLL(str(target)))
-    except OSError:  # built for a machine that is not this one after all
+    if library := _load(target):
+        return library
+    build = _start(compiler, target)
+    if build is None or (build.wait() if wait else build.poll()) != 0:
         return None
+    return _load(target)
 
 
 def compiler_works() -> bool:
@@ -77,7 +75,12 @@ def _start(compiler: str, target: Path) -> subprocess.Popen[bytes] | None:
         return None
 
 
-def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+def _load(target: Path) -> ctypes.CDLL | None:
+    """None where it is not built yet, is damaged, or is for a machine that is not this one after all."""
+    try:
+        library = ctypes.CDLL(str(target))
+    except OSError:
+        return None
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.engine_open.argtypes, library.engine_open.restype = [pointer, integer, integer], pointer
     library.engine_step.argtypes = [*[pointer] * 6, integer, integer, pointer]
