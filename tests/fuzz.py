@@ -1,8 +1,8 @@
 """Fuzz a reader of files, by hand: `python -m tests.fuzz READER --seconds 200`.
 
 Each input is a sound file changed by atheris, which keeps what reaches code that no input has reached before
-(`pip install atheris`), and every other time by `changed` below, which knows JSON and the words that minisa looks for;
-without atheris, or with --blind, by that alone. Whatever is not read must end in a MinisaError of one line that names
+(`pip install atheris`), and by `changed` below, which knows JSON and the words that minisa looks for; without atheris,
+or with --blind, by that alone. Whatever is not read must end in a MinisaError of one line that names
 the file, within SLOW seconds and LARGE bytes of memory. What does not is written to --out, and the counts of outcomes
 are printed at the end.
 """
@@ -79,18 +79,24 @@ def _peak_memory() -> int:
 
 
 def changed(content: bytes, chance: random.Random) -> bytes:
-    """One to four changes of what is JSON, its syntax kept, every other time; of bytes, numbers and pieces else."""
+    """One to four changes: of what is JSON mostly by its values, its syntax kept; of bytes, numbers and pieces else."""
     times = chance.randint(1, 4)
-    if chance.random() < 0.5:
-        begin = 8 if content[8:9] == b"{" else 0  # safetensors: after the header's length
-        end = begin + int.from_bytes(content[:begin], "little") if begin else len(content)
-        with contextlib.suppress(ValueError, RecursionError):
-            tree = json.loads(content[begin:end])
-            for _ in range(times):
-                change_tree(tree, chance)
-            header = json.dumps(tree, ensure_ascii=chance.random() < 0.5).encode(errors="surrogatepass")
-            return (len(header).to_bytes(begin, "little") if begin else b"") + header + content[end:]
+    if chance.random() < 0.8 and (found := json_in(content)):
+        begin, end, tree = found
+        for _ in range(times):
+            change_tree(tree, chance)
+        text = json.dumps(tree, ensure_ascii=chance.random() < 0.5).encode(errors="surrogatepass")
+        return (len(text).to_bytes(begin, "little") if begin else b"") + text + content[end:]
     return changed_bytes(content, chance, times)
+
+
+def json_in(content: bytes) -> tuple[int, int, Any] | None:
+    """The JSON that a file is or, as safetensors, begins with after its length: begin, end and value."""
+    begin = 8 if content[8:9] == b"{" else 0
+    end = begin + int.from_bytes(content[:begin], "little") if begin else len(content)
+    with contextlib.suppress(ValueError, RecursionError):
+        return begin, end, json.loads(content[begin:end])
+    return None
 
 
 def change_tree(tree: Any, chance: random.Random) -> None:
@@ -194,9 +200,15 @@ def main() -> None:
             while True:
                 fuzz.run(changed(reader.seed, chance))
 
+        structured = json_in(reader.seed) is not None
+
         def mutated(content: bytes, longest: int, seed: int) -> bytes:
             chance = random.Random(seed)
-            return changed(content, chance)[:longest] if chance.random() < 0.5 else atheris.Mutate(content, longest)
+            if structured and json_in(content) is None and chance.random() < 0.5:
+                content = reader.seed  # what is no JSON any more teaches little
+            if chance.random() < (0.1 if structured else 0.5):
+                return atheris.Mutate(content, longest)
+            return changed(content, chance)[:longest]
 
         corpus = Path(folder) / "corpus"
         corpus.mkdir()
