@@ -15,8 +15,8 @@ from minisa.engine import LLM
 from minisa.native.build import open_library
 from minisa.native.runner import NativeRunner
 from minisa.sharing import SharingPlan
+from tests.models import SIX_LAYERS, build_model
 from tests.test_generate import ByteTokenizer, llm_of
-from tests.test_model import CONFIG, build
 from tests.tiny import tiny_config
 
 ROWS = 3
@@ -41,7 +41,7 @@ def queueing() -> LLM:
 
 def narrow(dtype: torch.dtype) -> LLM:
     llm = eager()
-    llm.cache = StaticCache.allocate(CONFIG, llm.plan, batch=ROWS, max_seq_len=64, dtype=dtype)
+    llm.cache = StaticCache.allocate(SIX_LAYERS, llm.plan, batch=ROWS, max_seq_len=64, dtype=dtype)
     return llm
 
 
@@ -59,7 +59,7 @@ def native() -> LLM:
     assert library is not None
     config = tiny_config(n_layers=6, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=64)
     plan = SharingPlan.following(6, {2: 1, 3: 1, 5: 4}, {2: [1, 0], 5: [0, 0]})
-    model = build(config, plan)
+    model = build_model(config, plan)
     cache = StaticCache.allocate(config, plan, batch=ROWS, max_seq_len=64)
     llm = LLM(model, ByteTokenizer(), lambda: DIALOGS["raw"], cache, compile=False)  # type: ignore[arg-type]
     llm.runner = NativeRunner(model, library, n_threads=1)

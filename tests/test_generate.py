@@ -21,8 +21,8 @@ from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.row import Chunk, StopStrings
 from minisa.sharing import SharingPlan
+from tests.models import PLANS, SIX_LAYERS, build_model
 from tests.soak import tiny_model
-from tests.test_model import CONFIG, PLANS, build
 
 
 class ByteStream:
@@ -61,8 +61,8 @@ def llm_of(
     model: Transformer | None = None,
     **options: Any,
 ) -> LLM:
-    cache = StaticCache.allocate(CONFIG, plan, batch=max_batch, max_seq_len=max_seq_len)
-    return LLM(model or build(CONFIG, plan), ByteTokenizer(), lambda: DIALOGS["raw"], cache, **options)  # type: ignore[arg-type]
+    cache = StaticCache.allocate(SIX_LAYERS, plan, batch=max_batch, max_seq_len=max_seq_len)
+    return LLM(model or build_model(SIX_LAYERS, plan), ByteTokenizer(), lambda: DIALOGS["raw"], cache, **options)  # type: ignore[arg-type]
 
 
 def tokens(chunks: Iterable[Chunk], row: int = 0) -> list[int]:
@@ -240,7 +240,7 @@ def test_closing_early_keeps_the_cache_usable(taken: int) -> None:
 def test_an_engine_in_each_thread() -> None:
     """Two of them share a model's weights; each has its cache."""
     expected = [tokens(llm_of().generate(prompt, max_new_tokens=20)) for prompt in PROMPTS]
-    model = build(CONFIG, PLANS["head maps"])
+    model = build_model(SIX_LAYERS, PLANS["head maps"])
 
     def answer(number: int) -> list[int]:
         llm = llm_of() if number % 2 else llm_of(model=model)
@@ -272,7 +272,7 @@ def test_logits_leave_the_cache_alone() -> None:
     list(llm.generate("hello", max_new_tokens=5))
     before = llm.cache.keys.clone(), llm.cache.values.clone()
     logits = llm.logits(list(range(200)))  # longer than the cache, which plays no part
-    assert logits.shape == (200, CONFIG.vocab_size)
+    assert logits.shape == (200, SIX_LAYERS.vocab_size)
     assert logits.dtype == torch.float32
     assert torch.equal(before[0], llm.cache.keys)
     assert torch.equal(before[1], llm.cache.values)

@@ -21,9 +21,9 @@ from minisa.engine import LLM
 from minisa.graphs import WARM_UP, Body, CudaGraphs, GraphRunner
 from minisa.quantize import Format, quantize, replace_matrix, use_kernels
 from minisa.sharing import SharingPlan
+from tests.models import PLANS, SIX_LAYERS, build_model
 from tests.test_generate import PROMPTS, ByteTokenizer, llm_of, text, tokens
 from tests.test_kernels import DEVICE
-from tests.test_model import CONFIG, PLANS, build
 from tests.test_ring import LENGTH as RING
 from tests.test_ring import PLANS as RING_PLANS
 from tests.test_ring import SLOTS, WINDOWED
@@ -58,11 +58,11 @@ def graph_llm(
     plan: SharingPlan = PLANS["head maps"],
     max_seq_len: int = 96,
     backend: str = "torch",
-    config: ModelConfig = CONFIG,
+    config: ModelConfig = SIX_LAYERS,
 ) -> LLM:
     """The torch backend is as right in a graph as the kernels, which Triton's interpreter takes a hundred times longer
     for."""
-    model = build(config, plan, backend).to(DEVICE)
+    model = build_model(config, plan, backend).to(DEVICE)
     cache = StaticCache.allocate(config, plan, batch=4, max_seq_len=max_seq_len, device=DEVICE)
     llm = LLM(model, ByteTokenizer(), lambda: DIALOGS["raw"], cache, compile=False)  # type: ignore[arg-type]
     llm.runner = GraphRunner(model, compile=False, record=recorder)
@@ -153,7 +153,7 @@ def test_an_answer_broken_off_and_another_begun(recorder: Recorder) -> None:
 def test_another_cache_gets_a_graph_of_its_own(recorder: Recorder) -> None:
     llm = graph_llm(recorder)
     first = text(llm.generate("one", max_new_tokens=6))
-    llm.cache = StaticCache.allocate(CONFIG, llm.plan, batch=2, max_seq_len=64, device=DEVICE)
+    llm.cache = StaticCache.allocate(SIX_LAYERS, llm.plan, batch=2, max_seq_len=64, device=DEVICE)
     llm._cached.clear()
     assert text(llm.generate("one", max_new_tokens=6)) == first
     assert recorder.recorded == 2

@@ -21,8 +21,8 @@ from minisa.errors import MinisaError
 from minisa.row import WRITTEN_AHEAD
 from minisa.sharing import SharingPlan
 from minisa.speculate import LONGEST
+from tests.models import build_model, random_tokens
 from tests.test_generate import ByteTokenizer, text, tokens
-from tests.test_model import build, tokens_of
 from tests.tiny import tiny_config
 
 WINDOW = 8
@@ -44,12 +44,12 @@ def masked(plan: SharingPlan, ids: Tensor) -> Tensor:
     batch, length = ids.shape
     cache = cache_of(plan, ring=False, batch=batch, max_seq_len=length)
     assert cache.slots == length
-    return build(WINDOWED, plan, "reference")(ids, torch.arange(length).expand(batch, -1), cache)
+    return build_model(WINDOWED, plan, "reference")(ids, torch.arange(length).expand(batch, -1), cache)
 
 
 def llm_of(*, ring: bool = True, plan: str = "head maps", max_seq_len: int = LENGTH, **options: Any) -> LLM:
     cache = cache_of(PLANS[plan], ring=ring, batch=4, max_seq_len=max_seq_len)
-    return LLM(build(WINDOWED, PLANS[plan]), ByteTokenizer(), lambda: DIALOGS["raw"], cache, compile=False)  # type: ignore[arg-type]
+    return LLM(build_model(WINDOWED, PLANS[plan]), ByteTokenizer(), lambda: DIALOGS["raw"], cache, compile=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
@@ -88,10 +88,10 @@ def test_a_prompt_s_operations_are_those_of_its_tokens_one_by_one(plan: str, tok
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_chunks_and_steps_across_the_wrap(plan: str, backend: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt in chunks, steps that go round once more, and a chunk after them."""
-    ids = tokens_of(WINDOWED, 1, LENGTH)
+    ids = random_tokens(WINDOWED, 1, LENGTH)
     expected = masked(PLANS[plan], ids)
     monkeypatch.setattr(decode, "PREFILL_CHUNK", chunk)
-    model, cache = build(WINDOWED, PLANS[plan], backend), cache_of(PLANS[plan])
+    model, cache = build_model(WINDOWED, PLANS[plan], backend), cache_of(PLANS[plan])
     fed = LENGTH - SLOTS - 7
     hidden = list(prefill_chunks(model, ids[:, :fed], 0, cache))
     found = [model.head(torch.cat(hidden, 1))]
@@ -104,12 +104,12 @@ def test_chunks_and_steps_across_the_wrap(plan: str, backend: str, chunk: int, m
 
 def test_the_bound_would_see_a_token_that_is_not_there() -> None:
     """A slot lost to the window, or one beyond it that is seen, changes the logits by more than any bound here."""
-    ids = tokens_of(WINDOWED, 1, LENGTH)
+    ids = random_tokens(WINDOWED, 1, LENGTH)
     expected = masked(PLANS["none"], ids)
     for window in (WINDOW - 1, WINDOW + 1):
         config = replace(WINDOWED, sliding_window=window)
         cache = StaticCache.allocate(config, PLANS["none"], max_seq_len=LENGTH)
-        other = torch.cat(list(TorchRunner(build(config, PLANS["none"])).all_logits(ids, 0, cache)))
+        other = torch.cat(list(TorchRunner(build_model(config, PLANS["none"])).all_logits(ids, 0, cache)))
         assert (other - expected[0])[SLOTS:].abs().amax(-1).min() > 1e-3
 
 
@@ -117,8 +117,8 @@ def test_the_bound_would_see_a_token_that_is_not_there() -> None:
 @pytest.mark.parametrize("plan", PLANS)
 def test_ragged_rows_and_narrow_dtypes(plan: str, dtype: torch.dtype) -> None:
     """Rows that have gone round, rows that do so now, and rows that have not, in one batch."""
-    ids, prompts = tokens_of(WINDOWED, 4, LENGTH), (1, SLOTS - 5, SLOTS + 3, 3 * SLOTS - 20)
-    model = build(WINDOWED, PLANS[plan])
+    ids, prompts = random_tokens(WINDOWED, 4, LENGTH), (1, SLOTS - 5, SLOTS + 3, 3 * SLOTS - 20)
+    model = build_model(WINDOWED, PLANS[plan])
     runner = TorchRunner(model)
     ring, whole = (cache_of(PLANS[plan], ring=ring, batch=4, dtype=dtype) for ring in (True, False))
     bits = torch.uint8 if dtype.itemsize == 1 else dtype

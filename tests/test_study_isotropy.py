@@ -21,7 +21,7 @@ from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from minisa.study import isotropy
 from minisa.study.isotropy import JS_POSITIONS, similarity
-from tests.test_model import build, in_one_go, tokens_of
+from tests.models import build_model, in_one_go, random_tokens
 from tests.tiny import random_weights, tiny_config, write_gguf
 from tests.vocabularies import byte_level_json, gguf_byte_level
 
@@ -63,9 +63,9 @@ def jensen_shannon(p: list[float], q: list[float]) -> float:
 @pytest.mark.parametrize("sink", [True, False])
 def test_every_entry_by_its_definition(config: ModelConfig, sink: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isotropy, "BLOCK", 5)  # several blocks, the last of them shorter
-    windows = tokens_of(config, 2, 12)
-    found = similarity(build(config, NONE), windows)[0 if sink else 1]
-    weights = [attention_weights(build(config, NONE, "reference"), window).tolist() for window in windows]
+    windows = random_tokens(config, 2, 12)
+    found = similarity(build_model(config, NONE), windows)[0 if sink else 1]
+    weights = [attention_weights(build_model(config, NONE, "reference"), window).tolist() for window in windows]
     first = 0 if sink else 1
     places = [(w, t, s) for w in range(2) for t in range(12) for s in range(first, t + 1)]
 
@@ -104,14 +104,14 @@ def test_every_entry_by_its_definition(config: ModelConfig, sink: bool, monkeypa
 
 
 def test_identical_layers_are_identical_and_nothing_of_the_model_stays_changed() -> None:
-    model = build(CONFIG, NONE)
+    model = build_model(CONFIG, NONE)
     for layer in model.layers[1:]:  # they do nothing to x, and then all see the same
         layer.load_state_dict(model.layers[0].state_dict())
     for layer in model.layers:
         layer.attention.wo.weight.zero_()
         layer.feed_forward.w2.weight.zero_()
     backends = [layer.backend for layer in model.layers]
-    for found in similarity(model, tokens_of(CONFIG, 1, 20)):
+    for found in similarity(model, random_tokens(CONFIG, 1, 20)):
         for matrix in (found.pooled, found.same_head, found.best_head):
             assert torch.allclose(matrix, torch.ones(3, 3, dtype=torch.float64), atol=1e-5)
         assert found.js.nan_to_num().abs().max() < 1e-5
@@ -126,7 +126,7 @@ def test_divergences_of_a_long_window_are_taken_at_spread_positions() -> None:
 
 
 def test_windows_are_taken_together_and_counted() -> None:
-    model, windows = build(CONFIG, NONE), tokens_of(CONFIG, 3, 16)
+    model, windows = build_model(CONFIG, NONE), random_tokens(CONFIG, 3, 16)
     calls: list[tuple[int, int]] = []
     together, _ = similarity(model, windows, lambda done, total: calls.append((done, total)))
     assert calls == [(1, 3), (2, 3), (3, 3)]
