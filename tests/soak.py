@@ -24,7 +24,7 @@ import chat
 from minisa import LLM, load
 from minisa.conversation import Conversation
 from minisa.errors import MinisaError
-from tests.test_checkpoint_memory import resident
+from tests.memory import resident
 from tests.tiny import random_weights, tiny_config, write_hf
 from tests.vocabularies import byte_level_json, write_json
 

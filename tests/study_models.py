@@ -8,15 +8,20 @@ from pathlib import Path
 import pytest
 
 from minisa import LLM, load
-from tests.test_study_tasks import CONFIG, VOCABULARY
-from tests.tiny import random_weights, write_gguf
+from tests.tiny import random_weights, tiny_config, write_gguf
+from tests.vocabularies import byte_level_json, gguf_byte_level
+
+VOCABULARY = gguf_byte_level(byte_level_json())
+STUDY_CONFIG = tiny_config(
+    vocab_size=len(VOCABULARY["tokenizer.ggml.tokens"]), max_seq_len=2048, tie_embeddings=True, n_layers=4
+)
 
 
 @pytest.fixture(scope="module")
 def study_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A loadable model of four layers whose tokens are bytes and a few merges."""
     path = tmp_path_factory.mktemp("eval") / "tiny.gguf"
-    return write_gguf(path, CONFIG, random_weights(CONFIG), metadata=VOCABULARY)
+    return write_gguf(path, STUDY_CONFIG, random_weights(STUDY_CONFIG), metadata=VOCABULARY)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from minisa.study import eval_command, evaluate
 from minisa.study.evaluation_report import plot
 from minisa.study.tasks import TASKS, read_questions, read_rows
 from minisa.study.variants import Models, parse_variants
-from tests.test_study_tasks import CONFIG, GSM8K, LAMBADA, PIQA, ROWS, VOCABULARY, some_text, write_rows
+from tests.study_models import STUDY_CONFIG, VOCABULARY
+from tests.study_rows import GSM8K, LAMBADA, PIQA, ROWS, some_text, write_rows
 from tests.tiny import random_weights, tiny_config, write_gguf, write_hf
 from tests.vocabularies import byte_level_json, write_json
 
@@ -161,7 +162,9 @@ class TestTheCommand:
         other = run_eval(*flags, "--shots", 1, "--shots-data", piqa)
         assert other.status == 2 and "made with shots 0, now it is 1" in other.err
         (tmp_path / "another").mkdir()
-        another = write_gguf(tmp_path / "another" / "tiny.gguf", CONFIG, random_weights(CONFIG, 1), metadata=VOCABULARY)
+        another = write_gguf(
+            tmp_path / "another" / "tiny.gguf", STUDY_CONFIG, random_weights(STUDY_CONFIG, 1), metadata=VOCABULARY
+        )
         other = run_eval(*flags, "--model", another)
         assert other.status == 2 and "made with checkpoint" in other.err
 
@@ -220,7 +223,7 @@ class TestTheCommand:
         assert questions[0].prompts[0].count("Question:") == 6
         models = Models(lambda plan: load(study_gguf, plan, "cpu", "fp32", max_seq_len=1, compile=False))
         plans, rivals = (sa[1::2] if sa[:1] == [flag] else [] for flag in ("--sa", "--rival"))
-        for variant in parse_variants(plans, rivals, CONFIG, None):
+        for variant in parse_variants(plans, rivals, STUDY_CONFIG, None):
             with models.opened(variant) as llm:
                 for item, question in enumerate(questions):
                     ids = llm.tokenizer.encode(question.prompts[0])
