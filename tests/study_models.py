@@ -8,20 +8,16 @@ from pathlib import Path
 import pytest
 
 from minisa import LLM, load
-from tests.tiny import random_weights, tiny_config, write_gguf
-from tests.vocabularies import byte_level_json, gguf_byte_level
+from tests.loadable import N_TOKENS, loadable_gguf
+from tests.tiny import tiny_config
 
-VOCABULARY = gguf_byte_level(byte_level_json())
-STUDY_CONFIG = tiny_config(
-    vocab_size=len(VOCABULARY["tokenizer.ggml.tokens"]), max_seq_len=2048, tie_embeddings=True, n_layers=4
-)
+STUDY_CONFIG = tiny_config(vocab_size=N_TOKENS, max_seq_len=2048, tie_embeddings=True, n_layers=4)
 
 
 @pytest.fixture(scope="module")
 def study_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A loadable model of four layers whose tokens are bytes and a few merges."""
-    path = tmp_path_factory.mktemp("eval") / "tiny.gguf"
-    return write_gguf(path, STUDY_CONFIG, random_weights(STUDY_CONFIG), metadata=VOCABULARY)
+    return loadable_gguf(tmp_path_factory.mktemp("eval") / "tiny.gguf", STUDY_CONFIG)
 
 
 @pytest.fixture(scope="module")

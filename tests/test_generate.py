@@ -17,8 +17,8 @@ from minisa.engine import load
 from minisa.errors import MinisaError
 from minisa.row import StopStrings
 from tests.engines import PROMPTS, llm_of, text_of, tokens_of
+from tests.loadable import chat_model
 from tests.models import PLANS, SIX_LAYERS, build_model
-from tests.soak import tiny_model
 
 
 def test_greedy_is_the_argmax_of_the_logits() -> None:
@@ -277,7 +277,7 @@ def test_bad_requests_are_refused_before_anything_runs(prompt: Any, options: dic
 
 def test_a_dialog_in_the_models_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its beginning fits the context, and it stops where the format says if it is not told."""
-    llm = load(tiny_model(tmp_path), device="cpu", dtype="fp32", max_seq_len=96)
+    llm = load(chat_model(tmp_path), device="cpu", dtype="fp32", max_seq_len=96)
     with pytest.raises(MinisaError, match="tokens long, the context 96"):
         llm.prefix([{"role": "system", "content": "x" * 101}])
     question: list[Message] = [{"role": "user", "content": "a"}]

@@ -27,10 +27,10 @@ from minisa.study.plans import read_plan
 from minisa.study.refit import refit
 from minisa.study.training import Training, read_training, write_training
 from minisa.study.walk import replace, share
+from tests.loadable import N_TOKENS, loadable_hf
 from tests.models import N_LAYERS, PLANS, SIX_LAYERS, build_model, in_one_go, random_tokens
 from tests.study_models import another_of_its_name
 from tests.tiny import random_weights, tiny_config, write_hf
-from tests.vocabularies import byte_level_json, write_json
 
 PLAN = SharingPlan.following(N_LAYERS, {3: 1, 5: 4}, {5: [1, 0, 3, 2]})
 TEXT, HELD_OUT = random_tokens(SIX_LAYERS, 24, 32), random_tokens(SIX_LAYERS, 6, 32).flip(0)
@@ -142,9 +142,8 @@ def test_nothing_better_is_found_nothing_is_kept() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint with a byte-level tokenizer, two texts, and a plan."""
-    config = tiny_config(n_layers=5, vocab_size=275, max_seq_len=64)
-    folder = write_hf(tmp_path_factory.mktemp("heal") / "tiny", config, random_weights(config))
-    write_json(folder / "tokenizer.json", byte_level_json())
+    config = tiny_config(n_layers=5, vocab_size=N_TOKENS, max_seq_len=64)
+    folder = loadable_hf(tmp_path_factory.mktemp("heal") / "tiny", config)
     generator = torch.Generator().manual_seed(0)
     for name in ("a.txt", "b.txt"):
         letters = torch.randint(97, 123, (3000,), generator=generator).tolist()
@@ -295,7 +294,7 @@ def test_what_cannot_be_done_is_said(
 
 def test_a_model_whose_numbers_overflow_has_no_plan(folder: Path, tmp_path: Path) -> None:
     """One that is made all the same would be the first of many that are all equally unknown."""
-    config = tiny_config(n_layers=5, vocab_size=275, max_seq_len=64)
+    config = tiny_config(n_layers=5, vocab_size=N_TOKENS, max_seq_len=64)
     weights = random_weights(config)
     weights["layers.1.feed_forward.w2.weight"].fill_(3e38)
     broken = shutil.copytree(folder, tmp_path / "tiny")

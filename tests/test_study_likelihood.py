@@ -13,9 +13,10 @@ from minisa.sharing import SharingPlan
 from minisa.study import evaluate
 from minisa.study.likelihood import Item, batches, encode, likelihoods
 from minisa.study.tasks import TASKS, read_questions
-from tests.study_models import STUDY_CONFIG, VOCABULARY
+from tests.loadable import N_TOKENS, loadable_gguf
+from tests.study_models import STUDY_CONFIG
 from tests.study_rows import ROWS, TEXTS, some_text, write_rows
-from tests.tiny import random_weights, tiny_config, write_gguf, write_hf
+from tests.tiny import random_weights, tiny_config, write_hf
 
 
 def items_of(llm: LLM) -> list[Item]:
@@ -54,8 +55,8 @@ class TestLikelihoods:
                 assert likelihood.greedy == greedy
 
     def test_a_window_is_minded(self, tmp_path: Path) -> None:
-        config = tiny_config(vocab_size=STUDY_CONFIG.vocab_size, tie_embeddings=True, max_seq_len=512, sliding_window=9)
-        path = write_gguf(tmp_path / "tiny.gguf", config, random_weights(config), metadata=VOCABULARY)
+        config = tiny_config(vocab_size=N_TOKENS, tie_embeddings=True, max_seq_len=512, sliding_window=9)
+        path = loadable_gguf(tmp_path / "tiny.gguf", config)
         study_llm = load(path, dtype="fp32", device="cpu", max_seq_len=1, compile=False)
         items = items_of(study_llm)
         for found, item in zip(likelihoods(study_llm.model, items), items, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisa import cli, console, load
+from minisa import cli, load
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
 from minisa.costs import kv_bytes
@@ -27,13 +27,13 @@ from minisa.study.cheapest import Step, cheapest, extensions
 from minisa.study.loss import token_losses
 from minisa.study.rivals import Rival, altered, round_to_int8, slot_bytes
 from minisa.study.variants import parse_variants
+from tests.commands import Ran
+from tests.loadable import N_TOKENS, loadable_gguf
 from tests.models import N_LAYERS, PLANS, SIX_LAYERS, build_model, in_one_go, random_tokens
-from tests.tiny import random_weights, tiny_config, write_gguf
-from tests.vocabularies import byte_level_json, gguf_byte_level
+from tests.tiny import tiny_config
 
 RIVALS = ["drop:2", "drop:0,5", "cla:1:2", "cla:0:3,4:5", "cla:1:2-4", "kv-int8", "drop:3+kv-int8", "cla:1:4+kv-int8"]
 WINDOWED = tiny_config(n_layers=N_LAYERS, sliding_window=7)
-VOCABULARY = gguf_byte_level(byte_level_json())
 
 
 def int8(x: Tensor) -> Tensor:
@@ -243,21 +243,14 @@ class TestCheapest:
 
 
 def test_the_command_prints_and_writes_what_is_chosen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run_main: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(vocab_size=len(VOCABULARY["tokenizer.ggml.tokens"]), tie_embeddings=True)
-    model = write_gguf(tmp_path / "tiny.gguf", config, random_weights(config), metadata=VOCABULARY)
+    model = loadable_gguf(tmp_path / "tiny.gguf", tiny_config(vocab_size=N_TOKENS, tie_embeddings=True))
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on a quiet red roof in town. " * 20)
 
-    def run(*flags: object) -> tuple[int, str, str]:
-        arguments = ["minisa", "rivals", "--model", model, "--device", "cpu", "--dtype", "fp32", *flags]
-        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            console.run(cli.main)
-        sys.stdout.flush()
-        return exit_.value.code, *capfd.readouterr()  # type: ignore[return-value]
+    def run(*flags: object) -> Ran:
+        return run_main(cli.main, "minisa", "rivals", "--model", model, "--device", "cpu", "--dtype", "fp32", *flags)
 
     llm = load(model, dtype="fp32", device="cpu", compile=False)
     ids = torch.tensor(llm.tokenizer.encode(text.read_text())[:120]).view(3, 40)

@@ -22,10 +22,10 @@ from minisa.study.findings import Findings, read_findings, write_findings
 from minisa.study.judge import Judge
 from minisa.study.search import Search
 from minisa.study.text import sha256_of
+from tests.loadable import N_TOKENS, loadable_hf
 from tests.models import N_LAYERS, PLANS, SIX_LAYERS, build_model, random_tokens
 from tests.study_models import another_of_its_name
-from tests.tiny import random_weights, tiny_config, write_hf
-from tests.vocabularies import byte_level_json, write_json
+from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,9 +103,8 @@ def test_so_many_cannot_follow() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint with a byte-level tokenizer, and two texts."""
-    config = tiny_config(n_layers=5, vocab_size=275, max_seq_len=64)
-    folder = write_hf(tmp_path_factory.mktemp("search") / "tiny", config, random_weights(config))
-    write_json(folder / "tokenizer.json", byte_level_json())
+    config = tiny_config(n_layers=5, vocab_size=N_TOKENS, max_seq_len=64)
+    folder = loadable_hf(tmp_path_factory.mktemp("search") / "tiny", config)
     generator = torch.Generator().manual_seed(0)
     for name in ("a.txt", "b.txt"):
         letters = torch.randint(97, 123, (800,), generator=generator).tolist()
