@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 import bench
-from minisa import console, measure
+from minisa import measure
 from minisa.benchmark import run as benchmark_run
 from minisa.config import RopeScaling
 from minisa.sharing import SharingPlan
-from tests.tiny import random_weights, tiny_config, write_gguf, write_hf
-from tests.vocabularies import byte_level_json, gguf_byte_level
+from tests import commands
+from tests.loadable import N_TOKENS, loadable_gguf
+from tests.tiny import random_weights, tiny_config, write_hf
 
 QUICK = ("--contexts", "0,20", "--prompt-lengths", "8,24", "--new-tokens", 3, "--repeats", 2, "--dtype", "fp32")
-VOCABULARY = gguf_byte_level(byte_level_json())
-CONFIG = tiny_config(vocab_size=len(VOCABULARY["tokenizer.ggml.tokens"]), tie_embeddings=True)
+CONFIG = tiny_config(vocab_size=N_TOKENS, tie_embeddings=True)
 PLAN = SharingPlan.parse("1:2-3", CONFIG.n_layers)
 
 
-class Ran(NamedTuple):
-    status: int
-    out: str
-    err: str
-
+class Ran(commands.Ran):
     @property
     def record(self) -> dict[str, Any]:
         return json.loads(self.out.splitlines()[-1])
@@ -42,23 +37,17 @@ Bench = Callable[..., Ran]
 
 
 @pytest.fixture
-def run_bench(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Bench:
+def run_bench(run_main: Callable[..., commands.Ran], monkeypatch: pytest.MonkeyPatch) -> Bench:
     """run_bench(*flags): bench.py's main in this process, as the command line runs it; its workers are processes."""
     monkeypatch.setattr(measure, "last_level_cache", lambda device: 1 << 20)
     monkeypatch.setattr(measure, "LARGEST_MATRIX", 256)
     threads = torch.get_num_threads()
 
     def run(*flags: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, flags)])
-        capfd.readouterr()
         try:
-            with pytest.raises(SystemExit) as exit_:
-                console.run(bench.main)
+            return Ran(*run_main(bench.main, "bench.py", *flags))
         finally:
             torch.set_num_threads(threads)
-        sys.stdout.flush()
-        out, err = capfd.readouterr()
-        return Ran(exit_.value.code, out, err)  # type: ignore[arg-type]
 
     return run
 
@@ -86,8 +75,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.fixture(scope="module")
 def bench_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A loadable model of four layers with a tokenizer."""
-    path = tmp_path_factory.mktemp("bench") / "tiny.gguf"
-    return write_gguf(path, CONFIG, random_weights(CONFIG), metadata=VOCABULARY)
+    return loadable_gguf(tmp_path_factory.mktemp("bench") / "tiny.gguf", CONFIG)
 
 
 @pytest.fixture(scope="module")

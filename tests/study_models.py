@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from minisa import LLM, load
-from tests.test_study_tasks import CONFIG, VOCABULARY
-from tests.tiny import random_weights, write_gguf
+from tests.loadable import N_TOKENS, loadable_gguf
+from tests.tiny import tiny_config
+
+STUDY_CONFIG = tiny_config(vocab_size=N_TOKENS, max_seq_len=2048, tie_embeddings=True, n_layers=4)
 
 
 @pytest.fixture(scope="module")
 def study_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A loadable model of four layers whose tokens are bytes and a few merges."""
-    path = tmp_path_factory.mktemp("eval") / "tiny.gguf"
-    return write_gguf(path, CONFIG, random_weights(CONFIG), metadata=VOCABULARY)
+    return loadable_gguf(tmp_path_factory.mktemp("eval") / "tiny.gguf", STUDY_CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from minisa.cache import StaticCache
 from minisa.decode import TorchRunner
 from minisa.engine import LLM
 from minisa.errors import MinisaError
-from tests.engines import ENGINES, WAYS, eager, graphs
-from tests.test_generate import PROMPTS, llm_of, text, tokens
+from tests.engines import ENGINES, PROMPTS, WAYS, eager, graphs, llm_of, text_of, tokens_of
 
 
 def test_rows_join_leave_and_are_taken_again() -> None:
@@ -35,7 +34,7 @@ def test_rows_join_leave_and_are_taken_again() -> None:
     batch.cancel(first)
     rest = list(batch)
     assert [chunk.row for chunk in rest] == [third, third]
-    assert tokens(rest, third) == tokens(llm_of().generate(PROMPTS[2], max_new_tokens=2))
+    assert tokens_of(rest, third) == tokens_of(llm_of().generate(PROMPTS[2], max_new_tokens=2))
     assert batch.free == 2
     with pytest.raises(MinisaError, match="cancel: no row 3 has been added"):
         batch.cancel(3)
@@ -51,7 +50,7 @@ def test_what_was_chosen_for_a_cancelled_row_is_not_given_out() -> None:
     third = batch.add(PROMPTS[2], max_new_tokens=4)
     found = list(itertools.islice(batch, 12))
     assert {chunk.row for chunk in found} == {0, third}
-    assert tokens(found, third) == tokens(llm_of().generate(PROMPTS[2], max_new_tokens=4))
+    assert tokens_of(found, third) == tokens_of(llm_of().generate(PROMPTS[2], max_new_tokens=4))
 
 
 def test_iteration_ends_and_is_taken_up_again() -> None:
@@ -64,14 +63,14 @@ def test_iteration_ends_and_is_taken_up_again() -> None:
         found = [next(iter(batch)), *batch]
         assert next(batch, None) is None
         for row, prompt in zip(rows, PROMPTS[:2], strict=True):
-            assert tokens(found, row) == tokens(llm_of().generate(prompt, **options))
+            assert tokens_of(found, row) == tokens_of(llm_of().generate(prompt, **options))
 
 
 def test_without_a_seed_no_two_rows_are_alike() -> None:
     batch = llm_of().batch(temperature=1.0)
     rows = [batch.add("the same", max_new_tokens=20) for _ in range(2)]
     chunks = list(batch)
-    assert tokens(chunks, rows[0]) != tokens(chunks, rows[1])
+    assert tokens_of(chunks, rows[0]) != tokens_of(chunks, rows[1])
 
 
 def test_steps_take_in_rows_up_to_the_highest_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +105,7 @@ def test_a_runner_that_prepares_for_a_number_of_rows_meets_no_other(monkeypatch:
     assert widths == [4, 4, 4, 4]
     for row, prompt in zip(rows, PROMPTS, strict=False):
         alone = llm_of().generate(prompt, max_new_tokens=3 + row, repetition_penalty=1.3)
-        assert tokens(chunks, row) == tokens(alone)
+        assert tokens_of(chunks, row) == tokens_of(alone)
 
 
 def test_a_prompt_that_fills_the_context_beside_one_that_goes_on() -> None:
@@ -115,7 +114,7 @@ def test_a_prompt_that_fills_the_context_beside_one_that_goes_on() -> None:
     for prompts in (["x" * 64, "y"], ["y", "x" * 64]):
         found = list(llm.generate(prompts, max_new_tokens=3))
         for row, prompt in enumerate(prompts):
-            assert tokens(found, row) == tokens(eager().generate(prompt, max_new_tokens=3))
+            assert tokens_of(found, row) == tokens_of(eager().generate(prompt, max_new_tokens=3))
 
 
 def test_times_of_a_row_begin_with_its_own_add(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +137,7 @@ def test_times_of_a_row_begin_with_its_own_add(monkeypatch: pytest.MonkeyPatch) 
 def test_a_row_whose_logits_are_no_numbers_ends_alone(engine: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the rows beside it nor the next one in its place meet its NaNs."""
     llm, options = ENGINES[engine](), {"max_new_tokens": 8, "seed": 3}
-    expected = {prompt: tokens(llm.generate(prompt, **WAYS[way], **options)) for prompt in ("good", "next")}
+    expected = {prompt: tokens_of(llm.generate(prompt, **WAYS[way], **options)) for prompt in ("good", "next")}
     prefill = llm.runner.prefill
 
     def overflowing(ids: torch.Tensor, start: int, cache: StaticCache) -> torch.Tensor:
@@ -157,8 +156,8 @@ def test_a_row_whose_logits_are_no_numbers_ends_alone(engine: str, way: str, mon
     chunks.append(next(batch))
     third = batch.add("next", **options)
     chunks += batch
-    assert len(tokens(chunks, 0)) == 1
-    assert (tokens(chunks, good), tokens(chunks, third)) == (expected["good"], expected["next"])
+    assert len(tokens_of(chunks, 0)) == 1
+    assert (tokens_of(chunks, good), tokens_of(chunks, third)) == (expected["good"], expected["next"])
 
 
 def test_a_batch_and_a_generation_take_the_cache_from_each_other() -> None:
@@ -223,10 +222,10 @@ def test_dialogs_are_answered_as_by_chat(smollm2: LLM) -> None:
         [{"role": "user", "content": "What is the capital of France?"}],
         [{"role": "system", "content": "Answer with one word."}, {"role": "user", "content": "Say yes."}],
     ]
-    expected = [text(smollm2.chat(messages, max_new_tokens=30)) for messages in dialogs]
+    expected = [text_of(smollm2.chat(messages, max_new_tokens=30)) for messages in dialogs]
     batch = smollm2.batch()
     for messages in dialogs:
         batch.add(messages, max_new_tokens=30)
     chunks = list(batch)
-    assert [text(chunks, row) for row in range(2)] == expected
+    assert [text_of(chunks, row) for row in range(2)] == expected
     assert next(chunk.finish_reason for chunk in chunks if chunk.row == 0 and chunk.stats) == "stop"

@@ -16,7 +16,7 @@ import weakref
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import pytest
@@ -25,31 +25,18 @@ import chat
 from minisa import LLM, MinisaError, console, load
 from minisa.conversation import Conversation
 from minisa.speculate import PromptLookup
+from tests.commands import FRANCE, Ran
+from tests.loadable import loadable_hf
 from tests.tiny import random_weights, tiny_config, write_hf
-from tests.vocabularies import byte_level_json, write_json
-
-FRANCE = "What is the capital of France?"
-
-
-class Ran(NamedTuple):
-    status: int
-    out: str
-    err: str
 
 
 @pytest.fixture
-def run_chat(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+def run_chat(run_main: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
     """run_chat(*flags, stdin=...): chat.py's main in this process, as the command line runs it."""
 
     def run(*flags: object, stdin: bytes = b"") -> Ran:
-        monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, flags)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            console.run(chat.main)
-        sys.stdout.flush()
-        out, err = capfd.readouterr()
-        return Ran(exit_.value.code, out, err)  # type: ignore[arg-type]
+        return run_main(chat.main, "chat.py", *flags)
 
     return run
 
@@ -322,10 +309,7 @@ class TestAnotherPlan:
 
     @pytest.fixture
     def conversation(self, tmp_path: Path) -> Conversation:
-        config = tiny_config(vocab_size=512)
-        write_hf(tmp_path, config, random_weights(config, 0))
-        write_json(tmp_path / "tokenizer.json", byte_level_json())
-        self.model = str(tmp_path)
+        self.model = str(loadable_hf(tmp_path, tiny_config(vocab_size=512)))
         return Conversation(chat.open_model(self.model, device="cpu"), raw=True, max_new_tokens=2)
 
     def test_one_model_at_a_time(self, conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:

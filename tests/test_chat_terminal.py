@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_chat import FRANCE
+from tests.commands import FRANCE
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,8 +15,8 @@ from minisa.checkpoint import ggml, load_weights, open_checkpoint, read_gguf
 from minisa.errors import MinisaError
 from minisa.tokenizer import load_tokenizer
 from tests.encode import GGML_CODES, encode_gguf, gguf_string
+from tests.loadable import loadable_gguf
 from tests.tiny import empty_model, random_weights, split_gguf, tiny_config, write_gguf
-from tests.vocabularies import byte_level_json, gguf_byte_level
 
 
 def random_blocks(type: ggml.GGMLType, count: int, seed: int = 0) -> np.ndarray:
@@ -214,9 +214,7 @@ def test_a_file_by_the_gguf_packages_writer(tmp_path: Path) -> None:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> list[Path]:
-    config = tiny_config(n_layers=2)
-    vocabulary = gguf_byte_level(byte_level_json())
-    return split_gguf(write_gguf(tmp_path / "m.gguf", config, random_weights(config), metadata=vocabulary), 3)
+    return split_gguf(loadable_gguf(tmp_path / "m.gguf", tiny_config(n_layers=2)), 3)
 
 
 @pytest.mark.parametrize("named", [0, 2, None], ids=["by the first", "by the last", "by the folder"])

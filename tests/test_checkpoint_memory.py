@@ -12,6 +12,7 @@ import torch
 
 from minisa.checkpoint import load_weights, open_checkpoint
 from minisa.config import ModelConfig
+from tests.memory import resident
 from tests.tiny import empty_model, random_weights, tiny_config, write_gguf, write_hf, write_meta
 
 LARGER = tiny_config(dim=1024, n_layers=2, n_heads=16, n_kv_heads=4, head_dim=64, hidden_dim=4096, vocab_size=4096)
@@ -21,12 +22,6 @@ FORMATS: dict[str, Callable[[Path, ModelConfig], Path]] = {
     "pth": lambda path, config: write_meta(path, config, random_weights(config), shards=2, dtype=torch.bfloat16),
     "gguf": lambda path, config: write_gguf(path / "m.gguf", config, random_weights(config), type="Q4_1"),
 }
-
-
-def resident(field: str) -> int:
-    """Bytes of memory this process has now (VmRSS), or had at most (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def report_peak(warm_up: Path, path: Path, dtype: torch.dtype) -> None:

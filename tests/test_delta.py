@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from minisa.cache import StaticCache
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta, write_delta
 from minisa.checkpoint.safetensors import read_safetensors, write_safetensors
 from minisa.errors import MinisaError
@@ -18,8 +19,7 @@ from minisa.native.build import open_library
 from minisa.native.runner import NativeRunner
 from minisa.registry import choose_plan
 from minisa.sharing import Delta, SharingPlan
-from tests.test_model import in_one_go, tokens_of
-from tests.test_native import caches
+from tests.models import in_one_go, random_tokens
 from tests.tiny import random_weights, tiny_config, write_gguf, write_hf
 
 CONFIG = tiny_config(n_layers=4, head_dim=32, hidden_dim=96, tie_embeddings=True)
@@ -84,8 +84,8 @@ def test_it_is_quantized_like_the_rest_and_the_native_step_takes_it(
         assert error < step * other[name].abs().max()
     library = open_library(wait=True)
     if library is not None:
-        tokens = tokens_of(CONFIG, 1, 12)
-        cache, _ = caches(model, 1, 12)
+        tokens = random_tokens(CONFIG, 1, 12)
+        cache = StaticCache.allocate(CONFIG, PLAN, max_seq_len=12)
         found = NativeRunner(model, library).prefill(tokens, 0, cache)
         with_it, without = (in_one_go(read(path, chosen, format), tokens)[:, -1] for chosen in (delta, None))
         assert (found - with_it).norm() < 0.2 * (found - without).norm()

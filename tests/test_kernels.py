@@ -11,8 +11,8 @@ pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux
 from minisa.attention import HeadMap
 from minisa.kernels.decode_attention import BLOCK, KERNELS
 from minisa.selfcheck import BOUNDS, attention_errors, attention_tensors
+from tests.engines import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 7)
 
 

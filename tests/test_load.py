@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from minisa import MinisaError, load
-from tests.soak import tiny_model
+from tests.loadable import chat_model
 
 
 @pytest.mark.parametrize(
@@ -25,4 +25,4 @@ from tests.soak import tiny_model
 )
 def test_arguments_of_the_wrong_kind(options: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(MinisaError, match=says):
-        load(tiny_model(tmp_path), **{"device": "cpu", **options})
+        load(chat_model(tmp_path), **{"device": "cpu", **options})

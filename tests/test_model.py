@@ -10,81 +10,52 @@ from torch import Tensor
 
 from minisa import decode
 from minisa.cache import StaticCache
-from minisa.config import ModelConfig, RopeScaling
+from minisa.config import RopeScaling
 from minisa.costs import parameter_count
 from minisa.decode import TorchRunner, prefill_chunks
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.rope import rope_frequencies
 from minisa.sharing import SharingPlan
+from tests.models import N_LAYERS, PLANS, SIX_LAYERS, build_model, in_one_go, random_tokens
 from tests.tiny import random_weights, tiny_config
-
-N_LAYERS = 6
-CONFIG = tiny_config(n_layers=N_LAYERS, n_heads=4, n_kv_heads=2, max_seq_len=128)
-PLANS = {
-    "none": SharingPlan.none(N_LAYERS),
-    "last": SharingPlan.parse("5", N_LAYERS),
-    "span": SharingPlan.parse("2-4", N_LAYERS),
-    "all": SharingPlan.parse("1-5", N_LAYERS),
-    "interleaved": SharingPlan.parse("1:3,2:4", N_LAYERS),
-    "head maps": SharingPlan.following(N_LAYERS, {2: 1, 3: 1, 5: 4}, {2: [3, 0, 0, 1], 5: [1, 0, 3, 2]}),
-}
-
-
-def build(config: ModelConfig, plan: SharingPlan, backend: str = "torch", seed: int = 0) -> Transformer:
-    with torch.device("meta"):
-        model = Transformer(config, plan, backend)
-    weights = random_weights(config, seed)
-    model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
-    return model.requires_grad_(False)
-
-
-def tokens_of(config: ModelConfig, batch: int, length: int) -> Tensor:
-    return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(length))
-
-
-def in_one_go(model: Transformer, tokens: Tensor) -> Tensor:
-    """Logits [B, T, vocab_size] of one forward pass."""
-    batch, length = tokens.shape
-    cache = StaticCache.allocate(model.config, model.plan, batch=batch, max_seq_len=length)
-    return model(tokens, torch.arange(length).expand(batch, -1), cache)
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("batch", [1, 4])
 def test_torch_backend_equals_reference(plan: SharingPlan, batch: int) -> None:
-    tokens = tokens_of(CONFIG, batch, 40)
-    expected = in_one_go(build(CONFIG, plan, "reference"), tokens)
-    assert (in_one_go(build(CONFIG, plan), tokens) - expected).abs().max() < 1e-4
+    tokens = random_tokens(SIX_LAYERS, batch, 40)
+    expected = in_one_go(build_model(SIX_LAYERS, plan, "reference"), tokens)
+    assert (in_one_go(build_model(SIX_LAYERS, plan), tokens) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_identity_plans_equal_no_plan_to_the_bit(backend: str) -> None:
-    tokens = tokens_of(CONFIG, 2, 30)
-    plain = in_one_go(build(CONFIG, SharingPlan.none(N_LAYERS), backend), tokens)
-    assert torch.equal(plain, in_one_go(build(CONFIG, SharingPlan.following(N_LAYERS, {}), backend), tokens))
-    shared = in_one_go(build(CONFIG, PLANS["span"], backend), tokens)
+    tokens = random_tokens(SIX_LAYERS, 2, 30)
+    plain = in_one_go(build_model(SIX_LAYERS, SharingPlan.none(N_LAYERS), backend), tokens)
+    assert torch.equal(plain, in_one_go(build_model(SIX_LAYERS, SharingPlan.following(N_LAYERS, {}), backend), tokens))
+    shared = in_one_go(build_model(SIX_LAYERS, PLANS["span"], backend), tokens)
     assert not torch.equal(plain, shared)
     identity = SharingPlan.following(N_LAYERS, {2: 1, 3: 1, 4: 1}, {layer: range(4) for layer in (2, 3, 4)})
-    assert torch.equal(shared, in_one_go(build(CONFIG, identity, backend), tokens))
+    assert torch.equal(shared, in_one_go(build_model(SIX_LAYERS, identity, backend), tokens))
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_steps_equal_chunks_equal_one_go(plan: SharingPlan, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(CONFIG, plan, backend)
-    tokens = tokens_of(CONFIG, 1, 50)
+    model = build_model(SIX_LAYERS, plan, backend)
+    tokens = random_tokens(SIX_LAYERS, 1, 50)
     expected = in_one_go(model, tokens)
 
     monkeypatch.setattr(decode, "PREFILL_CHUNK", 16)
-    cache = StaticCache.allocate(CONFIG, plan, max_seq_len=128)
+    cache = StaticCache.allocate(SIX_LAYERS, plan, max_seq_len=128)
     chunks = list(prefill_chunks(model, tokens[:, :33], 0, cache)) + list(
         prefill_chunks(model, tokens[:, 33:], 33, cache)
     )
     assert [chunk.shape[1] for chunk in chunks] == [16, 16, 1, 16, 1]
     assert (model.head(torch.cat(chunks, 1)) - expected).abs().max() < 1e-4
 
-    runner, cache = TorchRunner(model), StaticCache.allocate(CONFIG, plan, max_seq_len=50)
+    runner, cache = TorchRunner(model), StaticCache.allocate(SIX_LAYERS, plan, max_seq_len=50)
     steps = [runner.decode(tokens[:, i], torch.tensor([i]), cache, i + 1) for i in range(50)]
     assert (torch.stack(steps, 1) - expected).abs().max() < 1e-4
 
@@ -92,9 +63,9 @@ def test_steps_equal_chunks_equal_one_go(plan: SharingPlan, backend: str, monkey
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_ragged_rows_decode_as_if_alone(plan: SharingPlan) -> None:
     """Four rows of different lengths, prefilled one by one and decoded together, against each row in one go."""
-    model = build(CONFIG, plan)
-    tokens, prompts, steps = tokens_of(CONFIG, 4, 50), (1, 7, 20, 33), 12
-    cache = StaticCache.allocate(CONFIG, plan, batch=4, max_seq_len=64)
+    model = build_model(SIX_LAYERS, plan)
+    tokens, prompts, steps = random_tokens(SIX_LAYERS, 4, 50), (1, 7, 20, 33), 12
+    cache = StaticCache.allocate(SIX_LAYERS, plan, batch=4, max_seq_len=64)
     cache.values.fill_(9.0)  # what an earlier text may have left must not be seen
     cache.keys.fill_(9.0)
     for row, length in enumerate(prompts):
@@ -110,7 +81,7 @@ def test_ragged_rows_decode_as_if_alone(plan: SharingPlan) -> None:
 
 def test_right_padded_batch_is_masked_by_positions() -> None:
     """Padding after a row's end is never seen by the row, and decoding overwrites it."""
-    model, tokens = build(CONFIG, PLANS["span"]), tokens_of(CONFIG, 2, 12)
+    model, tokens = build_model(SIX_LAYERS, PLANS["span"]), random_tokens(SIX_LAYERS, 2, 12)
     padded = in_one_go(model, tokens)
     assert torch.allclose(padded[0, :5], in_one_go(model, tokens[:1, :5])[0], atol=1e-5)
 
@@ -119,11 +90,11 @@ def test_right_padded_batch_is_masked_by_positions() -> None:
 @pytest.mark.parametrize("plan", ["none", "head maps"])
 def test_sliding_window_in_chunks_and_steps(window: int, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(n_layers=N_LAYERS, n_heads=4, n_kv_heads=2, max_seq_len=128, sliding_window=window)
-    tokens = tokens_of(config, 1, 40)
-    expected = in_one_go(build(config, PLANS[plan], "reference"), tokens)
-    assert not torch.allclose(expected, in_one_go(build(CONFIG, PLANS[plan], "reference"), tokens), atol=1e-3)
+    tokens = random_tokens(config, 1, 40)
+    expected = in_one_go(build_model(config, PLANS[plan], "reference"), tokens)
+    assert not torch.allclose(expected, in_one_go(build_model(SIX_LAYERS, PLANS[plan], "reference"), tokens), atol=1e-3)
     monkeypatch.setattr(decode, "PREFILL_CHUNK", 7)
-    model, cache = build(config, PLANS[plan]), StaticCache.allocate(config, PLANS[plan], max_seq_len=40)
+    model, cache = build_model(config, PLANS[plan]), StaticCache.allocate(config, PLANS[plan], max_seq_len=40)
     chunked = torch.cat(list(prefill_chunks(model, tokens[:, :30], 0, cache)), 1)
     assert (model.head(chunked) - expected[:, :30]).abs().max() < 1e-4
     for i in range(30, 40):
@@ -135,7 +106,7 @@ def test_against_a_model_written_out_in_loops() -> None:
     """Every tensor by name, one position and one head at a time, in float64: nothing shared with minisa's code."""
     config, plan = tiny_config(n_layers=3, n_heads=4, n_kv_heads=2), SharingPlan.following(3, {2: 1}, {2: [2, 2, 0, 1]})
     w = {name: tensor.double() for name, tensor in random_weights(config, 0).items()}
-    tokens = tokens_of(config, 1, 9)[0]
+    tokens = random_tokens(config, 1, 9)[0]
     half, group = config.head_dim // 2, config.n_heads // config.n_kv_heads
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -175,13 +146,13 @@ def test_against_a_model_written_out_in_loops() -> None:
     output = w["tok_embeddings.weight"] if config.tie_embeddings else w["output.weight"]
     expected = torch.stack([output @ norm(x, w["norm.weight"]) for x in xs])
     for backend in ("reference", "torch"):
-        assert (in_one_go(build(config, plan, backend), tokens[None])[0] - expected).abs().max() < 1e-4
+        assert (in_one_go(build_model(config, plan, backend), tokens[None])[0] - expected).abs().max() < 1e-4
 
 
 def test_followers_have_no_queries_or_keys_and_the_count_says_so() -> None:
     for plan, tied in itertools.product(PLANS.values(), (False, True)):
         config = tiny_config(n_layers=N_LAYERS, n_heads=4, n_kv_heads=2, tie_embeddings=tied)
-        model = build(config, plan)
+        model = build_model(config, plan)
         assert sum(p.numel() for p in model.parameters()) == parameter_count(config, plan)
         for layer in range(N_LAYERS):
             has = {f"layers.{layer}.attention.{name}.weight" in model.state_dict() for name in ("wq", "wk")}
@@ -191,7 +162,7 @@ def test_followers_have_no_queries_or_keys_and_the_count_says_so() -> None:
 def test_prefill_of_a_follower_never_holds_a_square_matrix() -> None:
     """The fused path: no tensor as large as T×T appears for any layer, follower with a head map included."""
     model, length = (
-        build(tiny_config(n_layers=N_LAYERS, n_heads=4, n_kv_heads=2, max_seq_len=4096), PLANS["head maps"]),
+        build_model(tiny_config(n_layers=N_LAYERS, n_heads=4, n_kv_heads=2, max_seq_len=4096), PLANS["head maps"]),
         2048,
     )
     largest = 0
@@ -207,25 +178,25 @@ def test_prefill_of_a_follower_never_holds_a_square_matrix() -> None:
 
     cache = StaticCache.allocate(model.config, model.plan, max_seq_len=length)
     with Watch():
-        for _ in prefill_chunks(model, tokens_of(model.config, 1, length), 0, cache):
+        for _ in prefill_chunks(model, random_tokens(model.config, 1, length), 0, cache):
             pass
     assert largest <= decode.PREFILL_CHUNK * length  # a chunk's mask, once and not a head
 
 
 @pytest.mark.parametrize("plan", ["none", "head maps"])
 def test_masks_are_floats_a_few_rows_at_a_time(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = tokens_of(CONFIG, 1, 40)
-    expected = in_one_go(build(CONFIG, PLANS[plan], "reference"), tokens)
-    cache, model = StaticCache.allocate(CONFIG, PLANS[plan], max_seq_len=40), build(CONFIG, PLANS[plan])
+    tokens = random_tokens(SIX_LAYERS, 1, 40)
+    expected = in_one_go(build_model(SIX_LAYERS, PLANS[plan], "reference"), tokens)
+    cache, model = StaticCache.allocate(SIX_LAYERS, PLANS[plan], max_seq_len=40), build_model(SIX_LAYERS, PLANS[plan])
     monkeypatch.setattr("minisa.attention.MAX_MASK_ELEMENTS", 100)
     hidden = [next(prefill_chunks(model, tokens[:, part], part.start, cache)) for part in (slice(0, 9), slice(9, 40))]
     assert (model.head(torch.cat(hidden, 1)) - expected).abs().max() < 1e-4
 
 
 def test_half_precision_cast_of_the_rotary_table_is_refused() -> None:
-    model = build(CONFIG, PLANS["none"]).bfloat16()
+    model = build_model(SIX_LAYERS, PLANS["none"]).bfloat16()
     with pytest.raises(TypeError, match="rope_frequencies must stay fp32"):
-        in_one_go(model, tokens_of(CONFIG, 1, 3))
+        in_one_go(model, random_tokens(SIX_LAYERS, 1, 3))
 
 
 def test_rope_scalings_against_hand_computed_values() -> None:

@@ -26,8 +26,7 @@ from minisa.runners import choose_runner, may_become_native, native_step
 from minisa.sharing import SharingPlan
 from minisa.speculate import LONGEST
 from tests.families import FAMILIES
-from tests.test_model import build as build_model
-from tests.test_model import tokens_of
+from tests.models import build_model, random_tokens
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -84,7 +83,7 @@ def test_prefill_decode_and_ragged_batches(shape: str, plan: str, mapped: bool, 
     """Prompts longer than a chunk, in rows of a batch; then steps in which every row has a position of its own."""
     config = SHAPES[shape]
     reference, native = pair(config, plan_of(config, plan, mapped), library)
-    tokens, lengths = tokens_of(config, 3, 100), (70, 1, 17)
+    tokens, lengths = random_tokens(config, 3, 100), (70, 1, 17)
     expected_cache, cache = caches(reference.model, 3, 110)
     for row, length in enumerate(lengths):
         rows, prompt = slice(row, row + 1), tokens[row : row + 1, :length]
@@ -107,7 +106,7 @@ def test_prefill_decode_and_ragged_batches(shape: str, plan: str, mapped: bool, 
 def test_every_familys_heads_and_window(family: str, library: ctypes.CDLL) -> None:
     config = FAMILIES[family].in_miniature()
     reference, native = pair(config, SharingPlan.parse("1", config.n_layers), library)
-    tokens = tokens_of(config, 1, 60)
+    tokens = random_tokens(config, 1, 60)
     expected_cache, cache = caches(reference.model, 1, 60)
     assert_near(native.prefill(tokens[:, :50], 0, cache), reference.prefill(tokens[:, :50], 0, expected_cache))
     for position in range(50, 60):
@@ -123,7 +122,7 @@ def test_any_number_of_threads_and_every_logit(n_threads: int, library: ctypes.C
     config, plan = SHAPES["gqa"], plan_of(SHAPES["gqa"], "span", True)
     reference, native = pair(config, plan, library)
     native.n_threads = n_threads
-    tokens = tokens_of(config, 1, 90)
+    tokens = random_tokens(config, 1, 90)
     expected_cache, cache = caches(reference.model, 1, 90)
     found = torch.cat(list(native.all_logits(tokens, 0, cache)))
     assert found.shape == (90, config.vocab_size)
@@ -132,7 +131,7 @@ def test_any_number_of_threads_and_every_logit(n_threads: int, library: ctypes.C
 
 def test_the_bound_would_see_one_token_too_few(library: ctypes.CDLL) -> None:
     reference, native = pair(SHAPES["gqa"], SharingPlan.none(6), library)
-    tokens = tokens_of(native.model.config, 1, 20)
+    tokens = random_tokens(native.model.config, 1, 20)
     expected_cache, cache = caches(reference.model, 1, 20)
     expected = reference.prefill(tokens, 0, expected_cache)
     shorter = native.prefill(tokens[:, 1:], 0, cache)
@@ -143,7 +142,7 @@ def test_guesses_are_checked_to_the_last_bit(library: ctypes.CDLL) -> None:
     """Or a near tie would go another way with them than without."""
     config = SHAPES["gqa"]
     model = build_model(config, plan_of(config, "interleaved", True))
-    native, ids = NativeRunner(model, library, n_threads=2), tokens_of(config, 1, 128)
+    native, ids = NativeRunner(model, library, n_threads=2), random_tokens(config, 1, 128)
     cache, _ = caches(model, 1, 128)
     native.prefill(ids[:, :120], 0, cache)
     together = torch.cat(list(native.all_logits(ids[:, 120 : 121 + LONGEST], 120, cache)))
@@ -155,7 +154,7 @@ def test_guesses_are_checked_to_the_last_bit(library: ctypes.CDLL) -> None:
 def test_sliding_window(window: int, library: ctypes.CDLL) -> None:
     config = replace(SHAPES["gqa"], sliding_window=window)
     reference, native = pair(config, plan_of(config, "span", False), library)
-    tokens = tokens_of(config, 1, 80)
+    tokens = random_tokens(config, 1, 80)
     expected_cache, cache = caches(reference.model, 1, 80)
     expected = torch.cat(list(reference.all_logits(tokens, 0, expected_cache)))
     assert_near(torch.cat(list(native.all_logits(tokens, 0, cache))), expected)
@@ -169,7 +168,7 @@ def test_a_ring_gives_the_logits_of_a_full_cache(window: int, dtype: torch.dtype
     """Chunks that cross the ring's end, then ragged steps: the same as from a cache that keeps every token."""
     config, plan = replace(SHAPES["gqa"], sliding_window=window), plan_of(SHAPES["gqa"], "interleaved", True)
     model = build_model(config, plan)
-    native, ids, slots = NativeRunner(model, library, n_threads=2), tokens_of(config, 2, 300), window + SLACK
+    native, ids, slots = NativeRunner(model, library, n_threads=2), random_tokens(config, 2, 300), window + SLACK
     ring, whole = (
         StaticCache.allocate(config, plan, batch=2, max_seq_len=300, dtype=dtype, ring=ring) for ring in (True, False)
     )
@@ -194,7 +193,7 @@ def test_chunks_no_longer_than_their_weights_have_room(
     reference, native = pair(config, plan_of(config, plan, True), library)
     n_spans = {"none": 0, "interleaved": 2}[plan]
     monkeypatch.setattr("minisa.native.runner.SCRATCH", 100 * 4 * config.n_heads * n_spans * 20)
-    ids = tokens_of(config, 1, 150)
+    ids = random_tokens(config, 1, 150)
     expected_cache, cache = caches(reference.model, 1, 150)
     chunks = list(native.all_logits(ids, 0, cache))
     sizes = [64, 64, 22] if plan == "none" else [31, 21, 17, 15, 13, 12, 11, 10, 10, 9, 1]
@@ -206,7 +205,7 @@ def test_bf16_cache_and_another_cache_after_it(library: ctypes.CDLL) -> None:
     """The tables follow the cache they are given: a second one, then the first again, each with its own text."""
     config, plan = SHAPES["tied"], plan_of(SHAPES["tied"], "span", True)
     reference, native = pair(config, plan, library)
-    tokens = tokens_of(config, 2, 40)
+    tokens = random_tokens(config, 2, 40)
     half = [StaticCache.allocate(config, plan, max_seq_len=size, dtype=torch.bfloat16) for size in (41, 64)]
     for row, cache in enumerate(half):
         native.prefill(tokens[row : row + 1], 0, cache)
@@ -224,7 +223,7 @@ def test_an_fp8_cache_rounds_as_torch_does(scale: float, library: ctypes.CDLL) -
     config, plan = SHAPES["gqa"], plan_of(SHAPES["gqa"], "span", True)
     model = build_model(config, plan)
     model.layers[0].attention.wv.weight *= scale  # type: ignore[operator, union-attr]
-    native, tokens = NativeRunner(model, library, n_threads=2), tokens_of(config, 1, 90)
+    native, tokens = NativeRunner(model, library, n_threads=2), random_tokens(config, 1, 90)
     wide, narrow = (
         StaticCache.allocate(config, plan, max_seq_len=90, dtype=dtype)
         for dtype in (torch.float32, torch.float8_e4m3fn)
@@ -238,7 +237,7 @@ def test_an_fp8_cache_rounds_as_torch_does(scale: float, library: ctypes.CDLL) -
 def test_attention_over_an_fp8_cache(library: ctypes.CDLL) -> None:
     config, plan = SHAPES["gqa"], plan_of(SHAPES["gqa"], "span", True)
     reference, native = pair(config, plan, library)
-    tokens = tokens_of(config, 1, 90)
+    tokens = random_tokens(config, 1, 90)
     found, expected = (
         runner.prefill(tokens, 0, StaticCache.allocate(config, plan, max_seq_len=90, dtype=torch.float8_e4m3fn))
         for runner in (native, reference)

@@ -17,7 +17,7 @@ from minisa.config import RopeScaling
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from tests.families import FAMILIES
-from tests.test_model import in_one_go
+from tests.models import in_one_go
 from tests.tiny import random_weights, tiny_config, write_gguf, write_hf, write_meta, write_mistral
 
 transformers = pytest.importorskip("transformers", reason='needs pip install "minisa[peers]"')

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minisa.cache import StaticCache
 from minisa.checkpoint import load_weights, open_checkpoint
 from minisa.errors import MinisaError
 from minisa.model import Transformer
@@ -17,8 +18,7 @@ from minisa.native.build import open_library
 from minisa.native.runner import NativeRunner
 from minisa.quantize import BLOCK, Blocks, check_quantization, quantize
 from minisa.sharing import SharingPlan
-from tests.test_model import in_one_go, tokens_of
-from tests.test_native import caches
+from tests.models import in_one_go, random_tokens
 from tests.tiny import random_weights, tiny_config, write_gguf, write_hf
 
 CONFIG = tiny_config(n_layers=4, dim=64, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, tie_embeddings=True)
@@ -75,7 +75,7 @@ def test_quantized_modules_compute_with_the_dequantized_weights(format: Any, tmp
     for name, weight in plain.state_dict().items():
         if weight.ndim == 2:
             weight.copy_(quantized.get_submodule(name.removesuffix(".weight")).weight)
-    tokens = tokens_of(CONFIG, 2, 20)
+    tokens = random_tokens(CONFIG, 2, 20)
     with torch.inference_mode():
         assert torch.equal(in_one_go(quantized, tokens), in_one_go(plain, tokens))
 
@@ -98,7 +98,7 @@ def test_the_cpp_step_computes_with_the_blocks(format: Any, tmp_path: Path) -> N
         if name.endswith(("wq", "wk", "wv", "wo", "w1", "w2", "w3")):
             module.register_forward_pre_hook(lambda _, inputs: rounded_to_blocks(inputs[0]))
     reference.norm.register_forward_hook(lambda *args: rounded_to_blocks(args[-1]))
-    tokens, (_, cache) = tokens_of(CONFIG, 1, 40), caches(model, 1, 40)
+    tokens, cache = random_tokens(CONFIG, 1, 40), StaticCache.allocate(CONFIG, PLAN, max_seq_len=40)
     native = NativeRunner(model, library, n_threads=2)
     with torch.inference_mode():
         expected = in_one_go(reference, tokens)[0]

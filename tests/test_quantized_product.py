@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux
 from minisa.kernels.quantized_product import MOST_ROWS, quantized_product
 from minisa.quantize import Format, quantize
 from minisa.selfcheck import BOUNDS, product_error
-from tests.test_kernels import DEVICE
+from tests.engines import DEVICE
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)

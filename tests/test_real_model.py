@@ -90,19 +90,15 @@ RESIDENT = """
 import json, sys
 import torch
 import minisa
-
-def resident():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
+from tests.memory import resident
 
 torch.set_num_threads(1)
 spans = sys.argv[2] if sys.argv[2] != "none" else None
 llm = minisa.load(sys.argv[1], sa=spans, dtype="fp32", max_seq_len=8192)
-before = resident()
+before = resident("RssAnon")
 llm.cache.keys.fill_(1.0)
 llm.cache.values.fill_(1.0)
-print(json.dumps({"weights": before, "cache": resident() - before, "counted": llm.cache.bytes()}))
+print(json.dumps({"weights": before, "cache": resident("RssAnon") - before, "counted": llm.cache.bytes()}))
 """
 
 
@@ -133,7 +129,7 @@ from minisa.config import PRESETS
 from minisa.sharing import SharingPlan
 from minisa.synthetic import random_llm
 from minisa.tokenizer import load_tokenizer
-from tests.test_checkpoint_memory import resident
+from tests.memory import resident
 
 config, plan = replace(PRESETS["smollm2-135m"], n_layers=6), SharingPlan.parse("2:3,4:5", 6)
 llm = random_llm(config, plan, device="cpu", dtype=torch.bfloat16, max_seq_len=8192)

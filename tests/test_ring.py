@@ -15,53 +15,33 @@ from minisa.cache import StaticCache
 from minisa.config import PRESETS
 from minisa.costs import SLACK, kv_bytes, prefill_flops, step_cost
 from minisa.decode import TorchRunner, prefill_chunks
-from minisa.dialog import DIALOGS
-from minisa.engine import LLM
 from minisa.errors import MinisaError
 from minisa.row import WRITTEN_AHEAD
 from minisa.sharing import SharingPlan
 from minisa.speculate import LONGEST
-from tests.test_generate import ByteTokenizer, text, tokens
-from tests.test_model import build, tokens_of
-from tests.tiny import tiny_config
-
-WINDOW = 8
-SLOTS = WINDOW + SLACK
-LENGTH = 3 * SLOTS + 5
-WINDOWED = tiny_config(n_heads=4, n_kv_heads=2, sliding_window=WINDOW, max_seq_len=512)
-PLANS = {
-    "none": SharingPlan.none(4),
-    "head maps": SharingPlan.following(4, {2: 1, 3: 0}, {2: [3, 0, 0, 1]}),
-}
-
-
-def cache_of(plan: SharingPlan, *, ring: bool = True, **options: Any) -> StaticCache:
-    return StaticCache.allocate(WINDOWED, plan, **{"max_seq_len": LENGTH, "ring": ring} | options)
+from tests.engines import text_of, tokens_of
+from tests.models import build_model, random_tokens
+from tests.rings import CONTEXT, SLOTS, WINDOW, WINDOWED, WINDOWED_PLANS, windowed_cache, windowed_llm
 
 
 def masked(plan: SharingPlan, ids: Tensor) -> Tensor:
     """Logits [B, T, vocab_size] of the reference in one go, every token kept."""
     batch, length = ids.shape
-    cache = cache_of(plan, ring=False, batch=batch, max_seq_len=length)
+    cache = windowed_cache(plan, ring=False, batch=batch, max_seq_len=length)
     assert cache.slots == length
-    return build(WINDOWED, plan, "reference")(ids, torch.arange(length).expand(batch, -1), cache)
-
-
-def llm_of(*, ring: bool = True, plan: str = "head maps", max_seq_len: int = LENGTH, **options: Any) -> LLM:
-    cache = cache_of(PLANS[plan], ring=ring, batch=4, max_seq_len=max_seq_len)
-    return LLM(build(WINDOWED, PLANS[plan]), ByteTokenizer(), lambda: DIALOGS["raw"], cache, compile=False)  # type: ignore[arg-type]
+    return build_model(WINDOWED, plan, "reference")(ids, torch.arange(length).expand(batch, -1), cache)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", WINDOWED_PLANS)
 @pytest.mark.parametrize("length", [SLOTS - 1, SLOTS, SLOTS + 1, 500])
 def test_bytes_by_the_formula(length: int, plan: str, dtype: torch.dtype) -> None:
-    cache = cache_of(PLANS[plan], batch=3, max_seq_len=length, dtype=dtype)
-    assert cache.bytes() == kv_bytes(WINDOWED, PLANS[plan], length, dtype.itemsize, 3)
+    cache = windowed_cache(WINDOWED_PLANS[plan], batch=3, max_seq_len=length, dtype=dtype)
+    assert cache.bytes() == kv_bytes(WINDOWED, WINDOWED_PLANS[plan], length, dtype.itemsize, 3)
     slots = min(length, 8 + 64)
-    per_slot = (4 + len(PLANS[plan].leaders)) * 3 * 2 * 16 * dtype.itemsize
+    per_slot = (4 + len(WINDOWED_PLANS[plan].leaders)) * 3 * 2 * 16 * dtype.itemsize
     assert (cache.slots, cache.length, cache.bytes()) == (slots, length, slots * per_slot)
-    assert cache_of(PLANS[plan], ring=False, max_seq_len=length).slots == length
+    assert windowed_cache(WINDOWED_PLANS[plan], ring=False, max_seq_len=length).slots == length
 
 
 def test_mistral_7b_by_hand() -> None:
@@ -74,25 +54,27 @@ def test_mistral_7b_by_hand() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 32, 100])
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", WINDOWED_PLANS)
 def test_a_prompt_s_operations_are_those_of_its_tokens_one_by_one(plan: str, tokens: int) -> None:
     """But for the head, which only the last one needs."""
     for config in (WINDOWED, replace(WINDOWED, sliding_window=None)):
-        steps = [step_cost(config, PLANS[plan], 1 + i, weight_bytes=2, kv_itemsize=2).flops for i in range(tokens)]
+        steps = [
+            step_cost(config, WINDOWED_PLANS[plan], 1 + i, weight_bytes=2, kv_itemsize=2).flops for i in range(tokens)
+        ]
         heads = 2 * (tokens - 1) * config.vocab_size * config.dim
-        assert prefill_flops(config, PLANS[plan], tokens) == sum(steps) - heads
+        assert prefill_flops(config, WINDOWED_PLANS[plan], tokens) == sum(steps) - heads
 
 
-@pytest.mark.parametrize("chunk", [7, SLOTS + 30, LENGTH], ids=["short chunks", "longer than the ring", "one chunk"])
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("chunk", [7, SLOTS + 30, CONTEXT], ids=["short chunks", "longer than the ring", "one chunk"])
+@pytest.mark.parametrize("plan", WINDOWED_PLANS)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_chunks_and_steps_across_the_wrap(plan: str, backend: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt in chunks, steps that go round once more, and a chunk after them."""
-    ids = tokens_of(WINDOWED, 1, LENGTH)
-    expected = masked(PLANS[plan], ids)
+    ids = random_tokens(WINDOWED, 1, CONTEXT)
+    expected = masked(WINDOWED_PLANS[plan], ids)
     monkeypatch.setattr(decode, "PREFILL_CHUNK", chunk)
-    model, cache = build(WINDOWED, PLANS[plan], backend), cache_of(PLANS[plan])
-    fed = LENGTH - SLOTS - 7
+    model, cache = build_model(WINDOWED, WINDOWED_PLANS[plan], backend), windowed_cache(WINDOWED_PLANS[plan])
+    fed = CONTEXT - SLOTS - 7
     hidden = list(prefill_chunks(model, ids[:, :fed], 0, cache))
     found = [model.head(torch.cat(hidden, 1))]
     runner = TorchRunner(model)
@@ -104,23 +86,23 @@ def test_chunks_and_steps_across_the_wrap(plan: str, backend: str, chunk: int, m
 
 def test_the_bound_would_see_a_token_that_is_not_there() -> None:
     """A slot lost to the window, or one beyond it that is seen, changes the logits by more than any bound here."""
-    ids = tokens_of(WINDOWED, 1, LENGTH)
-    expected = masked(PLANS["none"], ids)
+    ids = random_tokens(WINDOWED, 1, CONTEXT)
+    expected = masked(WINDOWED_PLANS["none"], ids)
     for window in (WINDOW - 1, WINDOW + 1):
         config = replace(WINDOWED, sliding_window=window)
-        cache = StaticCache.allocate(config, PLANS["none"], max_seq_len=LENGTH)
-        other = torch.cat(list(TorchRunner(build(config, PLANS["none"])).all_logits(ids, 0, cache)))
+        cache = StaticCache.allocate(config, WINDOWED_PLANS["none"], max_seq_len=CONTEXT)
+        other = torch.cat(list(TorchRunner(build_model(config, WINDOWED_PLANS["none"])).all_logits(ids, 0, cache)))
         assert (other - expected[0])[SLOTS:].abs().amax(-1).min() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", WINDOWED_PLANS)
 def test_ragged_rows_and_narrow_dtypes(plan: str, dtype: torch.dtype) -> None:
     """Rows that have gone round, rows that do so now, and rows that have not, in one batch."""
-    ids, prompts = tokens_of(WINDOWED, 4, LENGTH), (1, SLOTS - 5, SLOTS + 3, 3 * SLOTS - 20)
-    model = build(WINDOWED, PLANS[plan])
+    ids, prompts = random_tokens(WINDOWED, 4, CONTEXT), (1, SLOTS - 5, SLOTS + 3, 3 * SLOTS - 20)
+    model = build_model(WINDOWED, WINDOWED_PLANS[plan])
     runner = TorchRunner(model)
-    ring, whole = (cache_of(PLANS[plan], ring=ring, batch=4, dtype=dtype) for ring in (True, False))
+    ring, whole = (windowed_cache(WINDOWED_PLANS[plan], ring=ring, batch=4, dtype=dtype) for ring in (True, False))
     bits = torch.uint8 if dtype.itemsize == 1 else dtype
     for cache in (ring, whole):
         cache.keys.view(bits).fill_(9)  # what an earlier text may have left
@@ -136,11 +118,11 @@ def test_ragged_rows_and_narrow_dtypes(plan: str, dtype: torch.dtype) -> None:
 
 
 def test_positions_end_where_the_context_does() -> None:
-    cache = cache_of(PLANS["none"])
-    assert cache.view(LENGTH).slots == SLOTS
+    cache = windowed_cache(WINDOWED_PLANS["none"])
+    assert cache.view(CONTEXT).slots == SLOTS
     assert (cache.view(SLOTS).slots, cache.view(SLOTS).wraps) == (SLOTS, False)
-    with pytest.raises(MinisaError, match=f"{LENGTH + 1} tokens do not fit a cache of {LENGTH}"):
-        cache.view(LENGTH + 1)
+    with pytest.raises(MinisaError, match=f"{CONTEXT + 1} tokens do not fit a cache of {CONTEXT}"):
+        cache.view(CONTEXT + 1)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -153,20 +135,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("prompt", ["x", "abc" * (SLOTS // 2)])
 def test_the_same_text_to_the_context_s_end(prompt: str, options: dict[str, Any]) -> None:
-    expected = list(llm_of(ring=False).generate(prompt, **options | {"speculate": False}))
-    found = list(llm_of().generate(prompt, **options))
-    assert tokens(found) == tokens(expected) and text(found) == text(expected)
+    expected = list(windowed_llm(ring=False).generate(prompt, **options | {"speculate": False}))
+    found = list(windowed_llm().generate(prompt, **options))
+    assert tokens_of(found) == tokens_of(expected) and text_of(found) == text_of(expected)
     assert found[-1].finish_reason == "context"
-    assert len(found) == LENGTH - len(prompt) + 1
-    with pytest.raises(MinisaError, match=f"{LENGTH + 1} tokens long, the context {LENGTH}"):
-        llm_of().generate("y" * (LENGTH + 1))
+    assert len(found) == CONTEXT - len(prompt) + 1
+    with pytest.raises(MinisaError, match=f"{CONTEXT + 1} tokens long, the context {CONTEXT}"):
+        windowed_llm().generate("y" * (CONTEXT + 1))
 
 
 def test_rows_of_a_batch() -> None:
-    prompts = ["x", "y" * SLOTS, "z" * (LENGTH - 10), "xyz" * 20]
-    found = list(llm_of().generate(prompts, max_new_tokens=SLOTS))
+    prompts = ["x", "y" * SLOTS, "z" * (CONTEXT - 10), "xyz" * 20]
+    found = list(windowed_llm().generate(prompts, max_new_tokens=SLOTS))
     for row, prompt in enumerate(prompts):
-        assert tokens(found, row) == tokens(llm_of(ring=False).generate(prompt, max_new_tokens=SLOTS))
+        assert tokens_of(found, row) == tokens_of(windowed_llm(ring=False).generate(prompt, max_new_tokens=SLOTS))
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -174,7 +156,7 @@ def test_a_dialog_of_turns_that_take_back_and_break_off(seed: int) -> None:
     """Every turn begins with some of the text so far, a little less than all or far less, goes on with new tokens, and
     may be left before its end; after each the answer is that of a model without a ring and without a past."""
     draw = random.Random(seed)
-    llm, text_so_far, reused = llm_of(), [1], 0
+    llm, text_so_far, reused = windowed_llm(), [1], 0
     beginning = [draw.randrange(256) for _ in range(SLOTS + 40)]
     prefix = llm.prefix(beginning)
     for _ in range(30):
@@ -182,7 +164,7 @@ def test_a_dialog_of_turns_that_take_back_and_break_off(seed: int) -> None:
         if draw.random() < 0.15:
             text_so_far, kept = beginning, draw.choice([len(beginning), len(beginning) - 30, 50])
         prompt = text_so_far[: max(kept, 0)] + [draw.randrange(256) for _ in range(draw.choice([1, 2, 5, 40, 120]))]
-        prompt = prompt[: LENGTH - 30]
+        prompt = prompt[: CONTEXT - 30]
         options: dict[str, Any] = {"max_new_tokens": draw.choice([1, 9, 30]), "speculate": draw.random() < 0.3}
         chunks = llm.generate(prompt, prefix=prefix if draw.random() < 0.5 else None, **options)
         taken = draw.choice([1, 5, 30])
@@ -194,35 +176,35 @@ def test_a_dialog_of_turns_that_take_back_and_break_off(seed: int) -> None:
             if len(answer) == taken:
                 break
         chunks.close()  # type: ignore[attr-defined]
-        fresh = llm_of(ring=False).generate(prompt, max_new_tokens=len(answer))
-        assert answer == tokens(fresh)
+        fresh = windowed_llm(ring=False).generate(prompt, max_new_tokens=len(answer))
+        assert answer == tokens_of(fresh)
         text_so_far = prompt + answer
     assert reused > 3
 
 
 def test_a_turn_longer_than_the_ring_is_not_computed_again() -> None:
-    llm = llm_of()
+    llm = windowed_llm()
     prompt = "a question " * 10
-    answer = tokens(llm.generate(prompt, max_new_tokens=40))
+    answer = tokens_of(llm.generate(prompt, max_new_tokens=40))
     longer = [*prompt.encode(), *answer, *b" and more"]
     found = list(llm.generate(longer, max_new_tokens=8))
     assert found[-1].stats is not None and found[-1].stats.reused_tokens == len(prompt) + 40 - 1
-    assert tokens(found) == tokens(llm_of(ring=False).generate(longer, max_new_tokens=8))
+    assert tokens_of(found) == tokens_of(windowed_llm(ring=False).generate(longer, max_new_tokens=8))
 
 
 def test_taking_back_again_and_again() -> None:
     """Each time few enough tokens, in all more than the ring has kept of what they wrote over."""
-    llm, prompt = llm_of(), [i * 11 % 256 for i in range(2 * SLOTS)]
+    llm, prompt = windowed_llm(), [i * 11 % 256 for i in range(2 * SLOTS)]
     list(llm.generate(prompt, max_new_tokens=1))
     for _ in range(3):
         prompt = [*prompt[:-40], 3]
-        expected = tokens(llm_of(ring=False).generate(prompt, max_new_tokens=4))
-        assert tokens(llm.generate(prompt, max_new_tokens=4)) == expected
+        expected = tokens_of(windowed_llm(ring=False).generate(prompt, max_new_tokens=4))
+        assert tokens_of(llm.generate(prompt, max_new_tokens=4)) == expected
 
 
 def test_a_prompt_broken_off_leaves_nothing_that_a_ring_has_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while a prompt is fed: the tokens before it, which the cache held, may have been written over."""
-    llm, prefill = llm_of(), TorchRunner.prefill
+    llm, prefill = windowed_llm(), TorchRunner.prefill
     tail = list(range(150))
     beginning = [7] * 60
     list(llm.generate(beginning, max_new_tokens=2))
@@ -235,14 +217,14 @@ def test_a_prompt_broken_off_leaves_nothing_that_a_ring_has_lost(monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         next(llm.generate(beginning + tail))
     monkeypatch.undo()
-    found = tokens(llm.generate([*beginning, 1], max_new_tokens=5))
-    assert found == tokens(llm_of(ring=False).generate([*beginning, 1], max_new_tokens=5))
+    found = tokens_of(llm.generate([*beginning, 1], max_new_tokens=5))
+    assert found == tokens_of(windowed_llm(ring=False).generate([*beginning, 1], max_new_tokens=5))
 
 
 @pytest.mark.parametrize("cut", [0, 10, 60])
 def test_a_prefix_longer_than_the_ring(cut: int) -> None:
     """Taken over whole, or but for a few tokens; where more of it is left out, too much is lost to begin there."""
-    llm = llm_of()
+    llm = windowed_llm()
     beginning = [i * 7 % 256 for i in range(SLOTS + 60)]
     prefix = llm.prefix(beginning)
     assert prefix.cache.bytes() == kv_bytes(WINDOWED, llm.plan, len(beginning), 4)
@@ -250,7 +232,7 @@ def test_a_prefix_longer_than_the_ring(cut: int) -> None:
     prompts = [[*beginning[: len(beginning) - cut], *range(tail)] for tail in (1, 64)]
     found = list(llm.generate(prompts, max_new_tokens=12, prefix=prefix))
     for row, prompt in enumerate(prompts):
-        assert tokens(found, row) == tokens(llm_of(ring=False).generate(prompt, max_new_tokens=12))
+        assert tokens_of(found, row) == tokens_of(windowed_llm(ring=False).generate(prompt, max_new_tokens=12))
         reused = len(beginning) - cut if cut <= SLACK - WRITTEN_AHEAD and len(prompt) >= len(beginning) else 0
         assert next(c.stats.reused_tokens for c in found if c.row == row and c.stats) == reused
 

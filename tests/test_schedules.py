@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from minisa.engine import LLM
 from minisa.row import Chunk
-from tests.engines import ENGINES, WAYS
-from tests.test_generate import PROMPTS
+from tests.engines import ENGINES, PROMPTS, WAYS
 
 SHARED = "the beginning that some have in common"
 ALONE = {

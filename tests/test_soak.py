@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.soak import Soak, tiny_model
+from tests.loadable import chat_model
+from tests.soak import Soak
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
     ids=["plain", "shared and speculating"],
 )
 def test_a_session_with_interrupts(loading: dict[str, Any], options: dict[str, Any], tmp_path: Path) -> None:
-    soak = Soak(str(tiny_model(tmp_path)), seed=1, every=2, max_seq_len=256, compile=False, **loading)
+    soak = Soak(str(chat_model(tmp_path)), seed=1, every=2, max_seq_len=256, compile=False, **loading)
     handler = signal.getsignal(signal.SIGALRM)
     soak.run(30, report=10, max_new_tokens=10, repetition_penalty=1.1, **options)
     assert soak.counts["compared"] > 10

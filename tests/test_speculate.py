@@ -8,7 +8,7 @@ import pytest
 
 from minisa.errors import MinisaError
 from minisa.speculate import EARNED, LONGEST, NGRAM, PRICE, TRIED, PromptLookup
-from tests.test_generate import llm_of, text, tokens
+from tests.engines import llm_of, text_of, tokens_of
 
 CIRCLES = {"repetition_penalty": 0.01}
 REPEATING = "to be or not to be or not to be or"
@@ -60,23 +60,25 @@ def test_the_text_is_the_same(prompt: str, options: dict[str, Any], queues: bool
     guessing.runner.asynchronous = queues
     expected = list(plain.generate(prompt, **options))
     found = list(guessing.generate(prompt, speculate=True, **options))
-    assert tokens(found) == tokens(expected) and text(found) == text(expected)
+    assert tokens_of(found) == tokens_of(expected) and text_of(found) == text_of(expected)
     assert found[-1].finish_reason == expected[-1].finish_reason
     assert guessing._cached == plain._cached
-    again = [*prompt.encode(), *tokens(found)[:5], 65]
-    assert tokens(guessing.generate(again, max_new_tokens=8)) == tokens(llm_of().generate(again, max_new_tokens=8))
+    again = [*prompt.encode(), *tokens_of(found)[:5], 65]
+    assert tokens_of(guessing.generate(again, max_new_tokens=8)) == tokens_of(
+        llm_of().generate(again, max_new_tokens=8)
+    )
 
 
 def test_repeating_text_takes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A penalty below 1 drives the text in circles."""
     llm = llm_of()
     options: dict[str, Any] = {"max_new_tokens": 60, **CIRCLES}
-    expected = tokens(llm_of().generate("go", **options))
+    expected = tokens_of(llm_of().generate("go", **options))
     all_logits, fed = llm.runner.all_logits, []
     monkeypatch.setattr(llm.runner, "all_logits", lambda ids, *rest: fed.append(ids.shape[1]) or all_logits(ids, *rest))
     decode, steps = llm.runner.decode, []
     monkeypatch.setattr(llm.runner, "decode", lambda *inputs: steps.append(1) or decode(*inputs))
-    assert tokens(llm.generate("go", speculate=True, **options)) == expected
+    assert tokens_of(llm.generate("go", speculate=True, **options)) == expected
     assert len(fed) + len(steps) < 40
     assert max(fed) == 1 + LONGEST
 
@@ -96,8 +98,8 @@ def test_an_answer_begins_with_few_guesses_at_risk(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         llm.runner, "all_logits", lambda ids, *rest: fed.append(ids.shape[1] - 1) or all_logits(ids, *rest)
     )
-    found = tokens(llm.generate("zzzz", speculate=True, max_new_tokens=40))
-    assert found == tokens(llm_of().generate("zzzz", max_new_tokens=40))
+    found = tokens_of(llm.generate("zzzz", speculate=True, max_new_tokens=40))
+    assert found == tokens_of(llm_of().generate("zzzz", max_new_tokens=40))
     assert 0 < PRICE * sum(fed) <= PRICE * TRIED + EARNED * 40
 
 
@@ -108,7 +110,7 @@ def test_closed_early_the_cache_is_what_it_says() -> None:
         got = [next(chunks).token for _ in range(taken)]
         chunks.close()  # type: ignore[attr-defined]
         follow_up = [*REPEATING.encode(), *got, 33]
-        assert tokens(llm.generate(follow_up, max_new_tokens=6)) == tokens(
+        assert tokens_of(llm.generate(follow_up, max_new_tokens=6)) == tokens_of(
             llm_of().generate(follow_up, max_new_tokens=6)
         )
 

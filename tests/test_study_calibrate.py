@@ -16,7 +16,7 @@ from minisa.study.head_maps import Outputs, descend, remap
 from minisa.study.judge import Judge, first_difference
 from minisa.study.loss import final_hidden
 from minisa.study.walk import Walk, share
-from tests.test_model import CONFIG, N_LAYERS, PLANS, build, in_one_go, tokens_of
+from tests.models import N_LAYERS, PLANS, SIX_LAYERS, build_model, in_one_go, random_tokens
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,23 +25,23 @@ PLAN = SharingPlan.following(N_LAYERS, {3: 2, 5: 4}, {5: [1, 0, 3, 2]})
 WINDOWED = tiny_config(n_layers=N_LAYERS, sliding_window=7)
 
 
-@pytest.mark.parametrize("config", [CONFIG, WINDOWED], ids=["full", "window"])
+@pytest.mark.parametrize("config", [SIX_LAYERS, WINDOWED], ids=["full", "window"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_a_walk_is_the_model_whichever_layer_it_goes_on_from(plan: SharingPlan, config) -> None:
-    model = share(build(config, PLANS["none"]), plan)
-    tokens = tokens_of(config, 2, 20)
+    model = share(build_model(config, PLANS["none"]), plan)
+    tokens = random_tokens(config, 2, 20)
     walk = Walk(model)
     states = [walk.embed(tokens)]
     states += walk.onward(states, 0, keep=True)
     assert len(states) == N_LAYERS + 1
-    expected = final_hidden(build(config, plan), tokens)
+    expected = final_hidden(build_model(config, plan), tokens)
     assert torch.allclose(model.norm(states[-1]), expected, atol=1e-4)
     for start in range(1, N_LAYERS):
         assert torch.allclose(walk.onward(states[: start + 1], start)[0], states[-1], atol=1e-5)
 
 
 def test_sharing_copies_no_weight() -> None:
-    plain = build(CONFIG, PLANS["none"])
+    plain = build_model(SIX_LAYERS, PLANS["none"])
     shared = share(plain, PLANS["span"])
     assert shared.plan == PLANS["span"]
     assert shared.layers[3].attention.wo.weight.data_ptr() == plain.layers[3].attention.wo.weight.data_ptr()
@@ -50,24 +50,24 @@ def test_sharing_copies_no_weight() -> None:
 
 def heads_added(model: Transformer, i: int, x: torch.Tensor, weights: torch.Tensor, h: int, j: int) -> torch.Tensor:
     """What head h of layer i adds to x [T, dim] under weights[j], in so many words."""
-    layer, d = model.layers[i], CONFIG.head_dim
+    layer, d = model.layers[i], SIX_LAYERS.head_dim
     v = layer.attention.wv(layer.attention_norm(x))
-    kv = h // CONFIG.group_size
+    kv = h // SIX_LAYERS.group_size
     return weights[j] @ v[:, kv * d : (kv + 1) * d] @ layer.attention.wo.weight[:, h * d : (h + 1) * d].T
 
 
 def weights_of(model: Transformer, i: int, x: torch.Tensor) -> torch.Tensor:
     q, k, _ = Walk(model).queries(i, x[None])
     found = []
-    for h in range(CONFIG.n_heads):
-        scores = q[0, h] @ k[0, h // CONFIG.group_size].T / CONFIG.head_dim**0.5
+    for h in range(SIX_LAYERS.n_heads):
+        scores = q[0, h] @ k[0, h // SIX_LAYERS.group_size].T / SIX_LAYERS.head_dim**0.5
         found.append((scores + torch.full_like(scores, -torch.inf).triu(1)).softmax(-1))
     return torch.stack(found)
 
 
 def test_errors_of_pairs_are_those_of_the_formula() -> None:
-    model = build(CONFIG, PLANS["none"])
-    tokens = tokens_of(CONFIG, 2, 12)
+    model = build_model(SIX_LAYERS, PLANS["none"])
+    tokens = random_tokens(SIX_LAYERS, 2, 12)
     errors = pair_errors(model, tokens)
     walk = Walk(model)
     states = [walk.embed(tokens)]
@@ -88,22 +88,22 @@ def test_errors_of_pairs_are_those_of_the_formula() -> None:
 
 def test_a_permuted_copy_of_a_layer_is_recognized() -> None:
     """Layer 3 asks what layer 2 asks, its key groups exchanged: the best map exchanges them back, at no cost."""
-    model = build(CONFIG, PLANS["none"])
+    model = build_model(SIX_LAYERS, PLANS["none"])
     second, third = model.layers[2], model.layers[3]
     for matrix in (second.attention.wo, second.feed_forward.w2):  # layer 2 adds nothing: layer 3 sees the same x
         matrix.weight.zero_()
     third.attention_norm.weight.copy_(second.attention_norm.weight)
-    third.attention.wq.weight.copy_(second.attention.wq.weight.roll(2 * CONFIG.head_dim, 0))
-    third.attention.wk.weight.copy_(second.attention.wk.weight.roll(CONFIG.head_dim, 0))
-    errors = pair_errors(model, tokens_of(CONFIG, 2, 16))[2, 3]
+    third.attention.wq.weight.copy_(second.attention.wq.weight.roll(2 * SIX_LAYERS.head_dim, 0))
+    third.attention.wk.weight.copy_(second.attention.wk.weight.roll(SIX_LAYERS.head_dim, 0))
+    errors = pair_errors(model, random_tokens(SIX_LAYERS, 2, 16))[2, 3]
     assert best_map(errors) == (2, 3, 0, 1)
     assert errors.min(0).values.sum() < 1e-8 < errors.diagonal().sum()
 
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_judge_measures_the_divergence_of_predictions(every: int) -> None:
-    plain = build(CONFIG, PLANS["none"])
-    tokens = tokens_of(CONFIG, 3, 18)
+    plain = build_model(SIX_LAYERS, PLANS["none"])
+    tokens = random_tokens(SIX_LAYERS, 3, 18)
     judge = Judge(plain, tokens, every=every)
     wanted = in_one_go(plain, tokens)[:, every - 1 :: every].log_softmax(-1)
 
@@ -128,8 +128,8 @@ def test_where_plans_part() -> None:
 
 def test_head_maps_leave_the_least_of_all_maps() -> None:
     """By trying them all, in so many words: the blocks a map picks."""
-    plain = build(CONFIG, PLANS["none"])
-    text = tokens_of(CONFIG, 30, 32)
+    plain = build_model(SIX_LAYERS, PLANS["none"])
+    text = random_tokens(SIX_LAYERS, 30, 32)
     walk = Walk(plain)
     states = [walk.embed(text)]
     states += walk.onward(states, 0, keep=True)
@@ -157,8 +157,8 @@ def test_head_maps_leave_the_least_of_all_maps() -> None:
 
 def test_maps_are_made_again_from_what_the_followers_see() -> None:
     """The stream comes nearer than by the maps it had."""
-    plain = build(CONFIG, PLANS["none"])
-    text, unseen = tokens_of(CONFIG, 30, 32), tokens_of(CONFIG, 20, 31)
+    plain = build_model(SIX_LAYERS, PLANS["none"])
+    text, unseen = random_tokens(SIX_LAYERS, 30, 32), random_tokens(SIX_LAYERS, 20, 31)
     found = remap(plain, PLAN, text, batch=4)
     assert found.sources == PLAN.sources and found != PLAN
     wanted = final_hidden(plain, unseen)

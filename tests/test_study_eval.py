@@ -4,46 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from minisa import LLM, cli, console, load
+from minisa import LLM, cli, load
 from minisa.errors import MinisaError
 from minisa.study import eval_command, evaluate
 from minisa.study.evaluation_report import plot
 from minisa.study.tasks import TASKS, read_questions, read_rows
 from minisa.study.variants import Models, parse_variants
-from tests.test_study_tasks import CONFIG, GSM8K, LAMBADA, PIQA, ROWS, VOCABULARY, some_text, write_rows
-from tests.tiny import random_weights, tiny_config, write_gguf, write_hf
-from tests.vocabularies import byte_level_json, write_json
-
-
-class Ran(NamedTuple):
-    status: int
-    out: str
-    err: str
-
+from tests.commands import Ran
+from tests.loadable import loadable_gguf, loadable_hf
+from tests.study_models import STUDY_CONFIG
+from tests.study_rows import GSM8K, LAMBADA, PIQA, ROWS, some_text, write_rows
+from tests.tiny import tiny_config
 
 Run = Callable[..., Ran]
 
 
 @pytest.fixture
-def run_eval(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], study_gguf: Path) -> Run:
+def run_eval(run_main: Run, study_gguf: Path) -> Run:
     """run_eval(*flags): `python -m minisa eval` on the tiny model, in this process."""
 
     def run(*flags: object) -> Ran:
-        arguments = ["minisa", "eval", "--model", study_gguf, "--device", "cpu", *flags]
-        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            console.run(cli.main)
-        sys.stdout.flush()
-        out, err = capfd.readouterr()
-        return Ran(exit_.value.code, out, err)  # type: ignore[arg-type]
+        return run_main(cli.main, "minisa", "eval", "--model", study_gguf, "--device", "cpu", *flags)
 
     return run
 
@@ -161,7 +148,7 @@ class TestTheCommand:
         other = run_eval(*flags, "--shots", 1, "--shots-data", piqa)
         assert other.status == 2 and "made with shots 0, now it is 1" in other.err
         (tmp_path / "another").mkdir()
-        another = write_gguf(tmp_path / "another" / "tiny.gguf", CONFIG, random_weights(CONFIG, 1), metadata=VOCABULARY)
+        another = loadable_gguf(tmp_path / "another" / "tiny.gguf", STUDY_CONFIG, seed=1)
         other = run_eval(*flags, "--model", another)
         assert other.status == 2 and "made with checkpoint" in other.err
 
@@ -220,7 +207,7 @@ class TestTheCommand:
         assert questions[0].prompts[0].count("Question:") == 6
         models = Models(lambda plan: load(study_gguf, plan, "cpu", "fp32", max_seq_len=1, compile=False))
         plans, rivals = (sa[1::2] if sa[:1] == [flag] else [] for flag in ("--sa", "--rival"))
-        for variant in parse_variants(plans, rivals, CONFIG, None):
+        for variant in parse_variants(plans, rivals, STUDY_CONFIG, None):
             with models.opened(variant) as llm:
                 for item, question in enumerate(questions):
                     ids = llm.tokenizer.encode(question.prompts[0])
@@ -245,9 +232,7 @@ class TestTheCommand:
 
     @pytest.mark.parametrize("task", ["perplexity", "piqa", "gsm8k"])
     def test_tokens_that_the_model_has_not(self, task: str, run_eval: Run, tmp_path: Path) -> None:
-        small = tiny_config(vocab_size=70, max_seq_len=64)
-        folder = write_hf(tmp_path / "small", small, random_weights(small))
-        write_json(folder / "tokenizer.json", byte_level_json())
+        folder = loadable_hf(tmp_path / "small", tiny_config(vocab_size=70, max_seq_len=64))
         data = write_rows(tmp_path / "rows", ROWS.get(task, GSM8K))
         flags = ("--length", 8) if task == "perplexity" else ("--shots", 0)
         ran = run_eval("--model", folder, "--task", task, "--data", data, *flags)

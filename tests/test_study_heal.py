@@ -27,13 +27,13 @@ from minisa.study.plans import read_plan
 from minisa.study.refit import refit
 from minisa.study.training import Training, read_training, write_training
 from minisa.study.walk import replace, share
+from tests.loadable import N_TOKENS, loadable_hf
+from tests.models import N_LAYERS, PLANS, SIX_LAYERS, build_model, in_one_go, random_tokens
 from tests.study_models import another_of_its_name
-from tests.test_model import CONFIG, N_LAYERS, PLANS, build, in_one_go, tokens_of
 from tests.tiny import random_weights, tiny_config, write_hf
-from tests.vocabularies import byte_level_json, write_json
 
 PLAN = SharingPlan.following(N_LAYERS, {3: 1, 5: 4}, {5: [1, 0, 3, 2]})
-TEXT, HELD_OUT = tokens_of(CONFIG, 24, 32), tokens_of(CONFIG, 6, 32).flip(0)
+TEXT, HELD_OUT = random_tokens(SIX_LAYERS, 24, 32), random_tokens(SIX_LAYERS, 6, 32).flip(0)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +53,7 @@ def test_what_is_trained() -> None:
 
 @pytest.mark.parametrize("which", heal_module.TRAINABLE)
 def test_the_best_weights_are_kept_and_the_plain_model_is_left_alone(which: str) -> None:
-    plain = build(CONFIG, PLANS["none"])
+    plain = build_model(SIX_LAYERS, PLANS["none"])
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     training = Training()
     heal(plain, PLAN, TEXT, HELD_OUT, training, which=which, steps=30, rate=3e-3, batch=4)
@@ -68,7 +68,7 @@ def test_the_best_weights_are_kept_and_the_plain_model_is_left_alone(which: str)
 def test_a_step_follows_the_gradient_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut at the first trained layer, at the logits and in chunks, it is the gradient of one whole expression."""
     monkeypatch.setattr("minisa.study.heal.ROWS", 10)
-    plain = build(CONFIG, PLANS["none"])
+    plain = build_model(SIX_LAYERS, PLANS["none"])
     student = share(plain, PLAN)
     name = "layers.3.attention.wv.weight"
     replace(student, {name: student.get_parameter(name)})
@@ -99,7 +99,7 @@ def states_after_layers(model: Transformer, windows: Tensor) -> Tensor:
 
 
 def test_what_the_plan_brings_is_where_it_starts() -> None:
-    plain = build(CONFIG, PLANS["none"])
+    plain = build_model(SIX_LAYERS, PLANS["none"])
     weights, _ = refit(plain, PLAN, TEXT, HELD_OUT, which="wo")
     assert "layers.4.attention.wo.weight" in weights  # not trained below, but part of the model
     training = Training()
@@ -108,7 +108,7 @@ def test_what_the_plan_brings_is_where_it_starts() -> None:
 
 
 def test_broken_off_it_goes_on_with_the_same_steps(tmp_path: Path) -> None:
-    plain = build(CONFIG, PLANS["none"])
+    plain = build_model(SIX_LAYERS, PLANS["none"])
     whole, broken = Training(), Training()
     options: dict[str, Any] = {"steps": 12, "rate": 1e-3, "batch": 4, "checks": 4}
     heal(plain, PLAN, TEXT, HELD_OUT, whole, **options)
@@ -130,7 +130,7 @@ def test_broken_off_it_goes_on_with_the_same_steps(tmp_path: Path) -> None:
 
 
 def test_nothing_better_is_found_nothing_is_kept() -> None:
-    plain = build(CONFIG, PLANS["none"])
+    plain = build_model(SIX_LAYERS, PLANS["none"])
     training = Training()
     heal(plain, PLAN, TEXT, HELD_OUT, training, steps=4, rate=1.0)
     assert training.best == training.history[0][1] and training.best_weights == {}
@@ -142,9 +142,8 @@ def test_nothing_better_is_found_nothing_is_kept() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint with a byte-level tokenizer, two texts, and a plan."""
-    config = tiny_config(n_layers=5, vocab_size=275, max_seq_len=64)
-    folder = write_hf(tmp_path_factory.mktemp("heal") / "tiny", config, random_weights(config))
-    write_json(folder / "tokenizer.json", byte_level_json())
+    config = tiny_config(n_layers=5, vocab_size=N_TOKENS, max_seq_len=64)
+    folder = loadable_hf(tmp_path_factory.mktemp("heal") / "tiny", config)
     generator = torch.Generator().manual_seed(0)
     for name in ("a.txt", "b.txt"):
         letters = torch.randint(97, 123, (3000,), generator=generator).tolist()
@@ -295,7 +294,7 @@ def test_what_cannot_be_done_is_said(
 
 def test_a_model_whose_numbers_overflow_has_no_plan(folder: Path, tmp_path: Path) -> None:
     """One that is made all the same would be the first of many that are all equally unknown."""
-    config = tiny_config(n_layers=5, vocab_size=275, max_seq_len=64)
+    config = tiny_config(n_layers=5, vocab_size=N_TOKENS, max_seq_len=64)
     weights = random_weights(config)
     weights["layers.1.feed_forward.w2.weight"].fill_(3e38)
     broken = shutil.copytree(folder, tmp_path / "tiny")

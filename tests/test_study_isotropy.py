@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,20 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisa import cli, console, load
+from minisa import cli, load
 from minisa.attention import REFERENCE
 from minisa.config import ModelConfig
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from minisa.study import isotropy
 from minisa.study.isotropy import JS_POSITIONS, similarity
-from tests.test_model import build, in_one_go, tokens_of
-from tests.tiny import random_weights, tiny_config, write_gguf
-from tests.vocabularies import byte_level_json, gguf_byte_level
+from tests.commands import Ran
+from tests.loadable import N_TOKENS, loadable_gguf
+from tests.models import build_model, in_one_go, random_tokens
+from tests.tiny import tiny_config
 
 CONFIG = tiny_config(n_layers=3, n_heads=4, n_kv_heads=2)
 NONE = SharingPlan.none(3)
-VOCABULARY = gguf_byte_level(byte_level_json())
 
 
 def attention_weights(model: Transformer, window: Tensor) -> Tensor:
@@ -63,9 +62,9 @@ def jensen_shannon(p: list[float], q: list[float]) -> float:
 @pytest.mark.parametrize("sink", [True, False])
 def test_every_entry_by_its_definition(config: ModelConfig, sink: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isotropy, "BLOCK", 5)  # several blocks, the last of them shorter
-    windows = tokens_of(config, 2, 12)
-    found = similarity(build(config, NONE), windows)[0 if sink else 1]
-    weights = [attention_weights(build(config, NONE, "reference"), window).tolist() for window in windows]
+    windows = random_tokens(config, 2, 12)
+    found = similarity(build_model(config, NONE), windows)[0 if sink else 1]
+    weights = [attention_weights(build_model(config, NONE, "reference"), window).tolist() for window in windows]
     first = 0 if sink else 1
     places = [(w, t, s) for w in range(2) for t in range(12) for s in range(first, t + 1)]
 
@@ -104,14 +103,14 @@ def test_every_entry_by_its_definition(config: ModelConfig, sink: bool, monkeypa
 
 
 def test_identical_layers_are_identical_and_nothing_of_the_model_stays_changed() -> None:
-    model = build(CONFIG, NONE)
+    model = build_model(CONFIG, NONE)
     for layer in model.layers[1:]:  # they do nothing to x, and then all see the same
         layer.load_state_dict(model.layers[0].state_dict())
     for layer in model.layers:
         layer.attention.wo.weight.zero_()
         layer.feed_forward.w2.weight.zero_()
     backends = [layer.backend for layer in model.layers]
-    for found in similarity(model, tokens_of(CONFIG, 1, 20)):
+    for found in similarity(model, random_tokens(CONFIG, 1, 20)):
         for matrix in (found.pooled, found.same_head, found.best_head):
             assert torch.allclose(matrix, torch.ones(3, 3, dtype=torch.float64), atol=1e-5)
         assert found.js.nan_to_num().abs().max() < 1e-5
@@ -126,7 +125,7 @@ def test_divergences_of_a_long_window_are_taken_at_spread_positions() -> None:
 
 
 def test_windows_are_taken_together_and_counted() -> None:
-    model, windows = build(CONFIG, NONE), tokens_of(CONFIG, 3, 16)
+    model, windows = build_model(CONFIG, NONE), random_tokens(CONFIG, 3, 16)
     calls: list[tuple[int, int]] = []
     together, _ = similarity(model, windows, lambda done, total: calls.append((done, total)))
     assert calls == [(1, 3), (2, 3), (3, 3)]
@@ -137,29 +136,20 @@ def test_windows_are_taken_together_and_counted() -> None:
 
 @pytest.fixture(scope="module")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config(vocab_size=len(VOCABULARY["tokenizer.ggml.tokens"]), tie_embeddings=True)
-    path = tmp_path_factory.mktemp("isotropy") / "tiny.gguf"
-    return write_gguf(path, config, random_weights(config), metadata=VOCABULARY)
+    config = tiny_config(vocab_size=N_TOKENS, tie_embeddings=True)
+    return loadable_gguf(tmp_path_factory.mktemp("isotropy") / "tiny.gguf", config)
 
 
 @pytest.fixture
-def run_isotropy(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tiny_gguf: Path
-) -> Callable[..., tuple[int, str, str]]:
-    def run(*flags: object) -> tuple[int, str, str]:
-        arguments = ["minisa", "isotropy", "--model", tiny_gguf, "--device", "cpu", *flags]
-        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            console.run(cli.main)
-        sys.stdout.flush()
-        return exit_.value.code, *capfd.readouterr()  # type: ignore[return-value]
+def run_isotropy(run_main: Callable[..., Ran], tiny_gguf: Path) -> Callable[..., Ran]:
+    def run(*flags: object) -> Ran:
+        return run_main(cli.main, "minisa", "isotropy", "--model", tiny_gguf, "--device", "cpu", *flags)
 
     return run
 
 
 def test_the_command_prints_writes_and_draws_what_is_measured(
-    run_isotropy: Callable[..., tuple[int, str, str]], tiny_gguf: Path, tmp_path: Path
+    run_isotropy: Callable[..., Ran], tiny_gguf: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib", reason='needs pip install "minisa[plots]"')
     text = tmp_path / "text.txt"

@@ -13,8 +13,10 @@ from minisa.sharing import SharingPlan
 from minisa.study import evaluate
 from minisa.study.likelihood import Item, batches, encode, likelihoods
 from minisa.study.tasks import TASKS, read_questions
-from tests.test_study_tasks import CONFIG, ROWS, TEXTS, VOCABULARY, some_text, write_rows
-from tests.tiny import random_weights, tiny_config, write_gguf, write_hf
+from tests.loadable import N_TOKENS, loadable_gguf
+from tests.study_models import STUDY_CONFIG
+from tests.study_rows import ROWS, TEXTS, some_text, write_rows
+from tests.tiny import random_weights, tiny_config, write_hf
 
 
 def items_of(llm: LLM) -> list[Item]:
@@ -53,8 +55,8 @@ class TestLikelihoods:
                 assert likelihood.greedy == greedy
 
     def test_a_window_is_minded(self, tmp_path: Path) -> None:
-        config = tiny_config(vocab_size=CONFIG.vocab_size, tie_embeddings=True, max_seq_len=512, sliding_window=9)
-        path = write_gguf(tmp_path / "tiny.gguf", config, random_weights(config), metadata=VOCABULARY)
+        config = tiny_config(vocab_size=N_TOKENS, tie_embeddings=True, max_seq_len=512, sliding_window=9)
+        path = loadable_gguf(tmp_path / "tiny.gguf", config)
         study_llm = load(path, dtype="fp32", device="cpu", max_seq_len=1, compile=False)
         items = items_of(study_llm)
         for found, item in zip(likelihoods(study_llm.model, items), items, strict=True):
@@ -108,7 +110,7 @@ class TestLikelihoods:
     def test_item_by_item_against_transformers(self, study_llm: LLM, tmp_path: Path) -> None:
         """Every task's choices, written out over another implementation: texts, token ids and log-likelihoods."""
         transformers = pytest.importorskip("transformers", reason='needs pip install "minisa[peers]"')
-        write_hf(tmp_path, CONFIG, random_weights(CONFIG))
+        write_hf(tmp_path, STUDY_CONFIG, random_weights(STUDY_CONFIG))
         peer = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path, dtype=torch.float32, attn_implementation="eager"
         )

@@ -9,7 +9,7 @@ from minisa.sharing import SharingPlan
 from minisa.study.loss import final_hidden
 from minisa.study.refit import LAMBDAS, refit
 from minisa.study.walk import Walk, replace, share
-from tests.test_model import CONFIG, N_LAYERS, PLANS, build, tokens_of
+from tests.models import N_LAYERS, PLANS, SIX_LAYERS, build_model, random_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,8 +18,8 @@ PLAN = SharingPlan.following(N_LAYERS, {3: 2, 5: 4}, {5: [1, 0, 3, 2]})
 
 def test_one_follower_is_refitted_by_the_formula() -> None:
     """Against the normal equations written out, for the λ that was chosen."""
-    plain = build(CONFIG, PLANS["none"])
-    text, held_out = tokens_of(CONFIG, 40, 32), tokens_of(CONFIG, 10, 32).flip(0)
+    plain = build_model(SIX_LAYERS, PLANS["none"])
+    text, held_out = random_tokens(SIX_LAYERS, 40, 32), random_tokens(SIX_LAYERS, 10, 32).flip(0)
     plan = SharingPlan.following(N_LAYERS, {2: 1})
     found, [correction] = refit(plain, plan, text, held_out, batch=7)
     assert correction.name == "layers.2.attention.wo.weight" == next(iter(found))
@@ -49,7 +49,7 @@ def test_one_follower_is_refitted_by_the_formula() -> None:
     ],
 )
 def test_it_brings_the_stream_nearer_on_text_it_has_not_seen(which: str, names: list[str]) -> None:
-    plain = build(CONFIG, PLANS["none"])
+    plain = build_model(SIX_LAYERS, PLANS["none"])
     generator = torch.Generator().manual_seed(1)
     text, held_out, unseen = (torch.randint(256, (n, 48), generator=generator) for n in (60, 20, 20))
     found, corrections = refit(plain, PLAN, text, held_out, which=which)
@@ -63,7 +63,7 @@ def test_it_brings_the_stream_nearer_on_text_it_has_not_seen(which: str, names: 
 
 def test_what_only_fits_the_noise_is_left_alone() -> None:
     """Two windows of text against other text held out: no λ helps there, so nothing is replaced."""
-    plain = build(CONFIG, PLANS["none"])
+    plain = build_model(SIX_LAYERS, PLANS["none"])
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, 3, (1, 4), generator=generator)
     held_out = torch.randint(100, 256, (12, 4), generator=generator)

@@ -10,17 +10,15 @@ import pytest
 from minisa.errors import MinisaError
 from minisa.study import resuming
 from minisa.study.resuming import fingerprint
-from tests.tiny import random_weights, tiny_config, write_gguf, write_hf
-from tests.vocabularies import byte_level_json, write_json
+from tests.loadable import N_TOKENS, loadable_hf
+from tests.tiny import random_weights, tiny_config, write_gguf
 
-CONFIG = tiny_config(n_layers=1, vocab_size=275, max_seq_len=64)
+CONFIG = tiny_config(n_layers=1, vocab_size=N_TOKENS, max_seq_len=64)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    folder = write_hf(tmp_path / "one" / "tiny", CONFIG, random_weights(CONFIG))
-    write_json(folder / "tokenizer.json", byte_level_json())
-    return folder
+    return loadable_hf(tmp_path / "one" / "tiny", CONFIG)
 
 
 def test_it_is_of_the_files_not_of_their_place_nor_of_what_lies_beside_them(folder: Path, tmp_path: Path) -> None:

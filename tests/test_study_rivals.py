@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisa import cli, console, load
+from minisa import cli, load
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
 from minisa.costs import kv_bytes
@@ -27,13 +27,13 @@ from minisa.study.cheapest import Step, cheapest, extensions
 from minisa.study.loss import token_losses
 from minisa.study.rivals import Rival, altered, round_to_int8, slot_bytes
 from minisa.study.variants import parse_variants
-from tests.test_model import CONFIG, N_LAYERS, PLANS, build, in_one_go, tokens_of
-from tests.tiny import random_weights, tiny_config, write_gguf
-from tests.vocabularies import byte_level_json, gguf_byte_level
+from tests.commands import Ran
+from tests.loadable import N_TOKENS, loadable_gguf
+from tests.models import N_LAYERS, PLANS, SIX_LAYERS, build_model, in_one_go, random_tokens
+from tests.tiny import tiny_config
 
 RIVALS = ["drop:2", "drop:0,5", "cla:1:2", "cla:0:3,4:5", "cla:1:2-4", "kv-int8", "drop:3+kv-int8", "cla:1:4+kv-int8"]
 WINDOWED = tiny_config(n_layers=N_LAYERS, sliding_window=7)
-VOCABULARY = gguf_byte_level(byte_level_json())
 
 
 def int8(x: Tensor) -> Tensor:
@@ -71,10 +71,10 @@ def written_out(model: Transformer, tokens: Tensor, rival: Rival) -> Tensor:
     return model.head(model.norm(x))
 
 
-@pytest.mark.parametrize("config", [CONFIG, WINDOWED], ids=["full", "window"])
+@pytest.mark.parametrize("config", [SIX_LAYERS, WINDOWED], ids=["full", "window"])
 @pytest.mark.parametrize("text", RIVALS)
 def test_is_what_its_definition_says(text: str, config: ModelConfig) -> None:
-    model, tokens, rival = build(config, PLANS["none"]), tokens_of(config, 2, 20), Rival.parse(text, N_LAYERS)
+    model, tokens, rival = build_model(config, PLANS["none"]), random_tokens(config, 2, 20), Rival.parse(text, N_LAYERS)
     plain = in_one_go(model, tokens)
     with altered(model, rival):
         found = in_one_go(model, tokens)
@@ -86,10 +86,10 @@ def test_is_what_its_definition_says(text: str, config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("text", RIVALS)
 def test_step_by_step_is_in_one_go(text: str) -> None:
-    model, tokens = build(CONFIG, PLANS["none"]), tokens_of(CONFIG, 2, 24)
+    model, tokens = build_model(SIX_LAYERS, PLANS["none"]), random_tokens(SIX_LAYERS, 2, 24)
     with altered(model, Rival.parse(text, N_LAYERS)):
         expected = in_one_go(model, tokens)
-        cache = StaticCache.allocate(CONFIG, PLANS["none"], batch=2, max_seq_len=24)
+        cache = StaticCache.allocate(SIX_LAYERS, PLANS["none"], batch=2, max_seq_len=24)
         list(prefill_chunks(model, tokens[:, :10], 0, cache))
         for t in range(10, 24):
             step = TorchRunner(model).decode(tokens[:, t], torch.tensor([t, t]), cache, t + 1)
@@ -98,7 +98,7 @@ def test_step_by_step_is_in_one_go(text: str) -> None:
 
 def test_eight_bits_go_with_a_plan() -> None:
     plan = PLANS["head maps"]
-    model, tokens = build(CONFIG, plan), tokens_of(CONFIG, 2, 20)
+    model, tokens = build_model(SIX_LAYERS, plan), random_tokens(SIX_LAYERS, 2, 20)
     plain = in_one_go(model, tokens)
     with altered(model, Rival(int8=True)):
         rounded = in_one_go(model, tokens)
@@ -108,7 +108,7 @@ def test_eight_bits_go_with_a_plan() -> None:
 
 
 def test_the_model_is_itself_again_after_an_error() -> None:
-    model, tokens = build(CONFIG, PLANS["none"]), tokens_of(CONFIG, 1, 9)
+    model, tokens = build_model(SIX_LAYERS, PLANS["none"]), random_tokens(SIX_LAYERS, 1, 9)
     plain = in_one_go(model, tokens)
     with pytest.raises(ZeroDivisionError), altered(model, Rival.parse("drop:1+kv-int8", N_LAYERS)):
         raise ZeroDivisionError
@@ -141,19 +141,19 @@ class TestEightBits:
 class TestBytes:
     def test_of_sharing_are_the_engine_s_formula(self) -> None:
         for plan in PLANS.values():
-            assert slot_bytes(CONFIG, plan) == kv_bytes(CONFIG, plan, 1, 2)
+            assert slot_bytes(SIX_LAYERS, plan) == kv_bytes(SIX_LAYERS, plan, 1, 2)
 
     def test_of_rivals(self) -> None:
         """6 layers, 2 heads of 16: 64 bytes a layer for keys and as many for values."""
         none = PLANS["none"]
         expected = {"drop:2,4": 4 * 128, "cla:1:2,3:5": 4 * 128, "kv-int8": 6 * 2 * 2 * 18, "drop:0+kv-int8": 5 * 72}
         for text, n_bytes in expected.items():
-            assert slot_bytes(CONFIG, none, Rival.parse(text, N_LAYERS)) == n_bytes
-        assert slot_bytes(CONFIG, PLANS["span"], Rival(int8=True)) == (12 - 3) * 2 * 18
+            assert slot_bytes(SIX_LAYERS, none, Rival.parse(text, N_LAYERS)) == n_bytes
+        assert slot_bytes(SIX_LAYERS, PLANS["span"], Rival(int8=True)) == (12 - 3) * 2 * 18
 
     def test_borrowed_keys_and_dropped_layers_write_nothing(self) -> None:
-        model, tokens = build(CONFIG, PLANS["none"]), tokens_of(CONFIG, 1, 8)
-        cache = StaticCache.allocate(CONFIG, PLANS["none"], max_seq_len=8)
+        model, tokens = build_model(SIX_LAYERS, PLANS["none"]), random_tokens(SIX_LAYERS, 1, 8)
+        cache = StaticCache.allocate(SIX_LAYERS, PLANS["none"], max_seq_len=8)
         with altered(model, Rival.parse("drop:1", N_LAYERS)), altered(model, Rival.parse("cla:2:4", N_LAYERS)):
             model(tokens, torch.arange(8)[None], cache)
         written = [bool(cache.keys[i].any()) and bool(cache.values[i].any()) for i in range(N_LAYERS)]
@@ -185,28 +185,30 @@ def test_notation_reads_what_it_writes(text: str) -> None:
 )
 def test_notation_that_is_none(text: str, message: str) -> None:
     with pytest.raises(MinisaError, match=message):
-        parse_variants([], [text], CONFIG, None)
+        parse_variants([], [text], SIX_LAYERS, None)
 
 
 def test_a_variant_s_identity_changes_with_what_it_is(tmp_path: Path) -> None:
     identities = {
         variant.identity
-        for variant in parse_variants(["2", "3", "1:3"], ["drop:2", "cla:1:2", "kv-int8", "sa:2+kv-int8"], CONFIG, None)
+        for variant in parse_variants(
+            ["2", "3", "1:3"], ["drop:2", "cla:1:2", "kv-int8", "sa:2+kv-int8"], SIX_LAYERS, None
+        )
     }
     assert len(identities) == 8
     file = tmp_path / "plan.json"
     found = []
     for heads in ([0, 1, 2, 3], [3, 2, 1, 0]):
         SharingPlan.following(N_LAYERS, {2: 1}, {2: heads}).save(file)
-        found.append(parse_variants([str(file)], [], CONFIG, None)[1].identity)
+        found.append(parse_variants([str(file)], [], SIX_LAYERS, None)[1].identity)
     assert found[0] != found[1]
 
 
 class TestCheapest:
     @pytest.mark.parametrize("kind", ["drop", "cla"])
-    @pytest.mark.parametrize("config", [CONFIG, WINDOWED], ids=["full", "window"])
+    @pytest.mark.parametrize("config", [SIX_LAYERS, WINDOWED], ids=["full", "window"])
     def test_is_the_best_of_all_by_the_loss_of_the_whole_model(self, kind: str, config: ModelConfig) -> None:
-        model, windows = build(config, PLANS["none"]), tokens_of(config, 5, 24)
+        model, windows = build_model(config, PLANS["none"]), random_tokens(config, 5, 24)
 
         def loss(rival: Rival) -> float:
             with altered(model, rival):
@@ -233,7 +235,7 @@ class TestCheapest:
 
     def test_only_the_best_of_the_first_round_are_tried_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cheapest_module, "KEPT", 2)
-        model, windows = build(CONFIG, PLANS["none"]), tokens_of(CONFIG, 2, 16)
+        model, windows = build_model(SIX_LAYERS, PLANS["none"]), random_tokens(SIX_LAYERS, 2, 16)
         calls: list[tuple[int, int]] = []
         steps = list(cheapest(model, windows, "drop", 5, progress=lambda done, total: calls.append((done, total))))
         assert len(steps) == 3  # plain, one, two: then none of the two is left
@@ -241,21 +243,14 @@ class TestCheapest:
 
 
 def test_the_command_prints_and_writes_what_is_chosen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run_main: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(vocab_size=len(VOCABULARY["tokenizer.ggml.tokens"]), tie_embeddings=True)
-    model = write_gguf(tmp_path / "tiny.gguf", config, random_weights(config), metadata=VOCABULARY)
+    model = loadable_gguf(tmp_path / "tiny.gguf", tiny_config(vocab_size=N_TOKENS, tie_embeddings=True))
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on a quiet red roof in town. " * 20)
 
-    def run(*flags: object) -> tuple[int, str, str]:
-        arguments = ["minisa", "rivals", "--model", model, "--device", "cpu", "--dtype", "fp32", *flags]
-        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            console.run(cli.main)
-        sys.stdout.flush()
-        return exit_.value.code, *capfd.readouterr()  # type: ignore[return-value]
+    def run(*flags: object) -> Ran:
+        return run_main(cli.main, "minisa", "rivals", "--model", model, "--device", "cpu", "--dtype", "fp32", *flags)
 
     llm = load(model, dtype="fp32", device="cpu", compile=False)
     ids = torch.tensor(llm.tokenizer.encode(text.read_text())[:120]).view(3, 40)

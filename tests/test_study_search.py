@@ -22,14 +22,14 @@ from minisa.study.findings import Findings, read_findings, write_findings
 from minisa.study.judge import Judge
 from minisa.study.search import Search
 from minisa.study.text import sha256_of
+from tests.loadable import N_TOKENS, loadable_hf
+from tests.models import N_LAYERS, PLANS, SIX_LAYERS, build_model, random_tokens
 from tests.study_models import another_of_its_name
-from tests.test_model import CONFIG, N_LAYERS, PLANS, build, tokens_of
-from tests.tiny import random_weights, tiny_config, write_hf
-from tests.vocabularies import byte_level_json, write_json
+from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TOKENS = tokens_of(CONFIG, 12, 24)
+TOKENS = random_tokens(SIX_LAYERS, 12, 24)
 
 
 def twins() -> Transformer:
@@ -37,15 +37,15 @@ def twins() -> Transformer:
 
     What layers 2 and 4 add goes to dimensions that no attention here looks at, but for the norm.
     """
-    model = build(CONFIG, PLANS["none"])
+    model = build_model(SIX_LAYERS, PLANS["none"])
     for leader, follower in ((2, 3), (4, 5)):
         one, other = model.layers[leader], model.layers[follower]
         for matrix in (one.attention.wo, one.feed_forward.w2):
             matrix.weight[8:] = 0
         one.attention_norm.weight[:8] = 0
         other.attention_norm.weight.copy_(one.attention_norm.weight)
-        other.attention.wq.weight.copy_(one.attention.wq.weight.roll(2 * CONFIG.head_dim, 0))
-        other.attention.wk.weight.copy_(one.attention.wk.weight.roll(CONFIG.head_dim, 0))
+        other.attention.wq.weight.copy_(one.attention.wq.weight.roll(2 * SIX_LAYERS.head_dim, 0))
+        other.attention.wk.weight.copy_(one.attention.wk.weight.roll(SIX_LAYERS.head_dim, 0))
     return model
 
 
@@ -61,7 +61,7 @@ def test_it_finds_the_layers_that_attend_alike() -> None:
 
 
 def test_points_are_what_the_judge_measures_and_exchanges_never_hurt() -> None:
-    model, findings, lines = build(CONFIG, PLANS["none"]), Findings(), []
+    model, findings, lines = build_model(SIX_LAYERS, PLANS["none"]), Findings(), []
     hasty = search(model, Findings(), seconds=-1).run(3)
     points = search(model, findings, report=lines.append).run(3)
     assert [len(point.plan.followers) for point in points] == [1, 2, 3]
@@ -73,7 +73,7 @@ def test_points_are_what_the_judge_measures_and_exchanges_never_hurt() -> None:
 
 
 def test_broken_off_it_goes_on_and_finds_the_same() -> None:
-    model = build(CONFIG, PLANS["none"])
+    model = build_model(SIX_LAYERS, PLANS["none"])
     whole = search(model, Findings()).run(3)
     findings, countdown = Findings(), iter(range(9))
 
@@ -94,7 +94,7 @@ def test_broken_off_it_goes_on_and_finds_the_same() -> None:
 
 def test_so_many_cannot_follow() -> None:
     with pytest.raises(MinisaError, match="--followers is 6: expected 1 to 5, layer 0 must lead"):
-        search(build(CONFIG, PLANS["none"]), Findings()).run(N_LAYERS)
+        search(build_model(SIX_LAYERS, PLANS["none"]), Findings()).run(N_LAYERS)
 
 
 # The command line
@@ -103,9 +103,8 @@ def test_so_many_cannot_follow() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint with a byte-level tokenizer, and two texts."""
-    config = tiny_config(n_layers=5, vocab_size=275, max_seq_len=64)
-    folder = write_hf(tmp_path_factory.mktemp("search") / "tiny", config, random_weights(config))
-    write_json(folder / "tokenizer.json", byte_level_json())
+    config = tiny_config(n_layers=5, vocab_size=N_TOKENS, max_seq_len=64)
+    folder = loadable_hf(tmp_path_factory.mktemp("search") / "tiny", config)
     generator = torch.Generator().manual_seed(0)
     for name in ("a.txt", "b.txt"):
         letters = torch.randint(97, 123, (800,), generator=generator).tolist()

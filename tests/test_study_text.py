@@ -14,7 +14,7 @@ from minisa.errors import MinisaError
 from minisa.sharing import SharingPlan
 from minisa.study.loss import losses_of, perplexity, token_losses
 from minisa.study.text import echoing, read_text, sample, sha256_of, windows
-from tests.test_model import CONFIG, PLANS, build, in_one_go, tokens_of
+from tests.models import PLANS, SIX_LAYERS, build_model, in_one_go, random_tokens
 
 
 class Bytes:
@@ -30,7 +30,7 @@ class Bytes:
 class TinyLLM:
     """As much of LLM as the studies of text look at."""
 
-    config = CONFIG
+    config = SIX_LAYERS
 
     def __init__(self, add_bos: bool = False) -> None:
         self.tokenizer = Bytes(add_bos)
@@ -81,8 +81,8 @@ def test_sha256_is_of_the_bytes(tmp_path: Path) -> None:
 def test_losses_are_those_of_the_logits(plan: SharingPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """However windows are batched and positions chunked."""
     monkeypatch.setattr("minisa.study.loss.ROWS", 7)
-    model = build(CONFIG, plan)
-    tokens = tokens_of(CONFIG, 3, 24)
+    model = build_model(SIX_LAYERS, plan)
+    tokens = random_tokens(SIX_LAYERS, 3, 24)
     logits = in_one_go(model, tokens)
     chosen = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     seen: list[tuple[int, int]] = []
@@ -94,9 +94,9 @@ def test_losses_are_those_of_the_logits(plan: SharingPlan, monkeypatch: pytest.M
 
 def test_losses_of_given_states() -> None:
     """Zero states know nothing: every token costs log of the vocabulary."""
-    model = build(CONFIG, PLANS["none"])
-    losses = losses_of(model, torch.zeros(2, 5, CONFIG.dim), tokens_of(CONFIG, 2, 5))
-    assert torch.allclose(losses, torch.tensor(CONFIG.vocab_size).log().expand(2, 4))
+    model = build_model(SIX_LAYERS, PLANS["none"])
+    losses = losses_of(model, torch.zeros(2, 5, SIX_LAYERS.dim), random_tokens(SIX_LAYERS, 2, 5))
+    assert torch.allclose(losses, torch.tensor(SIX_LAYERS.vocab_size).log().expand(2, 4))
 
 
 def test_a_sample_is_drawn_by_its_seed_and_nothing_twice(tmp_path: Path) -> None:

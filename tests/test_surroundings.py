@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak import tiny_model
+from tests.loadable import chat_model
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ("--prompt", "Füße", "--max-new-tokens", "16", "--device", "cpu", "--dtype", "fp32", "--temperature", "0.9")
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="terminals, forks and
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("tiny"))
+    return chat_model(tmp_path_factory.mktemp("tiny"))
 
 
 def run(
@@ -154,7 +154,7 @@ if child:
 @pytest.mark.parametrize("when", ["after import", "after a generation"])
 def test_parent_and_child_go_on_after_a_fork(when: str, compiled: bool, tmp_path: Path) -> None:
     """Threads do not come along: parent and child each have what they need, whatever ran before."""
-    model = tiny_model(tmp_path, n_heads=2, n_kv_heads=1, head_dim=32)  # wide enough for the C++ step
+    model = chat_model(tmp_path, n_heads=2, n_kv_heads=1, head_dim=32)  # wide enough for the C++ step
     command = [sys.executable, "-c", FORKED, str(model), str(compiled), when]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     one, other = ran.stdout.splitlines()

@@ -13,22 +13,21 @@ import pytest
 import torch
 
 from minisa.errors import MinisaError
-from tests.engines import ENGINES
-from tests.test_generate import PROMPTS, llm_of, text, tokens
+from tests.engines import ENGINES, PROMPTS, llm_of, text_of, tokens_of
 
 
 @pytest.mark.parametrize("engine", ["eager", "C++ step"])
 def test_threads_take_the_cache_from_each_other(engine: str, one_thread: None) -> None:
     """A generation ends with what its prompt says alone or with an error; nobody else's step comes between."""
     llm = ENGINES[engine]()
-    expected = {prompt: tokens(llm.generate(prompt, max_new_tokens=20)) for prompt in PROMPTS}
+    expected = {prompt: tokens_of(llm.generate(prompt, max_new_tokens=20)) for prompt in PROMPTS}
     logits = llm.logits(list(b"hello"))
 
     def ask(prompt: str) -> set[str]:
         found = set()
         for _ in range(8):
             try:
-                right = tokens(llm.generate(prompt, max_new_tokens=20)) == expected[prompt]
+                right = tokens_of(llm.generate(prompt, max_new_tokens=20)) == expected[prompt]
                 found.add("right" if right else "wrong")
             except MinisaError as error:
                 found.add(str(error))
@@ -42,7 +41,7 @@ def test_threads_take_the_cache_from_each_other(engine: str, one_thread: None) -
 
 def test_rows_come_and_go_from_other_threads() -> None:
     llm = llm_of()
-    expected = tokens(llm.generate("hello", max_new_tokens=90))
+    expected = tokens_of(llm.generate("hello", max_new_tokens=90))
     batch = llm.batch()
     kept = batch.add("hello", max_new_tokens=90)
 
@@ -52,7 +51,7 @@ def test_rows_come_and_go_from_other_threads() -> None:
 
     with ThreadPoolExecutor(2) as threads:
         others = [threads.submit(come_and_go, number) for number in range(2)]
-        assert tokens(batch, kept) == expected
+        assert tokens_of(batch, kept) == expected
         for other in others:
             other.result()
 
@@ -74,7 +73,7 @@ def test_a_batch_interrupted_in_a_step_does_not_go_on_with_other_text(monkeypatc
             next(batch)
     with pytest.raises(MinisaError, match="interrupted in the middle of a step: begin anew"):
         next(batch)
-    assert text(llm.generate("hello", max_new_tokens=9)) == text(llm_of().generate("hello", max_new_tokens=9))
+    assert text_of(llm.generate("hello", max_new_tokens=9)) == text_of(llm_of().generate("hello", max_new_tokens=9))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
