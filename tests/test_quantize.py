@@ -88,11 +88,17 @@ def rounded_to_blocks(x: Tensor) -> Tensor:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("extreme", [False, True], ids=["random", "extreme"])
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_the_cpp_step_computes_with_the_blocks(format: Any, tmp_path: Path) -> None:
+def test_the_cpp_step_computes_with_the_blocks(format: Any, extreme: bool, tmp_path: Path) -> None:
+    """extreme: every integer is the largest there is or the smallest, and the sums the largest that can be."""
     library = open_library(wait=True)
     assert library is not None
-    write_hf(tmp_path, CONFIG, random_weights(CONFIG, 0))
+    weights = random_weights(CONFIG, 0)
+    if extreme:
+        for weight in weights.values():
+            weight.fill_(1)[..., ::BLOCK] = -1
+    write_hf(tmp_path, CONFIG, weights)
     reference, model = read(tmp_path, format), read(tmp_path, format)
     for name, module in reference.named_modules():
         if name.endswith(("wq", "wk", "wv", "wo", "w1", "w2", "w3")):
@@ -106,8 +112,8 @@ def test_the_cpp_step_computes_with_the_blocks(format: Any, tmp_path: Path) -> N
     last = native.decode(tokens[:, 39], torch.tensor([39]), cache, 40)
     for got, want in ((found[:30], expected[:30]), (found[30], expected[38]), (last[0], expected[39])):
         assert (got - want).norm() / want.norm() < 2e-2
-    weights = sum(weight.nbytes for weight in read(tmp_path, format).state_dict().values())
-    assert native.weight_bytes <= weights + 32 * 4 * CONFIG.dim * CONFIG.n_layers
+    plain_bytes = sum(weight.nbytes for weight in read(tmp_path, format).state_dict().values())
+    assert native.weight_bytes <= plain_bytes + 32 * 4 * CONFIG.dim * CONFIG.n_layers
     assert not any(buffer.numel() for name, buffer in native.model.named_buffers() if name.endswith("quants"))
 
 

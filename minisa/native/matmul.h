@@ -68,7 +68,7 @@ struct Bf16Panel {  // [cols / 2][32 rows][2]
 };
 
 struct Int8Panel {  // weight = scale * (byte - 128): bytes [cols / 4][32 rows][4], then scales fp16 [cols / 32][32 rows]
-    static constexpr int kTile = kLanes == 16 ? 4 : 1;
+    static constexpr int kTile = kLanes == 16 ? 4 : 2;
     static size_t bytes(int cols) { return (size_t)cols / 4 * kColumn + cols / kBlock * 2 * kPanel; }
 
     template <int R>
@@ -77,11 +77,11 @@ struct Int8Panel {  // weight = scale * (byte - 128): bytes [cols / 4][32 rows][
         for (int b = 0; b < x.cols / kBlock; ++b, scales += 2 * kPanel) {
             i32s sums[R][kVectors];
             for (int r = 0; r < R; ++r)
-                for (int v = 0; v < kVectors; ++v) sums[r][v] = i32s{} - 128 * x.totals[x.block(row + r, b)];
+                for (int v = 0; v < kVectors; ++v) sums[r][v] = begin_int8(x.totals[x.block(row + r, b)]);
             for (int i = 0; i < kBlock / 4; ++i, w += kColumn) {
                 for (int v = 0; v < kVectors; ++v) {
                     u32s bytes = load_as<u32s>(w + v * sizeof(u32s));
-                    for (int r = 0; r < R; ++r) sums[r][v] = dot4(sums[r][v], bytes, x.four(row + r, b * 8 + i));
+                    for (int r = 0; r < R; ++r) sums[r][v] = dot4_int8(sums[r][v], bytes, x.four(row + r, b * 8 + i));
                 }
             }
             for (int v = 0; v < kVectors; ++v) {
@@ -99,7 +99,7 @@ struct Int8Panel {  // weight = scale * (byte - 128): bytes [cols / 4][32 rows][
 
 struct Int4Panel {  // weight = scale * nibble + minimum: bytes [cols / 32][4][32 rows][4], in whose low nibbles are the
                     // block's first 16 columns; then, in fp16, [cols / 32][scale, minimum][32 rows]
-    static constexpr int kTile = kLanes == 16 ? 4 : 1;
+    static constexpr int kTile = kLanes == 16 ? 4 : 2;
     static size_t bytes(int cols) { return (size_t)cols / 8 * kColumn + cols / kBlock * 4 * kPanel; }
 
     template <int R>
@@ -110,16 +110,17 @@ struct Int4Panel {  // weight = scale * nibble + minimum: bytes [cols / 32][4][3
             for (int i = 0; i < kBlock / 8; ++i, w += kColumn) {
                 for (int v = 0; v < kVectors; ++v) {
                     u32s bytes = load_as<u32s>(w + v * sizeof(u32s));
+                    u32s low = bytes & 0x0f0f0f0fu, high = (bytes >> 4) & 0x0f0f0f0fu;
                     for (int r = 0; r < R; ++r) {
-                        sums[r][v] = dot4(sums[r][v], bytes & 0x0f0f0f0fu, x.four(row + r, b * 8 + i));
-                        sums[r][v] = dot4(sums[r][v], (bytes >> 4) & 0x0f0f0f0fu, x.four(row + r, b * 8 + i + 4));
+                        sums[r][v] = dot4_int4(sums[r][v], low, x.four(row + r, b * 8 + i));
+                        sums[r][v] = dot4_int4(sums[r][v], high, x.four(row + r, b * 8 + i + 4));
                     }
                 }
             }
             for (int v = 0; v < kVectors; ++v) {
                 f32s scale = load_half(scales + 2 * kLanes * v), minimum = load_half(scales + 2 * (kPanel + kLanes * v));
                 for (int r = 0; r < R; ++r) {
-                    f32s sum = __builtin_convertvector(sums[r][v], f32s);
+                    f32s sum = __builtin_convertvector(sum_int4(sums[r][v]), f32s);
                     float total = (float)x.totals[x.block(row + r, b)];
                     out[r][v] += (sum * scale + minimum * total) * x.scales[x.block(row + r, b)];
                 }

@@ -175,17 +175,33 @@ static inline f32s dot2(f32s sum, u32s w, const float* x) {
 }
 #endif
 
-// Each lane of w holds four weights of its own row in 0..255; x holds the four activations in -127..127 they meet.
+// Each lane of w holds four weights of its own row; x holds the four activations in -127..127 they meet. The weights of
+// int8 lie in 0..255 and mean 128 less: sums begin with what `total`, the activations' sum over the block, makes of that.
+// Those of int4 lie in 0..15, and sum_int4 of a block's sum is what it comes to.
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+static inline i32s begin_int8(int) { return i32s{}; }
+static inline i32s dot4_int8(i32s sum, u32s w, uint32_t x) {  // |w| times x with w's sign: a pair fits in 16 bits
+    __m256i weights = _mm256_xor_si256((__m256i)w, _mm256_set1_epi8(-128));
+    __m256i signed_x = _mm256_sign_epi8(_mm256_set1_epi32((int)x), weights);
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), signed_x);
+    return sum + (i32s)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+static inline i32s dot4_int4(i32s sum, u32s w, uint32_t x) {  // two sums of 16 bits: at most 16 * 15 * 127 in a block
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32((int)x));
+    return (i32s)_mm256_add_epi16((__m256i)sum, pairs);
+}
+static inline i32s sum_int4(i32s sum) { return (i32s)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
+#else
 static inline i32s dot4(i32s sum, u32s w, uint32_t x) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
     return (i32s)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32((int)x));
-#elif defined(__AVX2__) && !defined(__AVX512BW__)  // 16-bit products in pairs: the first and third, second and fourth
-    __m256i xs = _mm256_set1_epi32((int)x), odd = _mm256_srai_epi16(xs, 8);
-    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8);
-    sum += (i32s)_mm256_madd_epi16((__m256i)(w & 0x00ff00ff), even);
-    return sum + (i32s)_mm256_madd_epi16((__m256i)((w >> 8) & 0x00ff00ff), odd);
 #else
     for (int i = 0; i < 4; ++i) sum += (i32s)((w >> (8 * i)) & 255) * (int32_t)(int8_t)(x >> (8 * i));
     return sum;
 #endif
 }
+static inline i32s begin_int8(int total) { return i32s{} - 128 * total; }
+static inline i32s dot4_int8(i32s sum, u32s w, uint32_t x) { return dot4(sum, w, x); }
+static inline i32s dot4_int4(i32s sum, u32s w, uint32_t x) { return dot4(sum, w, x); }
+static inline i32s sum_int4(i32s sum) { return sum; }
+#endif
