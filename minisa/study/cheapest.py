@@ -71,9 +71,9 @@ def cheapest(
             done += n_layers - layer
             if progress:
                 progress(done, total)
-        loss, layer, rival = min(found, key=lambda trial: trial[:2])
+        loss, _, rival = min(found, key=lambda trial: trial[:2])
         with altered(model, rival):
-            trials.rebase(layer)
+            trials.rebase(tried[-1][0])  # the last trial's keys and values, from its layer on, are still there
         if number == 0:
             by_loss = sorted(found, key=lambda trial: trial[:2])
             layers = set(list(dict.fromkeys(layer for _, layer, _ in by_loss))[:KEPT])
