@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -282,25 +283,27 @@ def bf16_model() -> Transformer:
     return model
 
 
-def test_eager_first_and_native_once_it_is_built(
-    bf16_model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A new machine: the first choice does not wait for the compiler, a later one finds the library."""
+@pytest.fixture
+def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of caches of a machine on which no library has been built yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.library_path.cache_clear()
-    try:
-        runner = choose_runner(bf16_model)
-        assert runner.name == "eager"
-        assert may_become_native(runner, None)
-        assert not may_become_native(runner, False)
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "minisa").glob("*.so")):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        assert not list((tmp_path / "minisa").glob("*.part"))
-        assert choose_runner(bf16_model).name == "C++ step"
-    finally:
-        build.library_path.cache_clear()
+    yield tmp_path
+    build.library_path.cache_clear()
+
+
+def test_eager_first_and_native_once_it_is_built(bf16_model: Transformer, nothing_built: Path) -> None:
+    """A new machine: the first choice does not wait for the compiler, a later one finds the library."""
+    runner = choose_runner(bf16_model)
+    assert runner.name == "eager"
+    assert may_become_native(runner, None)
+    assert not may_become_native(runner, False)
+    deadline = time.monotonic() + 120
+    while not list(nothing_built.rglob("*.so")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert not list(nothing_built.rglob("*.part"))
+    assert choose_runner(bf16_model).name == "C++ step"
 
 
 def test_auto_is_bf16_on_any_cpu_once_the_step_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,50 +331,46 @@ def test_who_waits_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_working_compiler_everything_stays_eager(
-    compiler: str, bf16_model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiler: str, bf16_model: Transformer, nothing_built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
-    build.library_path.cache_clear()
-    try:
-        assert open_library(wait=True) is None
-        assert choose_runner(bf16_model).name == "eager"
-        assert not list(tmp_path.rglob("*.so"))
-    finally:
-        build.library_path.cache_clear()
+    assert open_library(wait=True) is None
+    assert choose_runner(bf16_model).name == "eager"
+    assert not list(nothing_built.rglob("*.so"))
 
 
-def test_a_compiler_is_started_once(bf16_model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fake_compiler(nothing_built: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """fake_compiler(script): a shell script that is called in place of the compiler."""
+
+    def install(script: str) -> None:
+        file = nothing_built / "compiler"
+        file.write_text(f"#!/bin/sh\n{script}\n")
+        file.chmod(0o755)
+        monkeypatch.setenv("CXX", str(file))
+
+    return install
+
+
+def test_a_compiler_is_started_once(
+    fake_compiler: Callable[[str], None], bf16_model: Transformer, nothing_built: Path
+) -> None:
     """Not again while it works, however many generations ask, nor after it has failed."""
-    compiler, log = tmp_path / "slow-compiler", tmp_path / "log"
-    compiler.write_text(f"#!/bin/sh\necho started >> {log}; sleep 1; exit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", str(compiler))
-    build.library_path.cache_clear()
-    try:
-        assert [choose_runner(bf16_model).name for _ in range(3)] == ["eager"] * 3
-        assert open_library(wait=True) is None  # it has failed by now
-        assert choose_runner(bf16_model).name == "eager"
-    finally:
-        build.library_path.cache_clear()
+    log = nothing_built / "log"
+    fake_compiler(f"echo started >> {log}; sleep 1; exit 1")
+    assert [choose_runner(bf16_model).name for _ in range(3)] == ["eager"] * 3
+    assert open_library(wait=True) is None  # it has failed by now
+    assert choose_runner(bf16_model).name == "eager"
     assert log.read_text() == "started\n"
 
 
 def test_a_damaged_library_is_built_again(
-    library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    library: ctypes.CDLL, fake_compiler: Callable[[str], None], nothing_built: Path
 ) -> None:
-    compiler, built = tmp_path / "quick-compiler", build.library_path()
-    compiler.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; cp "{built}" "$2"\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", str(compiler))
-    build.library_path.cache_clear()
-    try:
-        damaged = build.library_path()
-        assert damaged is not None
-        damaged.parent.mkdir()
-        damaged.write_bytes(b"\x7fELF")
-        assert open_library(wait=True) is not None
-    finally:
-        build.library_path.cache_clear()
+    fake_compiler(f'while [ "$1" != -o ]; do shift; done; cp "{library._name}" "$2"')
+    damaged = build.library_path()
+    assert damaged is not None
+    assert damaged.is_relative_to(nothing_built)
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"\x7fELF")
+    assert open_library(wait=True) is not None
