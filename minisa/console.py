@@ -127,14 +127,17 @@ def run(command: click.Command) -> NoReturn:
         if not _is_out_of_memory(error):
             raise
         _fail(name, "the device is out of memory: lower --max-seq-len, take a smaller --dtype or another --device")
-    except BrokenPipeError:
-        # The reader has left; the interpreter must not try to flush to it again on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has left
         sys.exit(1)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            _fail(name, f"no space left on the disk while writing {error.filename or 'a file'}")
+            _fail(name, f"no space left on the disk while writing {error.filename or 'the output'}")
         _fail(name, f"{error.filename or 'input or output'}: {error.strerror or error}")
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # the interpreter would try once more on its way out, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status if isinstance(status, int) else 0)
 
 

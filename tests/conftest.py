@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # tests run side by side: who waits must not keep the others from a core
+os.environ.pop("PYTHONUNBUFFERED", None)  # which hides what becomes of text that is not written yet
 import torch
 
 from minisa import LLM, load

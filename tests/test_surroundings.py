@@ -103,6 +103,14 @@ def test_an_output_that_is_closed(closed: str, tiny: Path, usual: bytes) -> None
     assert b"Traceback" not in ran.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+def test_an_output_that_takes_nothing(tiny: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" >/dev/full', "sh", sys.executable, "chat.py", "--model", str(tiny), *FLAGS]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, timeout=120)
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[1:] == [b"chat.py: no space left on the disk while writing the output"]
+
+
 @pytest.mark.parametrize("ignored", [False, True], ids=["hangup ends it", "as under nohup"])
 def test_a_terminal_that_is_closed(ignored: bool, tiny: Path, tmp_path: Path) -> None:
     """While an answer is on its way: nobody is left, no process stays behind and nothing is said."""
@@ -121,6 +129,7 @@ def test_a_terminal_that_is_closed(ignored: bool, tiny: Path, tmp_path: Path) ->
     wait_until(lambda: bool((found := os.waitpid(pid, os.WNOHANG))[0]) and not ended.append(found[1]))
     assert os.waitstatus_to_exitcode(ended[0]) in ((0, 1, 2) if ignored else (-signal.SIGHUP,))
     assert "Traceback" not in errors.read_text()
+    assert "Exception ignored" not in errors.read_text()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
