@@ -2,9 +2,9 @@
 
 Each input is a sound file changed by atheris, which keeps what reaches code that no input has reached before
 (`pip install atheris`), and by `changed` below, which knows JSON and the words that minisa looks for; without atheris,
-or with --blind, by that alone. Whatever is not read must end in a MinisaError of one line that names
-the file, within SLOW seconds and LARGE bytes of memory. What does not is written to --out, and the counts of outcomes
-are printed at the end.
+or with --blind, by that alone. Whatever is not read must end in a MinisaError of one line that names the file, within
+SLOW seconds and LARGE bytes of memory. What does not is written to --out, and the counts of outcomes are printed at the
+end.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@
 struct Activations {
     int cols = 0;
     std::vector<Rounded> rounded;  // [rows, cols]
-    std::vector<int8_t> quants;   // [rows, cols]
-    std::vector<float> scales;    // [rows, cols / 32]
-    std::vector<int32_t> totals;  // [rows, cols / 32]: the sum of the block's quants
+    std::vector<int8_t> quants;    // [rows, cols]
+    std::vector<float> scales;     // [rows, cols / 32]
+    std::vector<int32_t> totals;   // [rows, cols / 32]: the sum of the block's quants
 
     void reserve(size_t size) {
         rounded.resize(size), quants.resize(size), scales.resize(size / kBlock), totals.resize(size / kBlock);

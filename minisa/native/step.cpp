@@ -41,7 +41,7 @@ class Engine {
         n_splits = n_rows < kFewRows ? n_threads : 1;
         int longest = 0;
         for (int row = 0; row < n_rows; ++row) longest = std::max(longest, positions[row] + 1 - first_seen(row));
-        row_size = ((longest + kPanel - 1) / kPanel | 1) * kPanel;  // odd: rows at powers of two would meet in the cache
+        row_size = ((longest + kPanel - 1) / kPanel | 1) * kPanel;  // odd: at powers of two rows collide in the cache
         int group = m.n_heads / m.n_kv_heads;
         together = std::clamp(kAtHand / (group * row_size), 1, kMostTogether);
         n_own = std::max(kHeads, together * group);
@@ -285,7 +285,7 @@ class Engine {
 
     static constexpr int kWorthwhile = 16;      // queries that meet a panel: fewer do not pay for laying it out
     static constexpr int kMostTogether = 16;    // rows: more would leave threads without work
-    static constexpr int kAtHand = 1 << 19;     // attention weights that a thread has of its own, for one token at least
+    static constexpr int kAtHand = 1 << 19;     // attention weights of a thread's own, for one token at least
     // More than a step with guesses feeds (speculate.py): its sums are to be those of one row.
     static constexpr int kFewRows = 8;
     int first_seen(int row) const { return m.sliding_window ? std::max(0, positions[row] + 1 - m.sliding_window) : 0; }

@@ -176,8 +176,8 @@ static inline f32s dot2(f32s sum, u32s w, const float* x) {
 #endif
 
 // Each lane of w holds four weights of its own row; x holds the four activations in -127..127 they meet. The weights of
-// int8 lie in 0..255 and mean 128 less: sums begin with what `total`, the activations' sum over the block, makes of that.
-// Those of int4 lie in 0..15, and sum_int4 of a block's sum is what it comes to.
+// int8 lie in 0..255 and mean 128 less: sums begin with what that makes of `total`, the sum of the block's activations.
+// Those of int4 lie in 0..15, and sum_int4 makes the sum of what a block's products came to.
 #if defined(__AVX2__) && !defined(__AVX512BW__)
 static inline i32s begin_int8(int) { return i32s{}; }
 static inline i32s dot4_int8(i32s sum, u32s w, uint32_t x) {  // |w| times x with w's sign: a pair fits in 16 bits
