@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -196,7 +197,7 @@ def _naming(file: Path) -> Iterator[None]:
         yield
     except MinisaError as error:
         raise MinisaError(f"{file}: {error}") from None
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, struct.error) as error:
         # Content of unexpected types can fail anywhere; to the user it is all the same.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise MinisaError(f"{file}: no tokenizer, or a damaged one ({reason}): fetch it again") from error

@@ -70,11 +70,11 @@ def gguf_string(text: str) -> bytes:
 
 
 def gguf_value(value: Any) -> bytes:
-    """Type code and value: bool, uint32, float32, string, or an array of such (whole numbers as int32)."""
+    """Type code and value: bool, uint32 (else int64), float32, string, or an array of such (numbers as int32)."""
     if isinstance(value, bool):
         return struct.pack("<IB", 7, value)
     if isinstance(value, int):
-        return struct.pack("<II", 4, value)
+        return struct.pack("<II", 4, value) if 0 <= value < 1 << 32 else struct.pack("<Iq", 11, value)
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
     if isinstance(value, str):

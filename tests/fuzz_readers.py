@@ -11,14 +11,16 @@ from pathlib import Path
 
 import torch
 
+import minisa
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta, write_delta
+from minisa.dialog import find_dialog
 from minisa.registry import choose_plan, read_registry
 from minisa.sharing import Delta, SharingPlan
 from minisa.study.findings import Findings, read_findings, write_findings
 from minisa.study.training import Training, read_training, write_training
 from minisa.tokenizer import load_tokenizer
-from tests.encode import repack_zip
-from tests.loadable import loadable_gguf
+from tests.encode import encode_gguf, repack_zip
+from tests.loadable import N_TOKENS, VOCABULARY, loadable_gguf
 from tests.tiny import (
     empty_model,
     random_weights,
@@ -29,7 +31,14 @@ from tests.tiny import (
     write_meta,
     write_mistral,
 )
-from tests.vocabularies import byte_level_json, sentencepiece_model, tekken_json, write_json
+from tests.vocabularies import (
+    byte_level_json,
+    gguf_sentencepiece,
+    sentencepiece_model,
+    tekken_json,
+    tiktoken_model,
+    write_json,
+)
 
 CONFIG = tiny_config(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=32, vocab_size=32)
 
@@ -43,6 +52,13 @@ def load(path: Path) -> None:
 def tokenize(path: Path) -> None:
     tokenizer = load_tokenizer(path)
     tokenizer.decode(tokenizer.encode("Hello world, 1234  é\n\n"))
+    find_dialog(path, tokenizer)
+
+
+def answer(path: Path) -> None:
+    llm = minisa.load(path, device="cpu", dtype="fp32", compile=False, max_seq_len=64)
+    for chunk in llm.chat([{"role": "user", "content": "Hello"}], max_new_tokens=2, seed=0):
+        assert isinstance(chunk.text, str)
 
 
 @dataclass
@@ -51,7 +67,7 @@ class Reader:
 
     file: Path
     read: Callable[[], object]
-    named: Path  # what every message names
+    named: Path | str  # what every message names
     rewrite: Callable[[bytes], None] | None = None  # puts an input in its place, where that is not simply the file
     seed: bytes = field(init=False)
 
@@ -100,6 +116,22 @@ def tokenizer_file(folder: Path, name: str, content: bytes) -> Reader:
 def tokenizer_in_gguf(folder: Path) -> Reader:
     file = loadable_gguf(folder / "m.gguf", CONFIG)
     return Reader(file, lambda: tokenize(file), file)
+
+
+def sentencepiece_in_gguf(folder: Path) -> Reader:
+    file = folder / "m.gguf"
+    file.write_bytes(encode_gguf(gguf_sentencepiece(sentencepiece_model()), {}))
+    return Reader(file, lambda: tokenize(file), file)
+
+
+def chat(folder: Path) -> Reader:
+    """From one file to an answer. What a vocabulary lacks for a chat format is told without the file's name."""
+    config = tiny_config(
+        dim=32, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=32, vocab_size=N_TOKENS, max_seq_len=64
+    )
+    metadata = VOCABULARY | {"tokenizer.chat_template": "<|im_start|>"}
+    file = write_gguf(folder / "m.gguf", config, random_weights(config), metadata=metadata)
+    return Reader(file, lambda: answer(file), "")
 
 
 def gguf_part(folder: Path) -> Reader:
@@ -176,7 +208,10 @@ READERS: dict[str, Callable[[Path], Reader]] = {
         folder, "tokenizer.json", json.dumps(byte_level_json()).encode()
     ),
     "tekken.json": lambda folder: tokenizer_file(folder, "tekken.json", json.dumps(tekken_json()).encode()),
+    "tiktoken": lambda folder: tokenizer_file(folder, "tokenizer.model", tiktoken_model()),
     "tokenizer.gguf": tokenizer_in_gguf,
+    "sentencepiece.gguf": sentencepiece_in_gguf,
+    "chat": chat,
     "tokenizer_config.json": settings,
     "plan": plan,
     "delta": delta,

@@ -5,12 +5,15 @@ tests/fuzz.py does the same by hand, for hours.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
-import json
 import math
+import operator
 import os
 import random
 import signal
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,18 +22,26 @@ from typing import Any
 import pytest
 
 from minisa.errors import MAX_LENGTH, MinisaError
-from tests.fuzz import changed
+from tests.changes import changed, parse
 from tests.fuzz_readers import READERS, Reader
 
 SECONDS = 10
-JSON = (
+PARSED = (
     "config.json",
     "params.json",
     "tokenizer.json",
+    "tekken.json",
     "tokenizer_config.json",
     "index",
     "plan",
     "search state",
+    "safetensors",
+    "delta",
+    "heal state",
+    "gguf",
+    "tokenizer.gguf",
+    "sentencepiece.gguf",
+    "pickle",
 )
 FILES = [name for name in READERS if name != "pickle"]  # whose file is an archive's part
 
@@ -140,19 +151,30 @@ def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from nodes(child, (*path, key))
 
 
-@pytest.mark.parametrize("name", JSON)
-def test_json_of_the_wrong_type(name: str, tmp_path: Path) -> None:
-    """Every value of the file, in turn, is another."""
+@pytest.mark.parametrize("name", PARSED)
+def test_values_of_the_wrong_type(name: str, tmp_path: Path) -> None:
+    """Every value of the file, in turn, is another: an odd one, or what stands beside it."""
     reader = READERS[name](tmp_path)
-    for path in nodes(json.loads(reader.seed)):
-        for wrong in WRONG:
-            whole = [json.loads(reader.seed)]
-            parent, key = whole, 0
-            for step in path:
-                parent, key = parent[key], step
+    parsed = parse(reader.seed)
+    assert parsed is not None
+    tree, encode = parsed
+    for *inside, key in filter(None, nodes([tree])):
+        parent = functools.reduce(operator.getitem, inside, whole := [tree])
+        value = parent[key]
+        siblings = list(parent.values() if isinstance(parent, dict) else parent)
+        for wrong in [*WRONG, *siblings[:20]]:
             parent[key] = wrong
-            put(reader, json.dumps(whole[0]).encode())
-            read(reader)
+            if content := encoded(whole[0], encode):
+                put(reader, content)
+                read(reader)
+        parent[key] = value
+
+
+def encoded(tree: Any, encode: Callable[[Any], bytes]) -> bytes | None:
+    """The file of a tree; None where its format has no place for a value."""
+    with contextlib.suppress(struct.error, ArithmeticError, ValueError, TypeError, AttributeError, LookupError):
+        return encode(tree)
+    return None
 
 
 def test_messages_are_one_line_whatever_they_quote() -> None:

@@ -134,6 +134,13 @@ def gguf_sentencepiece(model: bytes) -> dict[str, Any]:
     }
 
 
+def tiktoken_model() -> bytes:
+    """A tokenizer.model with as many tokens as Llama 3's: every byte, every two and some three."""
+    tokens = (bytes(token) for length in (1, 2, 3) for token in itertools.product(range(256), repeat=length))
+    ranked = enumerate(itertools.islice(tokens, 128_000))
+    return b"".join(b"%b %d\n" % (base64.b64encode(token), rank) for rank, token in ranked)
+
+
 WHEEL_FILES = {
     "llama3": ("llama-models", "0.3.0", "llama_models/llama3/tokenizer.model"),
     "mistral-v1": ("mistral-common", "1.13.1", "mistral_common/data/tokenizer.model.v1"),
