@@ -27,6 +27,7 @@ _SETTINGS = ("tokenizer_config.json", "added_tokens.json", "generation_config.js
 _MAX_MODEL = 8 << 20  # bytes; the largest tokenizer.model takes 4 MB
 _MAX_TEMPLATE = 1 << 20  # bytes
 _MAX_SPECIAL = 1 << 15  # the makers' have up to 1,000; what pads a vocabulary counts too
+_MAX_NAME = 128  # characters of a special token; the makers' have up to 31
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
@@ -98,6 +99,8 @@ class Tokenizer:
         if len(self.special) > _MAX_SPECIAL:  # each is tried below
             raise MinisaError(f"{len(self.special)} special tokens: expected at most {_MAX_SPECIAL}")
         for name, token_id in self.special.items():
+            if len(name) > _MAX_NAME:
+                raise MinisaError(f"a special token of {len(name)} characters: expected at most {_MAX_NAME}")
             if token_id in vocabulary.encode(name, mid_text=False):
                 raise MinisaError(f"plain text can spell the special token {name!r}: expected it to be a control piece")
 

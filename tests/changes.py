@@ -48,7 +48,7 @@ def parse(content: bytes) -> Parsed | None:
     """The values in a file of a format known here; None for another, and for what has lost its syntax."""
     formats = {b"GGUF": _gguf, b"PK": _zip, b"\x80\x02": _pickle}
     known = next((format for start, format in formats.items() if content.startswith(start)), _json)
-    with contextlib.suppress(ValueError, LookupError, RecursionError, MinisaError, zipfile.BadZipFile, EOFError):
+    with contextlib.suppress(ValueError, LookupError, RuntimeError, MinisaError, zipfile.BadZipFile, EOFError):
         return known(content)
     return None
 
@@ -75,7 +75,14 @@ def _gguf(content: bytes) -> Parsed:
         info.name: [info.type.code, list(info.shape), content[info.offset : info.offset + info.nbytes]]
         for info in header.tensors
     }
-    return [header.metadata, tensors], lambda tree: encode_gguf(*tree)
+
+    def encode(tree: Any) -> bytes:
+        metadata, described = tree
+        if metadata.get("general.alignment", 32) > 1 << 20:
+            raise ValueError("gigabytes of padding")
+        return encode_gguf(metadata, described)
+
+    return [header.metadata, tensors], encode
 
 
 def _zip(content: bytes) -> Parsed:
@@ -108,7 +115,7 @@ def _pickle(content: bytes) -> Parsed:
 
 def change_tree(tree: Any, chance: random.Random) -> None:
     """A value is replaced, removed, taken from elsewhere in the tree or put under a word that minisa looks for."""
-    if not tree:
+    if not tree or not isinstance(tree, dict | list):
         return
     node, key = place_in(tree, chance)
     match chance.randrange(4):

@@ -17,10 +17,13 @@ from minisa.dialog import find_dialog
 from minisa.registry import choose_plan, read_registry
 from minisa.sharing import Delta, SharingPlan
 from minisa.study.findings import Findings, read_findings, write_findings
+from minisa.study.results import Results
+from minisa.study.tasks import TASKS, read_questions, read_rows
 from minisa.study.training import Training, read_training, write_training
 from minisa.tokenizer import load_tokenizer
 from tests.encode import encode_gguf, repack_zip
 from tests.loadable import N_TOKENS, VOCABULARY, loadable_gguf
+from tests.study_rows import ROWS, write_rows
 from tests.tiny import (
     empty_model,
     random_weights,
@@ -187,6 +190,31 @@ def heal_state(folder: Path) -> Reader:
     return Reader(file, lambda: read_training(file, {"length": 8}, ones), file)
 
 
+def task_rows(folder: Path) -> Reader:
+    """A row of each task, one after the other."""
+    file = write_rows(folder / "rows.jsonl", *(ROWS[name] for name in TASKS))
+
+    def read() -> None:
+        for task, row in zip(TASKS.values(), read_rows(file), strict=False):
+            read_questions(task, write_rows(folder / "row.jsonl", row), 0, None)
+
+    return Reader(file, read, folder)
+
+
+def results(folder: Path) -> Reader:
+    file, settings = folder / "results.jsonl", {"task": "piqa"}
+
+    def read() -> None:
+        kept = Results(file, settings, ("acc",))
+        kept.variant("plain", "none")
+        kept.close()
+
+    read()
+    with file.open("a") as lines:
+        lines.write('{"variant": "plain", "item": 3, "scores": {"acc": [1.0, 1.0]}}\n')
+    return Reader(file, read, file)
+
+
 def models_toml(folder: Path) -> Reader:
     file = folder / "models.toml"
     file.write_bytes((Path(__file__).parents[1] / "weights" / "models.toml").read_bytes()[:2500].rpartition(b"\n\n")[0])
@@ -217,5 +245,7 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "delta": delta,
     "search state": search_state,
     "heal state": heal_state,
+    "task rows": task_rows,
+    "results": results,
     "models.toml": models_toml,
 }  # fmt: skip

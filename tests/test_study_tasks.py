@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import example, given
 
 from minisa.errors import MinisaError
 from minisa.study.compare import ratio
@@ -24,6 +27,14 @@ class TestTasks:
         rows = write_rows(tmp_path / "rows", LAMBADA, {"text": f"{LAMBADA['context']} {LAMBADA['continuation']}"})
         apart, together = read_questions(TASKS["lambada"], rows, 0, None)
         assert together == apart
+
+    @given(st.text("[] a\n", min_size=1))
+    @example("[" * 200_000)
+    def test_hellaswag_s_tags_go_in_linear_time(self, text: str) -> None:
+        question = TASKS["hellaswag"].ask(HELLASWAG | {"endings": [text]})
+        tagged, bracket, rest = text.strip().rpartition("]")  # in the rest the makers' expression would look forever
+        expected = re.sub(r"\[.*?\]", "", tagged + bracket) + rest
+        assert question.answers == (" " + expected.replace("  ", " "),)
 
     def test_every_task_is_here(self) -> None:
         assert set(TASKS) == set(ROWS)

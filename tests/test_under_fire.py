@@ -110,6 +110,7 @@ def test_something_else_in_the_place_of_a_file(name: str, replacement: str, tmp_
         "tokenizer_config.json": "a tokenizer without its settings",
         "search state": "nothing found so far",
         "heal state": "nothing trained so far",
+        "results": "none so far",
     }
     assert message is not None or name in optional
 

@@ -194,7 +194,8 @@ def _hellaswag(row: Row) -> Question:
 def _plain(text: str) -> str:
     """HellaSwag's WikiHow half without its markup: " [title]" ends a sentence, other [tags] go."""
     text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+    # What no bracket closes on its line is matched too, and stays: to look for its end from each "[" takes forever.
+    return re.sub(r"\[[^\]\n]*(\]?)", lambda tag: "" if tag[1] else tag[0], text).replace("  ", " ")
 
 
 def _arc(row: Row) -> Question:
