@@ -2,8 +2,9 @@
 
 Each input is a sound file changed by atheris, which keeps what reaches code that no input has reached before
 (`pip install atheris`), and by tests/changes.py, which knows the formats; without atheris, or with --blind, by that
-alone. Whatever is not read must end in a MinisaError of one line that names the file, within SLOW seconds and LARGE
-bytes of memory. What does not is written to --out, and the counts of outcomes are printed at the end.
+alone. Whatever is not read must end in a MinisaError of one line that names the file, within SLOW seconds of a
+processor and LARGE bytes of memory. What does not is written to --out, and the counts of outcomes are printed at the
+end.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Fuzz:
         reader = self.reader
         (reader.rewrite or reader.file.write_bytes)(content)
         self.runs += 1
-        began, memory = time.monotonic(), _peak_memory()
+        began, memory = time.process_time(), _peak_memory()
         outcome = "read"
         try:
             reader.read()
@@ -55,8 +56,8 @@ class Fuzz:
             if type(error).__name__ == "MinisaError":
                 named = str(reader.named) in str(error) and len(str(error).splitlines()) == 1
                 outcome = "refused" if named else f"BAD MESSAGE {str(error)[:200]!r}"
-        if time.monotonic() - began > SLOW:
-            outcome = f"SLOW {time.monotonic() - began:.0f} s, {outcome}"
+        if (took := time.process_time() - began) > SLOW:
+            outcome = f"SLOW {took:.0f} s, {outcome}"
         if _peak_memory() - memory > LARGE:
             outcome = f"LARGE {(_peak_memory() - memory) >> 20} MiB, {outcome}"
         if outcome not in ("read", "refused") and outcome not in self.outcomes:
