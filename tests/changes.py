@@ -27,6 +27,7 @@ from typing import Any
 
 from minisa.checkpoint.gguf import read_gguf
 from minisa.errors import MinisaError
+from minisa.spm import _varint as varint
 from tests.encode import encode_gguf
 
 Parsed = tuple[Any, Callable[[Any], bytes]]  # a tree of lists and dictionaries, and what makes a file of such a tree
@@ -46,7 +47,7 @@ def changed(content: bytes, chance: random.Random) -> bytes:
 
 def parse(content: bytes) -> Parsed | None:
     """The values in a file of a format known here; None for another, and for what has lost its syntax."""
-    formats = {b"GGUF": _gguf, b"PK": _zip, b"\x80\x02": _pickle}
+    formats = {b"GGUF": _gguf, b"PK": _zip, b"\x80\x02": _pickle, b"\n": _sentencepiece}
     known = next((format for start, format in formats.items() if content.startswith(start)), _json)
     with contextlib.suppress(ValueError, LookupError, RuntimeError, MinisaError, zipfile.BadZipFile, EOFError):
         return known(content)
@@ -111,6 +112,53 @@ def _pickle(content: bytes) -> Parsed:
         return b"".join(part if isinstance(part, bytes) else pickle.dumps(part, 2)[2:-1] for part in tree)
 
     return instructions, encode
+
+
+def _sentencepiece(content: bytes) -> Parsed:
+    """The fields of a protobuf message of messages: [number, value] each."""
+
+    def fields(message: bytes, depth: int) -> list[Any]:
+        found: list[Any] = []
+        place = 0
+        while place < len(message):
+            tag, place = _varint_at(message, place)
+            match tag & 7:
+                case 0:
+                    value, place = _varint_at(message, place)
+                case 2:
+                    length, place = _varint_at(message, place)
+                    inside = message[place : place + length]
+                    value, place = fields(inside, depth - 1) if depth else inside, place + length
+                case 5:
+                    (value,), place = struct.unpack_from("<f", message, place), place + 4
+                case other:
+                    raise ValueError(f"wire type {other}")
+            found.append([tag >> 3, value])
+        return found
+
+    def encode(tree: Any) -> bytes:
+        message = b""
+        for number, value in tree:
+            if isinstance(value, int):
+                message += varint(number << 3) + varint(value % (1 << 64))
+            elif isinstance(value, float):
+                message += varint(number << 3 | 5) + struct.pack("<f", value)
+            else:
+                value = value.encode() if isinstance(value, str) else value
+                inside = encode(value) if isinstance(value, list) else value
+                message += varint(number << 3 | 2) + varint(len(inside)) + inside
+        return message
+
+    return fields(content, 1), encode
+
+
+def _varint_at(message: bytes, place: int) -> tuple[int, int]:
+    """The number that begins there, and where it ends."""
+    value = shift = 0
+    while message[place] & 0x80:
+        value |= (message[place] & 0x7F) << shift
+        place, shift = place + 1, shift + 7
+    return value | message[place] << shift, place + 1
 
 
 def change_tree(tree: Any, chance: random.Random) -> None:

@@ -39,6 +39,7 @@ PARSED = (
     "delta",
     "heal state",
     "gguf",
+    "tokenizer.model",
     "tokenizer.gguf",
     "sentencepiece.gguf",
     "pickle",
@@ -159,6 +160,8 @@ def test_values_of_the_wrong_type(name: str, tmp_path: Path) -> None:
     parsed = parse(reader.seed)
     assert parsed is not None
     tree, encode = parsed
+    put(reader, encode(tree))
+    assert read(reader) is None
     for *inside, key in filter(None, nodes([tree])):
         parent = functools.reduce(operator.getitem, inside, whole := [tree])
         value = parent[key]
