@@ -49,9 +49,10 @@ def parse(content: bytes) -> Parsed | None:
     """The values in a file of a format known here; None for another, and for what has lost its syntax."""
     formats = {b"GGUF": _gguf, b"PK": _zip, b"\x80\x02": _pickle, b"\n": _sentencepiece}
     known = next((format for start, format in formats.items() if content.startswith(start)), _json)
-    with contextlib.suppress(ValueError, LookupError, RuntimeError, MinisaError, zipfile.BadZipFile, EOFError):
+    try:
         return known(content)
-    return None
+    except (ValueError, LookupError, RuntimeError, EOFError, struct.error, zipfile.BadZipFile, MinisaError):
+        return None
 
 
 def _json(content: bytes) -> Parsed:

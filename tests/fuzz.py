@@ -25,8 +25,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.changes import changed, parse
-
 SLOW, LARGE = 5.0, 1 << 30
 
 
@@ -90,6 +88,7 @@ def main() -> None:
     except ImportError:
         atheris = None
     with atheris.instrument_imports(include=["minisa"]) if atheris else contextlib.nullcontext():
+        changes = importlib.import_module("tests.changes")  # what is imported earlier is not seen by atheris
         readers = importlib.import_module("tests.fuzz_readers").READERS
     if flags.reader not in readers:
         parser.error(f"no reader {flags.reader!r}: expected one of {', '.join(readers)}")
@@ -102,17 +101,17 @@ def main() -> None:
         if atheris is None:
             chance = random.Random(flags.seed)
             while True:
-                fuzz.run(changed(reader.seed, chance))
+                fuzz.run(changes.changed(reader.seed, chance))
 
-        structured = parse(reader.seed) is not None
+        structured = changes.parse(reader.seed) is not None
 
         def mutated(content: bytes, longest: int, seed: int) -> bytes:
             chance = random.Random(seed)
-            if structured and parse(content) is None and chance.random() < 0.5:
+            if structured and changes.parse(content) is None and chance.random() < 0.5:
                 content = reader.seed  # what has lost its syntax teaches little
             if chance.random() < (0.1 if structured else 0.5):
                 return atheris.Mutate(content, longest)
-            return changed(content, chance)[:longest]
+            return changes.changed(content, chance)[:longest]
 
         corpus = flags.corpus or Path(folder) / "corpus"
         corpus.mkdir(parents=True, exist_ok=True)
