@@ -177,7 +177,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     file, folder = (_find(path), path) if path.is_dir() else (path, path.parent)
     try:
         if file.suffix == ".gguf":
-            file = gguf_parts(file)[0]
+            file = next(gguf_parts(file))
             metadata = read_gguf(file).metadata
             with _naming(file):
                 return _from_gguf(metadata)
