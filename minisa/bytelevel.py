@@ -189,9 +189,13 @@ def from_tokenizer_json(raw: Mapping[str, Any]) -> ByteLevelBPE:
             raise MinisaError(f"its {key} is {model[key]!r}: minisa's BPE has none")
     if raw.get("normalizer") is not None:
         raise MinisaError(f"its normalizer is {raw['normalizer'].get('type')!r}: minisa's BPE takes text as it is")
+    if (decoder := raw.get("decoder") or {}).get("type") != "ByteLevel":
+        raise MinisaError(f"its decoder is {decoder.get('type')!r}: expected 'ByteLevel'")
     split = _split_of(raw.get("pre_tokenizer"))
     added = raw.get("added_tokens") or []
     special = {token["content"]: token["id"] for token in added}
+    if len(special) < len(added) or any(model["vocab"].get(name, special[name]) != special[name] for name in special):
+        raise MinisaError("an added token stands twice, or has another id in the vocabulary: is the file whole?")
     visible = [token["content"] for token in added if not token["special"]]
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     return _from_merges(
@@ -275,4 +279,7 @@ def _split_of(pre_tokenizer: Any) -> str:
 def _adds_bos(post_processor: Mapping[str, Any]) -> bool:
     steps = post_processor.get("processors", [post_processor])
     templates = [step["single"] for step in steps if step.get("type") == "TemplateProcessing"]
-    return any("SpecialToken" in template[0] for template in templates)
+    kinds = [[kind for piece in template for kind in piece] for template in templates]
+    if any(found not in (["Sequence"], ["SpecialToken", "Sequence"]) for found in kinds):
+        raise MinisaError("its post_processor adds more to a text than one token before it: expected that, or none")
+    return any(found[0] == "SpecialToken" for found in kinds)

@@ -14,7 +14,7 @@ from minisa.errors import MinisaError
 
 Raw = Mapping[str, Any]
 
-MAX_LAYERS = 4096  # sanity bounds for headers that lie; the largest Llama has 126 layers
+MAX_LAYERS = 1024  # sanity bounds for headers that lie; the largest Llama has 126 layers, and each takes a millisecond
 MAX_WIDTH = 1 << 24
 ROPE_FACTORS = (1e-3, 1e6)  # beyond these fp32 loses the angles; the largest published are 32 and a base of 4.5e10
 ROPE_THETAS = (1.0, 1e12)
@@ -76,6 +76,7 @@ class ModelConfig:
         for key in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_seq_len"):
             _bounded(key, getattr(self, key), MAX_WIDTH)
         _bounded("n_layers", self.n_layers, MAX_LAYERS)
+        _bounded("n_heads times head_dim", self.n_heads * self.head_dim, MAX_WIDTH)
         if self.n_heads % self.n_kv_heads:
             raise MinisaError(
                 f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}: "
@@ -125,6 +126,9 @@ class ModelConfig:
             raise MinisaError(f"config.json: rope_scaling is {rope!r}: expected an object")
         if any(isinstance(value, Mapping) for value in rope.values()):
             raise MinisaError("config.json: rope_parameters differ by kind of layer: expected one kind for all")
+        original = "original_max_position_embeddings"
+        if len({raw.get(original), rope.get(original)} - {None}) > 1:  # transformers 5 goes by the first
+            raise MinisaError(f"config.json: {original} is not what rope_scaling says: expected one of the two")
         if {raw.get("partial_rotary_factor"), rope.get("partial_rotary_factor")} - {None, 1}:
             raise MinisaError("config.json: partial_rotary_factor is set; minisa turns whole heads")
         if raw.get("pretraining_tp", 1) not in (None, 1):
@@ -146,7 +150,7 @@ class ModelConfig:
             max_seq_len=max_seq_len,
             norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             rope_theta=_number(rope, "rope_theta", _number(raw, "rope_theta", 10_000.0)),
-            rope_scaling=_rope_scaling(rope, max_seq_len),
+            rope_scaling=_rope_scaling({original: raw.get(original), **rope}, max_seq_len),
             tie_embeddings=_flag(raw, "tie_word_embeddings"),
             sliding_window=window,
         )
@@ -230,6 +234,9 @@ class ModelConfig:
         max_seq_len = _integer(raw, "context_length", 4096)
         # As in llama.cpp: linear unless it says otherwise, 0 for none, and the factor's old name.
         factor = _number(raw, "rope.scaling.factor", _number(raw, "rope.scale_linear", 0.0)) or 1.0
+        for key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
+            if raw.get(key, 1) != 1:  # llama.cpp obeys, whatever the type
+                raise MinisaError(f"GGUF: llama.{key} is {raw[key]!r}: expected 1, or none")
         scaling = _rope_scaling({"type": raw.get("rope.scaling.type", "linear"), "factor": factor}, max_seq_len)
         if scaling == RopeScaling("linear"):
             scaling = None

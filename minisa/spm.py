@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sentencepiece
@@ -19,6 +19,8 @@ from minisa.errors import MinisaError
 _SPACE = "▁"  # how a piece spells a space
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # piece types; GGUF's token types are the same
 _BPE = 2
+_MAX_PIECE = 256  # characters; the makers' have up to 31, and at each place in a text the longest is looked for
+_MAX_REPLACEMENT = 256  # bytes; the longest of Unicode's NFKC takes 33
 
 
 class SentencePiece:
@@ -34,9 +36,15 @@ class SentencePiece:
         """model: the content of a tokenizer.model. Raises RuntimeError when it is damaged."""
         if not model:
             raise MinisaError("the file is empty: fetch it again")
+        if (longest := _longest_replacement(model)) > _MAX_REPLACEMENT:
+            raise MinisaError(f"a character is replaced by {longest} bytes: expected at most {_MAX_REPLACEMENT}")
         self._model = model
         self._processor = _processor(model)
+        if (spelled := self._processor.normalize("a")) not in ("a", f"{_SPACE}a"):
+            raise MinisaError(f"it takes 'a' for {spelled!r}: expected 'a', or that behind {_SPACE}")
         names = [self._processor.id_to_piece(i) for i in range(self._processor.vocab_size())]
+        if (longest := max(map(len, names))) > _MAX_PIECE:
+            raise MinisaError(f"a piece of {longest} characters: expected at most {_MAX_PIECE}")
         hidden = [self._processor.is_control(i) or self._processor.is_unknown(i) for i in range(len(names))]
         self.special = {name: i for i, name in enumerate(names) if hidden[i]}
         self.pieces = [
@@ -95,6 +103,16 @@ def _piece_bytes(piece: str, is_byte: bool) -> bytes:
     return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(_SPACE, " ").encode()
 
 
+def _longest_replacement(model: bytes) -> int:
+    """Bytes of the longest string in precompiled_charsmap, what its normalizer puts in the place of characters."""
+    longest = 0
+    for spec in _fields(model, 3):
+        for charsmap in _fields(spec, 2):  # the length of a trie, the trie, strings that end in \0
+            strings = charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")
+            longest = max(longest, *map(len, strings))
+    return longest
+
+
 # Protobuf's wire format: a field is a tag (field number · 8 + wire type) and its value.
 
 
@@ -120,3 +138,36 @@ def _string(field: int, text: str) -> bytes:
 def _message(field: int, *values: bytes) -> bytes:
     data = b"".join(values)
     return _varint(field << 3 | 2) + _varint(len(data)) + data
+
+
+def _fields(message: bytes, field: int) -> Iterator[bytes]:
+    """The values of a field that are messages or strings. Raises ValueError or IndexError for what is no message."""
+    position = 0
+    while position < len(message):
+        if message[position] == 0x0A and field != 1 and message[position + 1] < 0x80:  # of pieces there are many
+            position += 2 + message[position + 1]
+            continue
+        tag, position = _varint_at(message, position)
+        match tag & 7:
+            case 2:
+                length, position = _varint_at(message, position)
+                if tag >> 3 == field:
+                    yield message[position : position + length]
+                position += length
+            case 0:
+                _, position = _varint_at(message, position)
+            case 1 | 5 as kind:
+                position += 8 if kind == 1 else 4
+            case kind:
+                raise ValueError(f"a field of wire type {kind}")
+
+
+def _varint_at(message: bytes, position: int) -> tuple[int, int]:
+    """A number and where it ends."""
+    number = message[position]
+    shift = 7
+    while message[position] >= 0x80:
+        position += 1
+        number += (message[position] - 1) << shift
+        shift += 7
+    return number, position + 1

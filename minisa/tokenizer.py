@@ -177,7 +177,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     file, folder = (_find(path), path) if path.is_dir() else (path, path.parent)
     try:
         if file.suffix == ".gguf":
-            file = gguf_parts(file)[0]
+            file = next(gguf_parts(file))
             metadata = read_gguf(file).metadata
             with _naming(file):
                 return _from_gguf(metadata)
@@ -232,6 +232,8 @@ def _with_settings(
     _add_tokens(vocabulary, config.get("added_tokens_decoder") or {}, settings["added_tokens.json"])
     if config.get("add_prefix_space") is False:
         vocabulary.dummy_prefix = False
+    elif config.get("add_prefix_space") and str(config.get("tokenizer_class")).startswith("GPT2"):
+        raise MinisaError("tokenizer_config.json: add_prefix_space is true: expected false with GPT2Tokenizer")
     special = vocabulary.special
     bos = _named(config.get("bos_token"), special) or [special[name] for name in BOS_NAMES if name in special]
     eos = _named(config.get("eos_token"), special)
@@ -274,7 +276,9 @@ def _add_tokens(vocabulary: Vocabulary, decoder: Mapping[str, Any], listed: Mapp
     added = {name: (token_id, True) for name, token_id in listed.items()}
     added |= {token["content"]: (int(key), bool(token.get("special", True))) for key, token in decoder.items()}
     for name, (token_id, is_special) in added.items():
-        if name in vocabulary.special:
+        if (known := vocabulary.special.get(name)) is not None:
+            if known != token_id:
+                raise MinisaError(f"the added token {name!r} has the id {token_id}, and {known} in the vocabulary")
             continue
         bytelevel.check_ids([token_id])
         vocabulary.pieces += [b""] * (token_id + 1 - len(vocabulary.pieces))

@@ -128,6 +128,34 @@ def special_tokens(pre: str) -> Callable[[Path], Path]:
     return write
 
 
+def long_replacement(folder: Path) -> Path:
+    """A character that stands for twenty thousand, and special tokens that are full of it."""
+    (folder / "rules.tsv").write_text("23\t" + "62 " * 20_000)
+    model = sentencepiece_model(normalization_rule_tsv=str(folder / "rules.tsv"), control_symbols=["#" * 120])
+    (folder / "tokenizer.model").write_bytes(model)
+    return folder / "tokenizer.model"
+
+
+def index_of_many(folder: Path) -> Path:
+    """An index of a hundred thousand tensors, and a thousand files."""
+    shards = [f"{number}.safetensors" for number in range(1023)]
+    for shard in shards:
+        empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+        (folder / shard).write_bytes(encode_safetensors({shard: empty}, b""))
+    (folder / "z.safetensors").write_bytes(encode_safetensors({}, b""))
+    weight_map = {shard: shard for shard in shards} | {f"x{number}": "z.safetensors" for number in range(100_000)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def names_of_parts(folder: Path) -> Path:
+    """Files of no bytes, each of which is by its name one of 99,999."""
+    for number in range(100):
+        (folder / f"{number}-00001-of-99999.gguf").touch()
+    return folder
+
+
 def tekken(**config: Any) -> Callable[[Path], Path]:
     raw = tekken_json()
     raw["config"] |= config
@@ -185,7 +213,11 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str]] = {
         text("tokenizer.model", sentencepiece_model() + CHARSMAP), "damaged"
     ),
     "tokenizer.model: a long special token": (
-        text("tokenizer.model", sentencepiece_model(control_symbols=["a" * 4000])), "a special token of 4000 characters"
+        text("tokenizer.model", sentencepiece_model(control_symbols=["a" * 4000])), "a piece of 4000 characters"
+    ),
+    "tokenizer.model: a character that becomes many": (long_replacement, "a character is replaced by 20000 bytes"),
+    "tokenizer.model: a long piece": (
+        text("tokenizer.model", sentencepiece_model(user_defined_symbols=["a" * 4000 + "b"])), "a piece of 4001"
     ),
     "tokenizer.model: empty lines": (text("tokenizer.model", b"IQ== 0\n" + b"\n" * (7 << 20)), "damaged"),
     "tokenizer.json: a long token": (long_token, "a token of more than 1024 bytes"),
@@ -199,6 +231,8 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str]] = {
         "follower '9",
     ),
     "plan: lists 100,000 deep": (text("p.json", b'{"version": ' + b"[" * 100_000), "not valid JSON"),
+    "index: every tensor looked at for every file": (index_of_many, "z.safetensors: lacks 'x0'"),
+    "GGUF: names that promise parts": (names_of_parts, "holds 100 GGUF models"),
     "index: a gigabyte": (sparse("model.safetensors.index.json", b"{", 1 << 30), "longer than 33554432 bytes"),
 }  # fmt: skip
 

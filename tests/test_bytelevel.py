@@ -124,6 +124,13 @@ def test_bytes_that_a_vocabulary_lacks_are_left_out(tmp_path: Path) -> None:
     assert tokenizer.encode("!\x04!") == tokenizer.encode("!!")  # as Hugging Face's, which merges what is left
 
 
+def test_a_space_that_gpt2s_tokenizer_puts_before_a_text(tmp_path: Path) -> None:
+    write_json(tmp_path / "tokenizer.json", byte_level_json())
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True})
+    with pytest.raises(MinisaError, match=r"tokenizer_config\.json: add_prefix_space is true"):
+        load_tokenizer(tmp_path)
+
+
 def test_an_added_token_that_is_not_special_shows(tmp_path: Path) -> None:
     raw = byte_level_json()
     raw["added_tokens"][0]["special"] = False
@@ -143,6 +150,9 @@ def test_a_megabyte_in_one_piece(byte_level: Tokenizer, character: str) -> None:
     assert byte_level.decode(ids) == text
 
 
+TEXT, MARK = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -152,6 +162,10 @@ def test_a_megabyte_in_one_piece(byte_level: Tokenizer, character: str) -> None:
         ({"end_of_word_suffix": "</w>"}, "end_of_word_suffix is '</w>'"),
         ({"dropout": 0.1}, "dropout is 0.1"),
         ({"normalizer": {"type": "NFC"}}, "normalizer is 'NFC'"),
+        ({"decoder": None}, "decoder is None: expected 'ByteLevel'"),
+        ({"decoder": {"type": "Sequence", "decoders": [{"type": "ByteLevel"}]}}, "decoder is 'Sequence'"),
+        ({"post_processor": {"type": "TemplateProcessing", "single": [TEXT, MARK]}}, "its post_processor adds more"),
+        ({"post_processor": {"type": "TemplateProcessing", "single": [MARK, MARK, TEXT]}}, "adds more to a text"),
         ({"pre_tokenizer": None}, "pre_tokenizer (None) is not one minisa knows"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer (Whitespace)"),
         ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, "pre_tokenizer (ByteLevel)"),
@@ -166,6 +180,8 @@ def test_a_megabyte_in_one_piece(byte_level: Tokenizer, character: str) -> None:
         ({"added_tokens": [{"id": -1, "content": "<s>", "special": True}]}, "a token's id is -1"),
         ({"added_tokens": [{"id": 1 << 40, "content": "<s>", "special": True}]}, "a token's id is 1099511627776"),
         ({"added_tokens": [{"id": "7", "content": "<s>", "special": True}]}, "a token's id is '7'"),
+        ({"added_tokens": [{"id": 700 + n, "content": "<s>", "special": True} for n in (0, 1)]}, "stands twice, or"),
+        ({"added_tokens": [{"id": 700, "content": "a", "special": True}]}, "an added token stands twice, or"),
         ({"added_tokens": [{"id": True, "content": "<s>", "special": True}]}, "a token's id is True"),
     ],
 )

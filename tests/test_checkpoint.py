@@ -133,12 +133,22 @@ def test_tied_embeddings(format: str, tmp_path: Path) -> None:
     config = tiny_config(tie_embeddings=True)
     weights = random_weights(config)
     if format == "hf":  # some files repeat the embedding as lm_head; it is not loaded
-        weights["output.weight"] = torch.zeros(config.vocab_size, config.dim)
+        weights["output.weight"] = weights["tok_embeddings.weight"].clone()
     checkpoint = open_checkpoint(FORMATS[format](tmp_path, config, weights))
     assert checkpoint.config.tie_embeddings
     model = loaded(checkpoint)
     assert "output.weight" not in model.state_dict()
     assert_equal(model, weights)
+
+
+def test_a_tied_head_that_is_not_the_embedding(tmp_path: Path) -> None:
+    """transformers 4 leaves it out, and 5 does not tie: who made the file must say which."""
+    config = tiny_config(tie_embeddings=True)
+    weights = random_weights(config)
+    weights["output.weight"] = weights["tok_embeddings.weight"].clone()
+    weights["output.weight"][-1, -1] += 1
+    with pytest.raises(MinisaError, match=r"config\.json: tie_word_embeddings is true, and lm_head\.weight is not the"):
+        open_checkpoint(write_hf(tmp_path, config, weights))
 
 
 def test_untied_head_must_be_there(tmp_path: Path) -> None:

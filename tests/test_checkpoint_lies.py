@@ -278,6 +278,14 @@ def longer_than_its_data(file: Path) -> None:
     repack_zip(file, lambda _, part: part.replace(b"M" + struct.pack("<H", 1000), b"M" + struct.pack("<H", 1050), 2))
 
 
+def far_away(file: Path) -> None:
+    """The part of `a` is said to begin at byte 2⁶⁴ - 1."""
+    torch.save({"a": torch.ones(2)}, file)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.getinfo(f"{file.stem}/data/0").header_offset = (1 << 64) - 1
+        archive.writestr("more", "")  # so that the directory is written anew
+
+
 PTH_LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda file: file.write_bytes(b""), "not a zip archive"),
     "text": (lambda file: file.write_text("hello"), "not a zip archive"),
@@ -289,6 +297,8 @@ PTH_LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "compressed": (compressed, "a compressed archive"),
     "data missing": (without_data, "corrupt"),
     "longer than its data": (longer_than_its_data, "'a' does not lie inside its part of the archive"),
+    "data far away": (far_away, "has no byte 18446744073709551615"),
+    "negated": (saved({"tok_embeddings.weight": torch._neg_view(torch.ones(2, 2))}), "a tensor with metadata"),
     "a list": (saved([torch.ones(2)]), "expected a dictionary of tensors, found list"),
     "nothing": (saved({}), "expected a dictionary of tensors"),
     "nested": (saved({"model": {"a": torch.ones(2)}}), "'model' is a dict: expected a dictionary of tensors"),

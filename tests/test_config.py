@@ -108,6 +108,14 @@ def test_linear_scaling_and_window() -> None:
 
 LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
+ORIGINAL = "original_max_position_embeddings"
+
+
+def test_the_original_context_may_stand_outside_the_scaling() -> None:
+    config = hf(rope_scaling=LLAMA3_SCALING, **{ORIGINAL: 4096})
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.original_max_seq_len == 4096
+
 
 @pytest.mark.parametrize(
     ("changes", "says"),
@@ -161,6 +169,11 @@ LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, 
         ({"vocab_size": None}, "lacks 'vocab_size'"),
         ({"rope_theta": 0}, "rope_theta is 0"),
         ({"head_dim": 127}, "head_dim 127 is odd"),
+        ({"num_attention_heads": 1 << 20, "head_dim": 1 << 20}, "n_heads times head_dim is 1099511627776"),
+        (
+            {"rope_scaling": LLAMA3_SCALING | {ORIGINAL: 8192}, ORIGINAL: 4096},
+            f"{ORIGINAL} is not what rope_scaling says",
+        ),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(changes: dict[str, Any], says: str) -> None:
@@ -207,13 +220,16 @@ def test_gguf_scaling_as_llama_cpp_reads_it(keys: dict[str, Any], scaling: RopeS
         ModelConfig.from_gguf({**GGUF, "llama.rope.scaling.type": "yarn"}, tied=True, rope_factors=(1.0,) * 32)
 
 
-def test_other_gguf_architectures_and_experts_are_refused() -> None:
+def test_other_gguf_architectures_experts_and_factors_are_refused() -> None:
     with pytest.raises(MinisaError, match=r"general\.architecture 'qwen2'"):
         ModelConfig.from_gguf({**GGUF, "general.architecture": "qwen2"}, tied=True)
     with pytest.raises(MinisaError, match="expert_count"):
         ModelConfig.from_gguf({**GGUF, "llama.expert_count": 8}, tied=True)
     with pytest.raises(MinisaError, match=r"rope\.dimension_count"):
         ModelConfig.from_gguf({**GGUF, "llama.rope.dimension_count": 32}, tied=True)
+    for factor in ("attn_factor", "yarn_attn_factor"):
+        with pytest.raises(MinisaError, match=rf"llama\.rope\.scaling\.{factor} is 0\.5: expected 1, or none"):
+            ModelConfig.from_gguf({**GGUF, f"llama.rope.scaling.{factor}": 0.5}, tied=True)
     with pytest.raises(MinisaError, match=r"attention\.causal is false"):
         ModelConfig.from_gguf({**GGUF, "llama.attention.causal": False}, tied=True)
     with pytest.raises(MinisaError, match="causal is false"):

@@ -104,6 +104,7 @@ def test_a_tokenizer_config_without_the_space(sentencepiece_file: Path, tmp_path
     [
         ("40", "<think>", False, "the added token '<think>' has the id 40, which is that of b"),
         ("40", "<think>", True, "has the id 40"),
+        ("400", "</s>", True, "the added token '</s>' has the id 400, and 2 in the vocabulary"),
         ("400", "안녕", False, "the added token '안녕' is plain text"),
         ("400", "    ", False, "is plain text"),
     ],
@@ -154,6 +155,12 @@ def test_tokens_that_a_fine_tuner_added(sentencepiece_file: Path, tmp_path: Path
     assert not {330, 331, 332} & set(tokenizer.encode("<|im_start|><|im_end|><think>"))
     (tmp_path / "chat_template.jinja").write_text("newer", encoding="utf-8")
     assert load_tokenizer(sentencepiece_file).chat_template == "newer"
+
+
+def test_a_space_behind_each_word(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(treat_whitespace_as_suffix=True))
+    with pytest.raises(MinisaError, match=r"tokenizer\.model: it takes 'a' for 'a▁': expected 'a', or that behind ▁"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("character", ["a", " ", "\n", "é"])

@@ -75,7 +75,7 @@ def byte_level_json(**changes: Any) -> dict[str, Any]:
         "normalizer": None,
         "pre_tokenizer": SMOLLM2,
         "post_processor": None,
-        "decoder": None,
+        "decoder": {"type": "ByteLevel"},
         "model": model | {key: value for key, value in changes.items() if key in model},
     }
     return raw | {key: value for key, value in changes.items() if key not in model}

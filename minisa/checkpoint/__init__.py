@@ -3,7 +3,8 @@
     path ── open_checkpoint ──> Checkpoint: config + {parameter name: StoredTensor}     (headers only)
     Checkpoint ── load_weights ──> the model's parameters, on their device, in their dtype
 
-Opening reads no weight; loading reads each file front to back, a few rows at a time.
+Opening reads no weight, but for a head that should be the embedding. Loading reads each file front to back, a few rows
+at a time.
 """
 
 from minisa.checkpoint.delta import with_delta, write_delta

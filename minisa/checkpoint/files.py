@@ -51,7 +51,9 @@ class DataFile:
         weakref.finalize(self, self._file.close)
 
     def read(self, offset: int, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes], the bytes from `offset` on."""
+        """uint8 [nbytes], the bytes from `offset` on. Raises MinisaError where the file has not as many."""
+        if not 0 <= offset <= self.size:
+            raise MinisaError(f"{self.path}: has no byte {offset}: fetch the file again")
         data = torch.empty(nbytes, dtype=torch.uint8)
         unread = data.numpy().data
         with self._reading:

@@ -11,6 +11,7 @@ import mmap
 import re
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -76,17 +77,23 @@ def read_gguf(path: Path) -> GGUFFile:
             return _Header(path, data).parse()
 
 
-def gguf_parts(path: Path) -> list[Path]:
+def gguf_parts(path: Path) -> Iterator[Path]:
     """The files of the model that `path` is a part of, by its name: NAME-00001-of-00003.gguf and on; else `path`."""
-    if (part := _PART.fullmatch(path.name)) is None:
-        return [path]
-    stem, count = part["stem"], max(int(part["count"]), 1)
-    return [path.with_name(f"{stem}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    if part := _PART.fullmatch(path.name):
+        count = _count(path)
+        yield from (path.with_name(f"{part['stem']}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1))
+    else:
+        yield path
+
+
+def _count(path: Path) -> int:
+    part = _PART.fullmatch(path.name)
+    return max(int(part["count"]), 1) if part else 1
 
 
 def find_gguf(directory: Path) -> list[Path]:
     """The GGUF models of a directory; one in parts by the first of them."""
-    return sorted({gguf_parts(path)[0] for path in directory.glob("*.gguf")})
+    return sorted({next(gguf_parts(path)) for path in directory.glob("*.gguf")})
 
 
 def read_gguf_parts(path: Path) -> list[GGUFFile]:
@@ -95,15 +102,15 @@ def read_gguf_parts(path: Path) -> list[GGUFFile]:
     path: any of them. Raises MinisaError if one is missing or is not the part that its name says, as read_gguf
     otherwise.
     """
-    paths = gguf_parts(path)
+    n_parts = _count(path)
     headers: list[GGUFFile] = []
-    for number, part in enumerate(paths):
+    for number, part in enumerate(gguf_parts(path)):
         if number and not part.is_file():
-            raise MinisaError(f"{part}: missing, part {number + 1} of {len(paths)} of a split GGUF: fetch every part")
+            raise MinisaError(f"{part}: missing, part {number + 1} of {n_parts} of a split GGUF: fetch every part")
         header = read_gguf(part)
         count = header.metadata.get("split.count", 0) or 1  # a merged file keeps the key, at 0
         place = header.metadata.get("split.no", 0)
-        if (count, place) != (len(paths), number):
+        if (count, place) != (n_parts, number):
             raise MinisaError(
                 f"{part}: by its metadata part {place!r} (counted from 0) of {count!r}: expected the parts' own names, "
                 "NAME-00001-of-00002.gguf and so on"
@@ -113,7 +120,7 @@ def read_gguf_parts(path: Path) -> list[GGUFFile]:
         name for name, times in Counter(info.name for header in headers for info in header.tensors).items() if times > 1
     ]
     if twice:
-        raise MinisaError(f"{paths[0]}: the tensor {twice[0]!r} stands in two of {len(paths)} parts: fetch them again")
+        raise MinisaError(f"{path}: the tensor {twice[0]!r} stands in two of {n_parts} parts: fetch them again")
     return headers
 
 

@@ -24,6 +24,8 @@ LOOKED_FOR = (
     "consolidated.safetensors, or one .gguf file"
 )
 
+_PIECE = 1 << 20  # bytes compared at once
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -103,11 +105,26 @@ def _open_hugging_face(path: Path, stored: dict[str, FileTensor]) -> Checkpoint:
     with describing(path / "config.json"):
         config = ModelConfig.from_hf(description)
     tensors, unknown = names.HUGGING_FACE.rename(stored)
-    if config.tie_embeddings:
-        tensors.pop("output.weight", None)  # some files repeat the embedding there
     for tensor in tensors.values():
         tensor.require_weight_dtype()
+    head = tensors.pop("output.weight", None) if config.tie_embeddings else None  # some files repeat the embedding
+    if head is not None and not _are_alike(head, tensors.get("tok_embeddings.weight")):
+        raise MinisaError(
+            f"{path / 'config.json'}: tie_word_embeddings is true, and {head.name} is not the embedding: "
+            "set it to false, or leave that tensor out"
+        )
     return Checkpoint(path, config, tensors, unknown, False, "Hugging Face safetensors", _files(tensors.values()))
+
+
+def _are_alike(one: FileTensor, other: FileTensor | None) -> bool:
+    if other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    nbytes = math.prod(one.shape) * one.dtype.itemsize
+    pieces = ((start, min(_PIECE, nbytes - start)) for start in range(0, nbytes, _PIECE))
+    return all(
+        torch.equal(one.file.read(one.offset + start, length), other.file.read(other.offset + start, length))
+        for start, length in pieces
+    )
 
 
 def _open_consolidated(path: Path, shards: list[dict[str, FileTensor]], format: str) -> Checkpoint:

@@ -152,9 +152,11 @@ def _result(function: Any, arguments: Any) -> Any:
     if name == _DICT and arguments == ():
         return {}
     if name == _TENSOR:
-        storage, offset, shape, stride, *_ = arguments
+        storage, offset, shape, stride, _requires_grad, _hooks, *metadata = arguments
         if not isinstance(storage, Storage):
             raise TypeError("a tensor without a storage")
+        if any(metadata):  # that its elements are the negatives of those stored
+            raise TypeError("a tensor with metadata")
         return PickledTensor(storage, offset, shape, stride)
     if name == _PARAMETER:
         return arguments[0]

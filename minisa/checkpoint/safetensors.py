@@ -122,13 +122,14 @@ def read_safetensors_index(path: Path) -> dict[str, FileTensor]:
 
     Raises MinisaError for a shard that is missing or lacks what the index says it holds, and as read_weight_map does.
     """
-    shard_of = read_weight_map(path)
+    listed_in: dict[str, set[str]] = {}
+    for name, shard in read_weight_map(path).items():
+        listed_in.setdefault(shard, set()).add(name)
     tensors: dict[str, FileTensor] = {}
-    for shard in sorted(set(shard_of.values())):
+    for shard, listed in sorted(listed_in.items()):
         if not path.with_name(shard).is_file():
             raise MinisaError(f"{path.with_name(shard)}: missing, and {path.name} lists it: fetch it as well")
         stored = read_safetensors(path.with_name(shard))
-        listed = {name for name, home in shard_of.items() if home == shard}
         if lacking := _first(listed - stored.keys()):
             raise MinisaError(f"{path.with_name(shard)}: lacks {lacking!r}, which {path.name} says it holds")
         tensors.update({name: tensor for name, tensor in stored.items() if name in listed})
