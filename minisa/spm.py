@@ -163,11 +163,13 @@ def _fields(message: bytes, field: int) -> Iterator[bytes]:
 
 
 def _varint_at(message: bytes, position: int) -> tuple[int, int]:
-    """A number and where it ends."""
+    """A number and where it ends. Raises ValueError for one of more than 64 bits."""
     number = message[position]
     shift = 7
     while message[position] >= 0x80:
         position += 1
-        number += (message[position] - 1) << shift
+        number += (message[position] - 1) << shift  # and takes off the bit that said that more would come
         shift += 7
+        if shift > 70:
+            raise ValueError("a number of more than 64 bits")
     return number, position + 1

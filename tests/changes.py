@@ -28,6 +28,7 @@ from typing import Any
 from minisa.checkpoint.gguf import read_gguf
 from minisa.errors import MinisaError
 from minisa.spm import _varint as varint
+from minisa.spm import _varint_at as varint_at
 from tests.encode import encode_gguf
 
 Parsed = tuple[Any, Callable[[Any], bytes]]  # a tree of lists and dictionaries, and what makes a file of such a tree
@@ -122,12 +123,12 @@ def _sentencepiece(content: bytes) -> Parsed:
         found: list[Any] = []
         place = 0
         while place < len(message):
-            tag, place = _varint_at(message, place)
+            tag, place = varint_at(message, place)
             match tag & 7:
                 case 0:
-                    value, place = _varint_at(message, place)
+                    value, place = varint_at(message, place)
                 case 2:
-                    length, place = _varint_at(message, place)
+                    length, place = varint_at(message, place)
                     inside = message[place : place + length]
                     value, place = fields(inside, depth - 1) if depth else inside, place + length
                 case 5:
@@ -151,15 +152,6 @@ def _sentencepiece(content: bytes) -> Parsed:
         return message
 
     return fields(content, 1), encode
-
-
-def _varint_at(message: bytes, place: int) -> tuple[int, int]:
-    """The number that begins there, and where it ends."""
-    value = shift = 0
-    while message[place] & 0x80:
-        value |= (message[place] & 0x7F) << shift
-        place, shift = place + 1, shift + 7
-    return value | message[place] << shift, place + 1
 
 
 def change_tree(tree: Any, chance: random.Random) -> None:

@@ -332,3 +332,12 @@ def test_weights_that_are_no_numbers(write: Callable[..., Path], value: float, t
     model = empty_model(CONFIG)
     with pytest.raises(MinisaError, match=r"layers\.0\.feed_forward\.w2\.weight: NaN or infinite weights in rows 0 to"):
         load_weights(model, open_checkpoint(path), device="cpu", dtype=torch.float32)
+
+
+def test_weights_beyond_a_dtype(tmp_path: Path) -> None:
+    weights = random_weights(CONFIG)
+    weights["layers.0.feed_forward.w2.weight"][3, 5] = -70_000.0
+    checkpoint = open_checkpoint(write_hf(tmp_path, CONFIG, weights))
+    load_weights(empty_model(CONFIG), checkpoint, device="cpu", dtype=torch.bfloat16)
+    with pytest.raises(MinisaError, match=r"w2\.weight: .* rows 0 to .* in fp16: .* take --dtype bf16"):
+        load_weights(empty_model(CONFIG), checkpoint, device="cpu", dtype=torch.float16)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minisa.checkpoint.files import StoredTensor
 from minisa.checkpoint.ggml import QuantizedTensor
 from minisa.checkpoint.layouts import Checkpoint
+from minisa.device import dtype_name
 from minisa.errors import MinisaError
 from minisa.quantize import BLOCK, Format, empty_blocks, replace_matrix
 from minisa.quantize import quantize as to_blocks
@@ -46,7 +47,7 @@ def load_weights(
     progress: called after every chunk with the bytes of parameters filled so far, and of all of them.
     The wq and wk of layers that have none in the model (followers) are left unread. Raises one MinisaError that
     lists every tensor that is missing, left over or of another shape, before anything is allocated; and one that names
-    a tensor with NaN or infinite weights.
+    a tensor with NaN or infinite weights, stored ones or what dtype makes of them.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     sources = _pair(shapes, checkpoint)
@@ -124,11 +125,8 @@ class _Chunk:
         """Read the rows and put them in their places; how many weights that was."""
         parts = self.read(self.start, self.start + len(self.places[0]))
         for place, rows in zip(self.places, parts, strict=True):
-            if rows.is_floating_point() and not all(extreme.isfinite() for extreme in rows.aminmax()):
-                raise MinisaError(
-                    f"{self.name}: NaN or infinite weights in rows {self.start} to {self.start + len(place) - 1}: "
-                    "the file is damaged, fetch it again"
-                )
+            if rows.is_floating_point():
+                self._check(*rows.aminmax(), dtype=place.dtype)
             if self.head_dim:
                 half = self.head_dim // 2
                 interleaved = place.unflatten(0, (-1, 2, half)).transpose(1, 2)  # [heads, j, p, in]
@@ -136,6 +134,14 @@ class _Chunk:
             else:
                 place.copy_(rows)
         return parts[0].numel()
+
+    def _check(self, *extremes: Tensor, dtype: torch.dtype) -> None:
+        """Raises MinisaError where the least or the greatest weight is no number, or none in dtype."""
+        where = f"{self.name}: NaN or infinite weights in rows {self.start} to {self.start + len(self.places[0]) - 1}"
+        if not all(extreme.isfinite() for extreme in extremes):
+            raise MinisaError(f"{where}: the file is damaged, fetch it again")
+        if not all(extreme.to(dtype).isfinite() for extreme in extremes):
+            raise MinisaError(f"{where} in {dtype_name(dtype)}: expected smaller ones, take --dtype bf16 or fp32")
 
 
 def _chunks(name: str, places: tuple[Tensor, ...], read: Read, head_dim: int) -> Iterator[_Chunk]:
