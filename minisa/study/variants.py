@@ -71,12 +71,12 @@ def parse_variants(
     for sa in plans:
         variants.append(Variant(sa, sa, choose_plan(sa, config, entry), Rival()))
     for text in rivals:
-        sa, rest = plan_of(text)
-        if sa is not None:
+        shared, rest = plan_of(text)
+        if shared is not None:
             rival = Rival.parse(rest, config.n_layers) if rest else Rival()
             if rival.dropped or rival.borrowed:
                 raise MinisaError(f"--rival {text}: only kv-int8 goes with a plan of attention sharing")
-            variants.append(Variant(text, sa, choose_plan(sa, config, entry), rival))
+            variants.append(Variant(text, shared, choose_plan(shared, config, entry), rival))
         else:
             variants.append(Variant(text, None, none, Rival.parse(text, config.n_layers)))
     names = [variant.name for variant in variants]
