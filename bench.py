@@ -72,7 +72,8 @@ def main(
         raise MinisaError("--random-weights names the model itself: leave out --model")
     if plot_path is not None:
         check_matplotlib()
-    keep_apart({"--json": json_path, "--plot": plot_path}, ("--random-weights", flags["random_weights"]))
+    read = [(f"--{name}", flags[name.replace("-", "_")]) for name in ("model", "sa", "random-weights")]
+    keep_apart({"--json": json_path, "--plot": plot_path}, *read)
     if flags["random_weights"] is None:
         fetch_default(flags["model"])
     settings = Settings.resolve(compile=compiled, **flags)

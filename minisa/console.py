@@ -46,11 +46,12 @@ SHARING_OPTIONS = [
         "--kv-dtype", default="auto", show_default=True, help=f"Of keys and values: auto, {', '.join(KV_DTYPES)}."
     ),
 ]
+LONGEST_NAME = 200  # of 255 bytes: what is kept beside the file adds to its name, and so does a file half written
 
 
 class OutputFile(click.Path):
-    """The name of a file to write, refused before any work if it is empty, of no file, in no folder, or without the
-    suffix."""
+    """The name of a file to write, refused before any work if it is empty, too long, of no file, in no folder, or
+    without the suffix."""
 
     def __init__(self, suffix: str = "") -> None:
         super().__init__(dir_okay=False)
@@ -60,6 +61,8 @@ class OutputFile(click.Path):
         path = os.fsdecode(super().convert(value, param, ctx))
         if not path or (os.path.exists(path) and not os.path.isfile(path)):
             self.fail(f"{path!r}: expected the name of a file", param, ctx)
+        if len(os.fsencode(os.path.basename(path))) > LONGEST_NAME:
+            self.fail(f"{path}: expected a name of at most {LONGEST_NAME} bytes", param, ctx)
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             self.fail(f"{path}: there is no such folder", param, ctx)
         if self.suffix and Path(path).suffix != self.suffix:

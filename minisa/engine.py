@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -30,7 +31,7 @@ from minisa.quantize import check_quantization
 from minisa.registry import choose_plan, resolve
 from minisa.row import Chunk, GenerationOptions, Options, Prefix, common_prefix
 from minisa.runners import choose_runner, may_become_native, native_step
-from minisa.sampling import Sampling, SamplingOptions
+from minisa.sampling import Sampling, SamplingOptions, check_number
 from minisa.sharing import SharingPlan
 from minisa.tokenizer import Tokenizer, check_ids, load_tokenizer
 from minisa.turns import Turn, Turns
@@ -75,11 +76,12 @@ def load(
     plan = choose_plan(sa, config, entry)
     if plan.delta is not None:
         checkpoint = with_delta(checkpoint, plan.delta)
-    if not isinstance(max_batch, Integral) or max_batch < 1:
-        raise MinisaError(f"max_batch is {shown(max_batch)}: expected 1 or more")
+    check_number("max_batch", max_batch, 1, math.inf, "1 or more", Integral)
     limit = config.max_seq_len
-    if max_seq_len is not None and not (isinstance(max_seq_len, Integral) and 1 <= max_seq_len <= limit):
-        raise MinisaError(f"max_seq_len is {shown(max_seq_len)}: expected 1 to {limit}, the model's own context")
+    if max_seq_len is not None:
+        check_number("max_seq_len", max_seq_len, 1, limit, f"1 to {limit}, the model's own context", Integral)
+        max_seq_len = int(max_seq_len)  # numpy's would be multiplied in so many bits
+    max_batch = int(max_batch)
     tokenizer = load_tokenizer(path)
     with torch.device("meta"):
         transformer = Transformer(config, plan, backend or fastest_backend(target))

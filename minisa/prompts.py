@@ -17,6 +17,8 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Several prompts as they are, one as a list of it."""
     if isinstance(prompts, str | bytes | bytearray | Mapping | Set) or not isinstance(prompts, Iterable):
         return [prompts]
+    if getattr(prompts, "ndim", 1) == 0:  # of another library, and nothing to iterate over
+        return [prompts]  # type: ignore[list-item]
     several = list(prompts)
     # A number; of another library's arrays, one without dimensions.
     if several and hasattr(several[0], "__index__") and not getattr(several[0], "ndim", 0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from minisa.cache import StaticCache
 from minisa.costs import SLACK
 from minisa.device import peak_memory
 from minisa.errors import MinisaError, shown
-from minisa.sampling import Sampling, SamplingOptions
+from minisa.sampling import Sampling, SamplingOptions, check_number
 from minisa.tokenizer import Tokenizer
 
 WRITTEN_AHEAD = 16  # positions, at most, after the last token of a row that a step may have written to: wrong guesses
@@ -85,9 +86,8 @@ class Options:
     speculate: bool = False
 
     def __post_init__(self) -> None:
-        most = self.max_new_tokens
-        if most is not None and (not isinstance(most, Integral) or most < 1):
-            raise MinisaError(f"max_new_tokens is {shown(most)}: expected 1 or more")
+        if self.max_new_tokens is not None:
+            check_number("max_new_tokens", self.max_new_tokens, 1, math.inf, "1 or more", Integral)
         if not all(isinstance(text, str) for text in self.stop):
             raise MinisaError(f"stop is {shown(self.stop)}: expected a string, or several")
         if "" in self.stop:

@@ -53,16 +53,16 @@ class Sampling:
     def __post_init__(self) -> None:
         # What fp32 can tell from 0 and from infinity, also after it has met the logits.
         if not isinstance(self.temperature, Real) or self.temperature != 0:
-            _check("temperature", self.temperature, 1e-4, 1e4, "0 (greedy), or 0.0001 to 10000")
-        _check("top_k", self.top_k, 0, math.inf, "a whole number, 0 (off) or more", Integral)
-        _check("top_p", self.top_p, 1e-6, 1, "0.000001 to 1 (off)")
-        _check("min_p", self.min_p, 0, 1, "0 (off) to 1")
-        _check("repetition_penalty", self.repetition_penalty, 1e-9, 1e9, "1e-9 to 1e9; 1 is off")
+            check_number("temperature", self.temperature, 1e-4, 1e4, "0 (greedy), or 0.0001 to 10000")
+        check_number("top_k", self.top_k, 0, math.inf, "a whole number, 0 (off) or more", Integral)
+        check_number("top_p", self.top_p, 1e-6, 1, "0.000001 to 1 (off)")
+        check_number("min_p", self.min_p, 0, 1, "0 (off) to 1")
+        check_number("repetition_penalty", self.repetition_penalty, 1e-9, 1e9, "1e-9 to 1e9; 1 is off")
         for option in ("temperature", "top_p", "min_p", "repetition_penalty"):
             object.__setattr__(self, option, float(getattr(self, option)))  # torch knows no fractions
         if self.seed is not None:
             for seed in self.seed if isinstance(self.seed, Sequence) else [self.seed]:
-                _check("seed", seed, -(1 << 63), (1 << 63) - 1, "a 64-bit whole number", Integral)
+                check_number("seed", seed, -(1 << 63), (1 << 63) - 1, "a 64-bit whole number", Integral)
 
     @property
     def greedy(self) -> bool:
@@ -207,6 +207,7 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     return tokens.clamp(max=sums.shape[-1] - 1).masked_fill(total.isnan(), NO_TOKEN)
 
 
-def _check(option: str, value: object, least: float, most: float, expected: str, kind: type = Real) -> None:
+def check_number(option: str, value: object, least: float, most: float, expected: str, kind: type = Real) -> None:
+    """MinisaError where an option's value is not of the kind, or out of its range; True is no number."""
     if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:  # type: ignore[operator]
         raise MinisaError(f"{option} is {shown(value)}: expected {expected}")

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from minisa import bytelevel, spm
 from minisa.checkpoint.gguf import find_gguf, gguf_parts, read_gguf
-from minisa.errors import MinisaError
+from minisa.errors import MinisaError, shown
 from minisa.untrusted import read_json, read_plain
 
 BOS_NAMES = ("<|begin_of_text|>", "<s>")
@@ -53,7 +53,7 @@ def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
         raise MinisaError(f"{what} is empty: give at least one token")
     outside = next((token for token in ids if not 0 <= token < vocab_size), None)
     if outside is not None:
-        raise MinisaError(f"{what} has token id {outside}: the vocabulary is 0 to {vocab_size - 1}")
+        raise MinisaError(f"{what} has token id {shown(outside)}: the vocabulary is 0 to {vocab_size - 1}")
 
 
 class Tokenizer:

@@ -196,6 +196,26 @@ def test_a_dollar_in_a_plot_is_a_dollar(tmp_path: Path) -> None:
         save(figure, str(tmp_path / "none" / "plot.png"))
 
 
+def test_a_plot_of_a_name_that_is_no_text(tmp_path: Path) -> None:
+    """As a file may have, which a plan or a model is then called by."""
+    matplotlib = pytest.importorskip("matplotlib.figure", reason='needs pip install "minisa[plots]"')
+    figure = matplotlib.Figure(layout="constrained")
+    figure.suptitle(os.fsdecode(b"a\xff\x1b\n"))
+    save(figure, str(tmp_path / "plot.png"))
+    assert figure.get_suptitle() == "a??\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+def test_a_full_disk_leaves_the_plot_before(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib.figure", reason='needs pip install "minisa[plots]"')
+    (tmp_path / "plot.png").write_bytes(b"before")
+    (tmp_path / f"plot.png.{os.getpid()}.part").symlink_to("/dev/full")
+    with pytest.raises(MinisaError, match=r"plot.png: No space left"):
+        save(matplotlib.Figure(), str(tmp_path / "plot.png"))
+    assert [file.name for file in tmp_path.iterdir()] == ["plot.png"]
+    assert (tmp_path / "plot.png").read_bytes() == b"before"
+
+
 class OneThread(contender.Minisa):
     """Refuses to be measured with more."""
 

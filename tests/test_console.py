@@ -120,18 +120,26 @@ def test_a_file_that_cannot_be_written_is_refused_before_any_work(flag: str) -> 
     command, option = flag.split()
     main, start = (bench.main, []) if command == "bench" else (cli.main, [command])
     plans = ("plan.safetensors", "plan", ".json") if option in ("--out", "--save") else ()
-    for name in ("", ".", os.devnull, "no/such/folder.json", *plans):
+    for name in ("", ".", os.devnull, "no/such/folder.json", "ö" * 98 + ".json", *plans):
         ran = CliRunner().invoke(main, [*start, option, name])
         assert ran.exit_code == 2 and f"Invalid value for '{option}'" in ran.stderr, (name, ran.stderr)
 
 
 APART = {
     "bench": "--json a.json --plot ./a.json",
+    "bench of a model": "--model a.gguf --json ./a.gguf",
+    "bench of a plan": "--sa a.json --json a.json",
     "eval": "--json a.json --data a.json --task piqa",
     "eval of items": "--json a.json --plot a.items.jsonl --data b --task piqa",
+    "eval of a model": "--model a.gguf --json a.gguf --data b --task piqa",
+    "eval of a plan": "--sa 1 --sa a.json --json ./a.json --data b --task piqa",
+    "eval of a rival": "--rival drop:1 --rival sa:a.json+kv-int8 --plot a.json --data b --task piqa",
     "isotropy": "--text t --json a --plot a",
+    "isotropy of a model": "--model a --text t --plot a",
     "rivals": "drop 1 --text t --json ./t",
+    "rivals of a model": "drop 1 --model a --text t --json a",
     "search": "--followers 1 --text t.json --out ./t.json",
+    "search of a model": "--followers 1 --model a --text t --plot a",
     "refit": "--sa 1 --text u --text t.json --out t.json",
     "heal": "--sa 1 --steps 1 --text t.json --out t.json",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from minisa import MinisaError, load
@@ -21,8 +22,15 @@ from tests.loadable import chat_model
         ({"max_seq_len": 2.5}, "max_seq_len is 2.5: expected 1 to 256"),
         ({"max_batch": None}, "max_batch is None: expected 1 or more"),
         ({"max_batch": 1.5}, "max_batch is 1.5: expected 1 or more"),
+        ({"max_batch": True}, "max_batch is True: expected 1 or more"),
+        ({"max_seq_len": True}, "max_seq_len is True: expected 1 to 256"),
     ],
 )
 def test_arguments_of_the_wrong_kind(options: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(MinisaError, match=says):
         load(chat_model(tmp_path), **{"device": "cpu", **options})
+
+
+def test_whole_numbers_of_numpy_s_are_python_s(tmp_path: Path) -> None:
+    llm = load(chat_model(tmp_path), device="cpu", max_seq_len=np.uint8(200), max_batch=np.int8(3))
+    assert llm.cache.length == 200 and llm.cache.batch == 3

@@ -17,10 +17,10 @@ from minisa.study.evaluation_report import plot
 from minisa.study.tasks import TASKS, read_questions, read_rows
 from minisa.study.variants import Models, parse_variants
 from tests.commands import Ran
-from tests.loadable import loadable_gguf, loadable_hf
+from tests.loadable import VOCABULARY, loadable_gguf, loadable_hf
 from tests.study_models import STUDY_CONFIG
 from tests.study_rows import GSM8K, LAMBADA, PIQA, ROWS, some_text, write_rows
-from tests.tiny import tiny_config
+from tests.tiny import random_weights, tiny_config, write_gguf
 
 Run = Callable[..., Ran]
 
@@ -229,6 +229,23 @@ class TestTheCommand:
         summary["variants"][0]["metrics"]["acc"]["value"] = None
         with pytest.raises(MinisaError, match="nothing to draw, acc is unknown"):
             plot(summary, "r.png")
+
+    @pytest.mark.parametrize("scale", [1e4, 1e6], ids=["some logits overflow", "all do"])
+    @pytest.mark.parametrize("task", ["perplexity", "piqa", "lambada", "mrpc"])
+    def test_numbers_that_overflow_score_nothing(
+        self, task: str, scale: float, run_eval: Run, text: Path, tmp_path: Path
+    ) -> None:
+        """A model that says nothing would else be right wherever the first choice is."""
+        weights = random_weights(STUDY_CONFIG)
+        weights["norm.weight"] *= scale
+        model = write_gguf(tmp_path / "large.gguf", STUDY_CONFIG, weights, metadata=VOCABULARY)
+        data = text if task == "perplexity" else write_rows(tmp_path / "rows", *[ROWS[task]] * 3)
+        flags = ("--model", model, "--dtype", "fp16", "--task", task, "--data", data, "--json", tmp_path / "r.json")
+        for _ in range(2):  # the second goes on from the records of the first
+            ran = run_eval(*flags)
+            assert ran.status == 0, ran.err
+        metrics = json.loads((tmp_path / "r.json").read_text())["variants"][0]["metrics"]
+        assert {found["value"] for found in metrics.values()} == {None}
 
     @pytest.mark.parametrize("task", ["perplexity", "piqa", "gsm8k"])
     def test_tokens_that_the_model_has_not(self, task: str, run_eval: Run, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from minisa import cli, load
 from minisa.attention import REFERENCE
 from minisa.config import ModelConfig
+from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from minisa.study import isotropy
@@ -132,6 +133,13 @@ def test_windows_are_taken_together_and_counted() -> None:
     singly = torch.stack([similarity(model, window[None])[0].js for window in windows])
     assert torch.all(together.js.nan_to_num() >= singly.mean(0).nan_to_num() - 1e-9)  # one best head for all of them
     assert not torch.allclose(together.pooled, similarity(model, windows[:1])[0].pooled, atol=1e-4)
+
+
+def test_a_model_whose_numbers_overflow_is_like_no_other() -> None:
+    model = build_model(CONFIG, NONE)
+    model.layers[0].feed_forward.w2.weight.fill_(float("inf"))
+    with pytest.raises(MinisaError, match="predictions are no numbers"):
+        similarity(model, random_tokens(CONFIG, 1, 20))
 
 
 @pytest.fixture(scope="module")

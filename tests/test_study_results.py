@@ -84,6 +84,15 @@ class TestResults:
         results.close()
         assert set(Results(path, self.SETTINGS).variant("plain", "a")) == {3, 5}
 
+    def test_one_run_at_a_time_has_the_file(self, tmp_path: Path) -> None:
+        """Lines of two would make a file that neither goes on from."""
+        path = tmp_path / "r.jsonl"
+        first = Results(path, self.SETTINGS)
+        with pytest.raises(MinisaError, match=r"r.jsonl: another eval is at work on it: wait, or take another --json"):
+            Results(path, self.SETTINGS)
+        first.close()
+        self.filled(path)
+
     def test_other_settings_are_refused_by_name(self, tmp_path: Path) -> None:
         self.filled(tmp_path / "r.jsonl")
         with pytest.raises(MinisaError, match=r"r.jsonl was made with shots 0, now it is 5: delete the file or"):

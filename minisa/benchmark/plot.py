@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 from minisa.benchmark.report import Record
 from minisa.errors import MinisaError
+from minisa.untrusted import written_whole
 
 
 def check_matplotlib() -> None:
@@ -16,16 +18,18 @@ def check_matplotlib() -> None:
 
 
 def save(figure: Any, path: str, dpi: int = 150) -> None:
-    """Write a figure as a PNG whatever its name, a "$" in its texts standing for itself.
+    """Write a figure as a PNG whatever its name, a "$" in its texts standing for itself, what cannot be drawn for "?".
 
-    MinisaError where it cannot be written.
+    The file has its name only once it is whole. MinisaError where it cannot be written.
     """
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         text.set_parse_math(False)
+        text.set_text("".join(c if c.isprintable() or c == "\n" else "?" for c in text.get_text()))
     try:
-        figure.savefig(path, format="png", dpi=dpi)
+        with written_whole(Path(path)) as partial:
+            figure.savefig(partial, format="png", dpi=dpi)
     except OSError as error:
         raise MinisaError(f"--plot {path}: {error.strerror}") from error
 

@@ -23,7 +23,7 @@ from minisa.study.results import Record, Results
 from minisa.study.resuming import fingerprint
 from minisa.study.tasks import TASKS, read_questions
 from minisa.study.text import sha256_of
-from minisa.study.variants import Models, Variant, parse_variants
+from minisa.study.variants import Models, Variant, parse_variants, plan_of
 
 WINDOW = 512
 
@@ -85,7 +85,8 @@ def evaluate(
     """
     items_file = None if json_file is None else Path(json_file).with_suffix(".items.jsonl")
     written = {"--json": json_file, "the items of --json": items_file, "--plot": plot_file}
-    keep_apart(written, ("--data", data), ("--shots-data", shots_data))
+    used = [("--sa", sa) for sa in plans] + [("--rival", plan_of(rival)[0]) for rival in rivals]
+    keep_apart(written, ("--model", model), ("--data", data), ("--shots-data", shots_data), *used)
     if plot_file is not None:
         check_matplotlib()
     if task == "perplexity" and (shots or shots_data):

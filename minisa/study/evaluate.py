@@ -6,6 +6,7 @@ answers can be held against another implementation's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from minisa.row import Options
 from minisa.study.likelihood import Item, batches, encode, likelihoods
 from minisa.study.loss import token_losses, window_cache
 from minisa.study.results import Record
-from minisa.study.tasks import GENERATION_STOPS, Question, Task, score_numbers
+from minisa.study.tasks import GENERATION_STOPS, Question, Scores, Task, score_numbers
 from minisa.study.text import windows
 from minisa.tokenizer import check_ids
 
@@ -71,7 +72,7 @@ class Perplexity:
 
     def run(self, llm: LLM, batch: Sequence[int]) -> list[Record]:
         losses = token_losses(llm.model, self.windows[list(batch)], batch=len(batch)).double()
-        return [{"scores": {"perplexity": (row.sum().item(), float(len(row)))}} for row in losses]
+        return [{"scores": known({"perplexity": (row.sum().item(), float(len(row)))}, row.tolist())} for row in losses]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class Choices:
         for item, found in zip(batch, likelihoods(llm.model, [self.items[item] for item in batch]), strict=True):
             totals = [choice.total for choice in found]
             scores = self.task.score(self.questions[item], totals, [choice.greedy for choice in found])
-            records.append({"scores": scores, "log_likelihoods": totals})
+            records.append({"scores": known(scores, totals), "log_likelihoods": totals})
         return records
 
 
@@ -175,6 +176,13 @@ class Generation:
             {"scores": score_numbers(self.questions[item], text), "answer": text}
             for item, text in zip(batch, texts, strict=True)
         ]
+
+
+def known(scores: Scores, found: Sequence[float]) -> Scores:
+    """The scores, unless what they were made from are no numbers: then NaN, where a choice would be the first's."""
+    if all(map(math.isfinite, found)):
+        return scores
+    return {metric: (math.nan, denominator) for metric, (_, denominator) in scores.items()}
 
 
 def questions_for(llm: LLM, task: Task, questions: Sequence[Question], max_tokens: int) -> Evaluation:

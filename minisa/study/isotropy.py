@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from minisa.attention import AttentionBackend, Queries, Shared
+from minisa.errors import MinisaError
 from minisa.model import Layer, Transformer
-from minisa.study.loss import window_cache
+from minisa.study.loss import NO_NUMBERS, window_cache
 
 BLOCK = 64  # query positions whose weights are held at once
 JS_POSITIONS = 32  # query positions a window whose divergences are taken; each costs (n_layers · n_heads)² rows
@@ -54,7 +55,7 @@ def similarity(
 ) -> tuple[Similarity, Similarity]:
     """The similarity of a plain model's layers over windows [N, T]: with the first token's column, and without.
 
-    progress: called with (windows done, windows in all).
+    progress: called with (windows done, windows in all). Raises MinisaError where attention is no numbers.
     """
     config = model.config
     shape = (config.n_layers, config.n_heads, config.n_layers, config.n_heads)
@@ -83,6 +84,8 @@ def similarity(
                 rows[1] += 1
         if progress:
             progress(done, len(windows))
+    if sums[1].isnan().any():
+        raise MinisaError(NO_NUMBERS)
     divergences /= rows.view(2, 1, 1, 1, 1)
     rest_sums, sink_sums = (part.view(shape) for part in sums)
     return _measures(rest_sums + sink_sums, divergences[0]), _measures(rest_sums, divergences[1])

@@ -33,7 +33,7 @@ def isotropy(
     head from the one least unlike it, in bits. Each with the first token's column (the "sink") and without. It is a
     look at the model, not advice: layers that look alike are not always those that can share.
     """
-    keep_apart({"--json": json_file, "--plot": plot_file}, ("--text", text))
+    keep_apart({"--json": json_file, "--plot": plot_file}, ("--model", model), ("--text", text))
     if plot_file is not None:
         check_matplotlib()
     llm = open_model(model, max_seq_len=1, compile=False, **load)

@@ -7,13 +7,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from minisa.errors import MinisaError
-from minisa.untrusted import read_text, write_whole
+from minisa.untrusted import read_text
 
 Record = dict[str, Any]
 LARGEST = 1e15  # that a score can be: its sums and squares are numbers still
@@ -23,7 +25,7 @@ class Results:
     """Records by variant and item. With a path, everything added is in the file at once.
 
     settings: what all records of a file have in common. metrics: the scores that each has. Raises MinisaError for a
-    file of other settings, naming the first that differs, and for one that is no such file.
+    file of other settings, naming the first that differs, for one that is no such file, and for one that is open yet.
     """
 
     def __init__(self, path: Path | None, settings: Record, metrics: Sequence[str] = ()) -> None:
@@ -32,22 +34,12 @@ class Results:
         self._identities: dict[str, str] = {}
         self._records: dict[str, dict[int, Record]] = {}
         self._file: IO[str] | None = None
-        if path is None:
-            return
-        try:
-            lines = read_text(path).split("\n") if path.exists() else []
-            whole = lines[:-1]  # what follows the last newline is empty, or a line that was cut
-            for number, line in enumerate(whole, 1):
-                self._read(line, number, settings)
-            if lines and lines[-1]:
-                write_whole(path, "".join(line + "\n" for line in whole))
-            self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise MinisaError(f"{path}: cannot keep results there: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise self._foreign(1) from error
-        if not whole:
-            self._write({"settings": settings})
+        if path is not None:
+            try:
+                self._take_up(path, settings)
+            except BaseException:
+                self.close()
+                raise
 
     def variant(self, name: str, identity: str) -> dict[int, Record]:
         """What is known of a variant, by item. identity: what the name stands for, e.g. a plan file's sha256.
@@ -68,6 +60,26 @@ class Results:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+    def _take_up(self, path: Path, settings: Record) -> None:
+        try:
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise OSError(errno.EINVAL, "not a file")
+            self._file = path.open("a", encoding="utf-8")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+            *whole, rest = read_text(path).split("\n")  # the rest is empty, or a line that was cut
+            for number, line in enumerate(whole, 1):
+                self._read(line, number, settings)
+            if rest:
+                self._file.truncate(self._file.tell() - len(rest.encode()))
+        except BlockingIOError as error:
+            raise MinisaError(f"{path}: another eval is at work on it: wait, or take another --json") from error
+        except OSError as error:
+            raise MinisaError(f"{path}: cannot keep results there: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise self._foreign(1) from error
+        if not whole:
+            self._write({"settings": settings})
 
     def _write(self, line: Record) -> None:
         if self._file is not None:

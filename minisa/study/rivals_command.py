@@ -33,7 +33,7 @@ def rivals(
 
     Greedily, by the loss on a text. Each line is a --rival that eval takes, with what it saves and its perplexity.
     """
-    keep_apart({"--json": json_file}, ("--text", text))
+    keep_apart({"--json": json_file}, ("--model", model), ("--text", text))
     llm = open_model(model, max_seq_len=1, compile=False, **load)
     cut = windows(llm, text, length, limit)
     bar: list[Progress] = []

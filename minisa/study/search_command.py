@@ -62,7 +62,8 @@ def search(
     """
     if (followers is None) == (spans is None):
         raise MinisaError("search: say how many layers shall follow, by --followers, or which, by --spans")
-    keep_apart({"--out": out, "--plot": plot}, ("--validation", validation), *(("--text", text) for text in texts))
+    read = [("--model", model), ("--validation", validation), *(("--text", text) for text in texts)]
+    keep_apart({"--out": out, "--plot": plot}, *read)
     began = time.monotonic()
     if plot is not None:
         check_matplotlib()

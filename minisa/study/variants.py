@@ -56,6 +56,12 @@ class Variant:
         return 1 - self.kv_bytes(config) / slot_bytes(config, SharingPlan.none(config.n_layers))
 
 
+def plan_of(rival: str) -> tuple[str | None, str]:
+    """The plan that a --rival names, sa:PLAN, and what stands after its plus; None for a rival without one."""
+    sharing, _, rest = rival.partition("+")
+    return (sharing.removeprefix("sa:"), rest) if sharing.startswith("sa:") else (None, rest)
+
+
 def parse_variants(
     plans: Sequence[str], rivals: Sequence[str], config: ModelConfig, entry: ModelEntry | None
 ) -> list[Variant]:
@@ -65,13 +71,12 @@ def parse_variants(
     for sa in plans:
         variants.append(Variant(sa, sa, choose_plan(sa, config, entry), Rival()))
     for text in rivals:
-        sharing, _, rest = text.partition("+")
-        if sharing.startswith("sa:"):
-            sa = sharing.removeprefix("sa:")
+        shared, rest = plan_of(text)
+        if shared is not None:
             rival = Rival.parse(rest, config.n_layers) if rest else Rival()
             if rival.dropped or rival.borrowed:
                 raise MinisaError(f"--rival {text}: only kv-int8 goes with a plan of attention sharing")
-            variants.append(Variant(text, sa, choose_plan(sa, config, entry), rival))
+            variants.append(Variant(text, shared, choose_plan(shared, config, entry), rival))
         else:
             variants.append(Variant(text, None, none, Rival.parse(text, config.n_layers)))
     names = [variant.name for variant in variants]
