@@ -103,12 +103,13 @@ class TestResults:
         with pytest.raises(MinisaError, match="plain has changed since"):
             Results(tmp_path / "r.jsonl", self.SETTINGS).variant("plain", "b")
 
-    @pytest.mark.parametrize("content", ["[1]\n", "{}\n", "no\n", b"\xff\n"])
-    def test_another_file_is_refused(self, content: str | bytes, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("content", [b"[1]\n", b"{}\n", b"no\n", b"no", b"\xff\n"])
+    def test_another_file_is_refused_and_left_as_it_is(self, content: bytes, tmp_path: Path) -> None:
         path = tmp_path / "r.jsonl"
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        path.write_bytes(content)
         with pytest.raises(MinisaError, match="line 1: not results of eval"):
             Results(path, self.SETTINGS)
+        assert path.read_bytes() == content
 
     @pytest.mark.parametrize(
         "changes",

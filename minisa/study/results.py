@@ -68,6 +68,8 @@ class Results:
             self._file = path.open("a", encoding="utf-8")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
             *whole, rest = read_text(path).split("\n")  # the rest is empty, or a line that was cut
+            if not whole and not json.dumps({"settings": settings}).startswith(rest):
+                raise self._foreign(1)
             for number, line in enumerate(whole, 1):
                 self._read(line, number, settings)
             if rest:
