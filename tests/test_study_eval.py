@@ -238,7 +238,7 @@ class TestTheCommand:
         """A model that says nothing would else be right wherever the first choice is."""
         weights = random_weights(STUDY_CONFIG)
         weights["norm.weight"] *= 1e4
-        weights["output.weight"] *= scale
+        weights["tok_embeddings.weight"] *= scale
         model = write_gguf(tmp_path / "large.gguf", STUDY_CONFIG, weights, metadata=VOCABULARY)
         data = text if task == "perplexity" else write_rows(tmp_path / "rows", *[ROWS[task]] * 3)
         flags = ("--model", model, "--dtype", "fp16", "--task", task, "--data", data, "--json", tmp_path / "r.json")
