@@ -105,7 +105,7 @@ class ModelConfig:
                 f"config.json: architecture {', '.join(map(str, architectures))} is not supported: "
                 "expected LlamaForCausalLM or MistralForCausalLM"
             )
-        model_type = raw.get("model_type") or "llama"
+        model_type = raw.get("model_type") or ("mistral" if "MistralForCausalLM" in architectures else "llama")
         if model_type not in ("llama", "mistral"):  # transformers goes by it, whatever the architecture says
             raise MinisaError(f"config.json: model_type {model_type!r} is not supported: expected 'llama' or 'mistral'")
         for key in ("attention_bias", "mlp_bias"):
@@ -137,7 +137,7 @@ class ModelConfig:
         dim = _integer(raw, "hidden_size")
         max_seq_len = _integer(raw, "max_position_embeddings", 4096)
         window = None  # LlamaForCausalLM has none
-        if "MistralForCausalLM" in architectures or model_type == "mistral":
+        if model_type == "mistral":
             window = _optional_integer(raw, "sliding_window") if "sliding_window" in raw else 4096
         return cls(
             dim=dim,

@@ -98,10 +98,11 @@ def test_head_dim_is_independent_of_the_width() -> None:
 
 def test_linear_scaling_and_window() -> None:
     assert hf(rope_scaling={"type": "linear", "factor": 2.0}).rope_scaling == RopeScaling("linear", 2.0)
-    mistral = ["MistralForCausalLM"]
-    assert hf(architectures=mistral, sliding_window=4096).sliding_window == 4096
-    assert hf(architectures=mistral, sliding_window=None).sliding_window is None
-    assert hf(architectures=mistral).sliding_window == 4096  # what transformers takes where the key is missing
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": None}
+    assert hf(**mistral, sliding_window=4096).sliding_window == 4096
+    assert hf(**mistral, sliding_window=None).sliding_window is None
+    assert hf(**mistral).sliding_window == 4096  # what transformers takes where the key is missing
+    assert hf(architectures=["MistralForCausalLM"], sliding_window=64).sliding_window is None  # its model_type counts
     assert hf(model_type="mistral", sliding_window=64).sliding_window == 64
     assert hf(sliding_window=4096).sliding_window is None  # LlamaForCausalLM has none, whatever a fine-tuner left there
 
