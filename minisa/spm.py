@@ -117,27 +117,28 @@ def _longest_replacement(model: bytes) -> int:
 
 
 @functools.lru_cache(1024)  # tags and lengths of pieces come back by the hundred thousand
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
+    """A whole number, seven bits a byte, the lowest first."""
     low = [number >> shift & 0x7F for shift in range(0, max(number.bit_length(), 1), 7)]
     return bytes([*(byte | 0x80 for byte in low[:-1]), low[-1]])
 
 
 def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
+    return varint(field << 3) + varint(value)
 
 
 def _float(field: int, value: float) -> bytes:
-    return _varint(field << 3 | 5) + struct.pack("<f", value)
+    return varint(field << 3 | 5) + struct.pack("<f", value)
 
 
 def _string(field: int, text: str) -> bytes:
     data = text.encode("utf-8", "surrogateescape")
-    return _varint(field << 3 | 2) + _varint(len(data)) + data
+    return varint(field << 3 | 2) + varint(len(data)) + data
 
 
 def _message(field: int, *values: bytes) -> bytes:
     data = b"".join(values)
-    return _varint(field << 3 | 2) + _varint(len(data)) + data
+    return varint(field << 3 | 2) + varint(len(data)) + data
 
 
 def _fields(message: bytes, field: int) -> Iterator[bytes]:
@@ -147,22 +148,22 @@ def _fields(message: bytes, field: int) -> Iterator[bytes]:
         if message[position] == 0x0A and field != 1 and message[position + 1] < 0x80:  # of pieces there are many
             position += 2 + message[position + 1]
             continue
-        tag, position = _varint_at(message, position)
+        tag, position = varint_at(message, position)
         match tag & 7:
             case 2:
-                length, position = _varint_at(message, position)
+                length, position = varint_at(message, position)
                 if tag >> 3 == field:
                     yield message[position : position + length]
                 position += length
             case 0:
-                _, position = _varint_at(message, position)
+                _, position = varint_at(message, position)
             case 1 | 5 as kind:
                 position += 8 if kind == 1 else 4
             case kind:
                 raise ValueError(f"a field of wire type {kind}")
 
 
-def _varint_at(message: bytes, position: int) -> tuple[int, int]:
+def varint_at(message: bytes, position: int) -> tuple[int, int]:
     """A number and where it ends. Raises ValueError for one of more than 64 bits."""
     number = message[position]
     shift = 7

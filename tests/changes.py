@@ -27,8 +27,7 @@ from typing import Any
 
 from minisa.checkpoint.gguf import read_gguf
 from minisa.errors import MinisaError
-from minisa.spm import _varint as varint
-from minisa.spm import _varint_at as varint_at
+from minisa.spm import varint, varint_at
 from tests.encode import encode_gguf
 
 Parsed = tuple[Any, Callable[[Any], bytes]]  # a tree of lists and dictionaries, and what makes a file of such a tree

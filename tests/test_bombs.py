@@ -21,7 +21,7 @@ from minisa.checkpoint import open_checkpoint
 from minisa.checkpoint.safetensors import read_weight_map
 from minisa.errors import MinisaError
 from minisa.sharing import SharingPlan
-from minisa.spm import _varint as varint
+from minisa.spm import varint
 from minisa.tokenizer import load_tokenizer
 from tests.encode import encode_gguf, encode_safetensors, gguf_string
 from tests.vocabularies import (
