@@ -27,7 +27,7 @@ from typing import Any
 
 from minisa.checkpoint.gguf import read_gguf
 from minisa.errors import MinisaError
-from minisa.spm import varint, varint_at
+from minisa.spm import _float, _message, _number, varint_at
 from tests.encode import encode_gguf
 
 Parsed = tuple[Any, Callable[[Any], bytes]]  # a tree of lists and dictionaries, and what makes a file of such a tree
@@ -141,13 +141,12 @@ def _sentencepiece(content: bytes) -> Parsed:
         message = b""
         for number, value in tree:
             if isinstance(value, int):
-                message += varint(number << 3) + varint(value % (1 << 64))
+                message += _number(number, value % (1 << 64))
             elif isinstance(value, float):
-                message += varint(number << 3 | 5) + struct.pack("<f", value)
+                message += _float(number, value)
             else:
                 value = value.encode() if isinstance(value, str) else value
-                inside = encode(value) if isinstance(value, list) else value
-                message += varint(number << 3 | 2) + varint(len(inside)) + inside
+                message += _message(number, encode(value) if isinstance(value, list) else value)
         return message
 
     return fields(content, 1), encode
