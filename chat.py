@@ -25,6 +25,8 @@ HELP = """\
 /stats         how the last answer went
 /help          this list
 Ctrl-C stops an answer and keeps the session, Ctrl-D leaves."""
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 @click.command()
@@ -113,12 +115,16 @@ def main(
 
 
 def answer(conversation: Conversation, text: str) -> None:
-    """Print one answer on stdout as it comes, and the footer on stderr."""
+    """Print one answer on stdout as it comes, and the footer on stderr.
+
+    A terminal is shown pictures of control characters: what a model says must not command it.
+    """
+    pictures = PICTURES if sys.stdout.isatty() else {}
     reason = None
     try:
         with contextlib.closing(conversation.send(text)) as chunks:
             for chunk in chunks:
-                click.echo(chunk.text, nl=False)
+                click.echo(chunk.text.translate(pictures), nl=False)
                 reason = chunk.finish_reason
     except KeyboardInterrupt:
         click.echo()

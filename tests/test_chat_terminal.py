@@ -18,6 +18,9 @@ from typing import Any
 import pytest
 
 from tests.commands import FRANCE
+from tests.loadable import N_TOKENS
+from tests.tiny import random_weights, tiny_config, write_hf
+from tests.vocabularies import byte_level_json, gpt2_letters, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,6 +159,24 @@ def test_interrupt_at_the_prompt_keeps_the_session(terminal: Callable[..., Termi
     session.type("/help\n")
     session.expect("Ctrl-D leaves")
     assert session.leave() == 0
+
+
+def test_an_answer_cannot_command_the_terminal(tmp_path: Path) -> None:
+    """A model that says nothing but the escape character; into a pipe it goes as it is."""
+    config = tiny_config(vocab_size=N_TOKENS, tie_embeddings=False)
+    weights = random_weights(config)
+    weights["output.weight"].zero_()  # all tokens are equally likely, and the first is chosen
+    write_hf(tmp_path, config, weights)
+    letters = gpt2_letters()
+    vocabulary = byte_level_json()
+    vocabulary["model"]["vocab"] |= {letters[0x1B]: 0, letters[0]: 0x1B}
+    write_json(tmp_path / "tokenizer.json", vocabulary)
+    flags = ["--model", str(tmp_path), "--raw", "--prompt", "hello", "--max-new-tokens", "3"]
+    with contextlib.closing(Terminal(*flags)) as session:
+        assert "\u241b\u241b\u241b\r\n" in session.expect(r"context \d+/")
+        assert session.wait() == 0
+    piped = subprocess.run([sys.executable, "chat.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    assert piped.stdout == b"\x1b\x1b\x1b\n"
 
 
 def start(smollm2_path: Path, *flags: str, **options: Any) -> subprocess.Popen[bytes]:
