@@ -33,7 +33,7 @@ class Fuzz:
 
     def __init__(self, reader: Any, seconds: float, out: Path) -> None:
         self.reader = reader
-        self.until = time.monotonic() + seconds
+        self.until = time.process_time() + seconds
         self.out = out
         self.outcomes: collections.Counter[str] = collections.Counter()
         self.runs = 0
@@ -61,7 +61,7 @@ class Fuzz:
         if outcome not in ("read", "refused") and outcome not in self.outcomes:
             (self.out / f"finding-{hashlib.sha256(content).hexdigest()[:12]}").write_bytes(content)
         self.outcomes[outcome] += 1
-        if time.monotonic() > self.until:
+        if time.process_time() > self.until:
             self.report()
 
     def report(self) -> None:
@@ -77,7 +77,7 @@ def _peak_memory() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reader", help="Which; a wrong one lists them.")
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=60, help="Of a processor.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--blind", action="store_true", help="Do without atheris.")
     parser.add_argument("--out", type=Path, default=Path("findings"), help="Folder for inputs that break the promise.")
