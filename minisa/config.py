@@ -118,9 +118,13 @@ class ModelConfig:
             raise MinisaError(
                 "config.json: quantization_config is set: expected fp32, fp16 or bf16 weights, or a GGUF file"
             )
-        kinds = raw.get("layer_types") or []
+        kinds = raw.get("layer_types") or ["sliding_attention" if model_type == "mistral" else "full_attention"]
         if not isinstance(kinds, list) or any(kind != kinds[0] for kind in kinds):
             raise MinisaError("config.json: layer_types names several kinds of layers: expected one kind for all")
+        if kinds[0] != "full_attention" and (model_type, kinds[0]) != ("mistral", "sliding_attention"):
+            raise MinisaError(f"config.json: layer_types {kinds[0]!r} is not supported: expected 'full_attention'")
+        if raw.get("per_layer_config"):
+            raise MinisaError("config.json: per_layer_config is set: expected layers that are all alike")
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers 5 writes the latter
         if not isinstance(rope, Mapping):
             raise MinisaError(f"config.json: rope_scaling is {rope!r}: expected an object")
@@ -131,13 +135,11 @@ class ModelConfig:
             raise MinisaError(f"config.json: {original} is not what rope_scaling says: expected one of the two")
         if {raw.get("partial_rotary_factor"), rope.get("partial_rotary_factor")} - {None, 1}:
             raise MinisaError("config.json: partial_rotary_factor is set; minisa turns whole heads")
-        if raw.get("pretraining_tp", 1) not in (None, 1):
-            raise MinisaError("config.json: pretraining_tp > 1 is not supported: set it to 1, the weights are the same")
         n_heads = _integer(raw, "num_attention_heads")
         dim = _integer(raw, "hidden_size")
-        max_seq_len = _integer(raw, "max_position_embeddings", 4096)
+        max_seq_len = _integer(raw, "max_position_embeddings", 2048 if model_type == "llama" else 131_072)
         window = None  # LlamaForCausalLM has none
-        if model_type == "mistral":
+        if kinds[0] == "sliding_attention":
             window = _optional_integer(raw, "sliding_window") if "sliding_window" in raw else 4096
         return cls(
             dim=dim,
@@ -299,8 +301,9 @@ def _flag(raw: Raw, key: str) -> bool:
 
 
 def _require_causal(raw: Raw, key: str) -> None:
-    if raw.get(key) is not None and not _flag(raw, key):
-        raise MinisaError(f"{key} is false: expected a model that looks back only, not one that makes embeddings")
+    if key in raw and not _flag(raw, key):  # transformers takes null for no as well
+        value = "null" if raw[key] is None else "false"
+        raise MinisaError(f"{key} is {value}: expected a model that looks back only, not one that makes embeddings")
 
 
 def _integer(raw: Raw, key: str, default: int | None = None) -> int:

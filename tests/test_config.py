@@ -107,6 +107,28 @@ def test_linear_scaling_and_window() -> None:
     assert hf(sliding_window=4096).sliding_window is None  # LlamaForCausalLM has none, whatever a fine-tuner left there
 
 
+def test_kinds_of_layers_go_before_the_window() -> None:
+    """As transformers has it, which takes a mistral whose layer_types are given for a ministral."""
+    mistral = {"model_type": "mistral", "sliding_window": 64}
+    assert hf(**mistral, layer_types=["full_attention"] * 32).sliding_window is None
+    assert hf(**mistral, layer_types=["sliding_attention"] * 32).sliding_window == 64
+    assert hf(layer_types=["full_attention"] * 32).sliding_window is None
+
+
+def test_what_the_makers_classes_take_where_a_key_is_missing() -> None:
+    """The context too, which is the original one of a llama3 scaling that does not say its own."""
+    for kind, context in (("llama", 2048), ("mistral", 131_072)):
+        config = hf(model_type=kind, max_position_embeddings=None, rope_scaling=LLAMA3_SCALING)
+        assert config.rope_scaling is not None
+        assert (config.max_seq_len, config.rope_scaling.original_max_seq_len) == (context, context)
+
+
+@pytest.mark.parametrize("value", [1, 2, None])
+def test_the_slices_a_model_was_trained_in_change_nothing(value: int | None) -> None:
+    """Llama 2 was published with pretraining_tp 2: products in slices, of the same weights."""
+    assert hf(pretraining_tp=value) == PRESETS["llama3.1-8b"]
+
+
 LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 ORIGINAL = "original_max_position_embeddings"
@@ -149,8 +171,12 @@ def test_the_original_context_may_stand_outside_the_scaling() -> None:
         ({"attention_bias": True}, "attention_bias is true"),
         ({"mlp_bias": True}, "mlp_bias is true"),
         ({"is_causal": False}, "is_causal is false"),
+        ({"is_causal": None}, "is_causal is null"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types names several kinds"),
         ({"layer_types": "full_attention"}, "layer_types names several kinds"),
+        ({"layer_types": ["sliding_attention"], "sliding_window": 64}, "layer_types 'sliding_attention' is not"),
+        ({"layer_types": ["chunked_attention"]}, "layer_types 'chunked_attention' is not supported: expected 'full_"),
+        ({"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, "per_layer_config is set: expected layers that are all"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is set"),
         (
             {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
