@@ -255,7 +255,7 @@ class ModelConfig:
             hidden_dim=_integer(raw, "feed_forward_length"),
             vocab_size=_integer(raw, "vocab_size", len(tokens) if tokens else None),
             max_seq_len=max_seq_len,
-            norm_eps=_number(raw, "attention.layer_norm_rms_epsilon", 1e-5),
+            norm_eps=_number(raw, "attention.layer_norm_rms_epsilon"),
             rope_theta=_number(raw, "rope.freq_base", 10_000.0),
             rope_scaling=scaling,
             tie_embeddings=tied,

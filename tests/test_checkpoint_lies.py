@@ -286,6 +286,23 @@ def far_away(file: Path) -> None:
         archive.writestr("more", "")  # so that the directory is written anew
 
 
+def with_pickle(old: bytes, new: bytes) -> Callable[[Path], None]:
+    """Sixteen bytes each of `a` and `b`, in whose pickle `new` stands in place of `old`."""
+
+    def write(file: Path) -> None:
+        torch.save({"a": torch.ones(4), "b": torch.ones(4, dtype=torch.int32)}, file)
+        repack_zip(file, lambda name, part: part.replace(old, new) if name.endswith("/data.pkl") else part)
+
+    return write
+
+
+def with_two_of_a_name(file: Path) -> None:
+    """torch looks for data/0 without regard to case."""
+    torch.save({"a": torch.ones(2)}, file)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(f"{file.stem}/DATA/0", bytes(8))
+
+
 PTH_LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda file: file.write_bytes(b""), "not a zip archive"),
     "text": (lambda file: file.write_text("hello"), "not a zip archive"),
@@ -297,6 +314,10 @@ PTH_LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "compressed": (compressed, "a compressed archive"),
     "data missing": (without_data, "corrupt"),
     "longer than its data": (longer_than_its_data, "'a' does not lie inside its part of the archive"),
+    "data of another kind": (with_pickle(b"FloatStorage", b"HalfStorage"), "'a' does not lie inside its part"),
+    "data of two kinds": (with_pickle(b"X\1\0\0\x001", b"X\1\0\0\x000"), "its pickle: a storage of two kinds"),
+    "data elsewhere": (with_pickle(b"q\x0cR", b"q\x0cR)b"), "its pickle: attributes for what is no dictionary"),
+    "data twice": (with_two_of_a_name, "corrupt: two parts of one name"),
     "data far away": (far_away, "has no byte 18446744073709551615"),
     "negated": (saved({"tok_embeddings.weight": torch._neg_view(torch.ones(2, 2))}), "a tensor with metadata"),
     "a list": (saved([torch.ones(2)]), "expected a dictionary of tensors, found list"),

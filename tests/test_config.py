@@ -257,6 +257,8 @@ def test_other_gguf_architectures_experts_and_factors_are_refused() -> None:
     for factor in ("attn_factor", "yarn_attn_factor"):
         with pytest.raises(MinisaError, match=rf"llama\.rope\.scaling\.{factor} is 0\.5: expected 1, or none"):
             ModelConfig.from_gguf({**GGUF, f"llama.rope.scaling.{factor}": 0.5}, tied=True)
+    with pytest.raises(MinisaError, match="layer_norm_rms_epsilon is None"):  # llama.cpp guesses none either
+        ModelConfig.from_gguf({**GGUF, "llama.attention.layer_norm_rms_epsilon": None}, tied=True)
     with pytest.raises(MinisaError, match=r"attention\.causal is false"):
         ModelConfig.from_gguf({**GGUF, "llama.attention.causal": False}, tied=True)
     with pytest.raises(MinisaError, match="causal is false"):

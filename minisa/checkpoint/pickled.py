@@ -28,10 +28,11 @@ _PARAMETER = "torch._utils _rebuild_parameter"
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Elements that lie in a part of the archive. key: the part's name."""
+    """`size` elements that are a part of the archive. key: the part's name."""
 
     dtype: torch.dtype
     key: str
+    size: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ def read_pickle(pickle: bytes) -> Any:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
+    storages: dict[str, Storage] = {}
 
     def since_mark() -> list[Any]:
         mark = marks.pop()
@@ -108,12 +110,17 @@ def read_pickle(pickle: bytes) -> Any:
             case "GLOBAL":
                 stack.append(_known(argument))
             case "BINPERSID":
-                stack.append(_storage(stack.pop()))
+                storage = _storage(stack.pop())
+                if storages.setdefault(storage.key, storage) != storage:  # torch takes what it is said to be first
+                    raise TypeError("a storage of two kinds")
+                stack.append(storage)
             case "REDUCE":
                 arguments = stack.pop()
                 stack.append(_result(stack.pop(), arguments))
             case "BUILD":  # attributes, such as the versions of a state dict's modules
                 stack.pop()
+                if not isinstance(stack[-1], dict):  # a tensor's would put it elsewhere
+                    raise TypeError("attributes for what is no dictionary")
             case "STOP":
                 return stack.pop()
             case other:
@@ -140,10 +147,10 @@ def _set_items(target: Any, items: list[Any]) -> None:
 
 
 def _storage(persistent_id: Any) -> Storage:
-    kind, storage_type, key, _, _ = persistent_id
+    kind, storage_type, key, _, size = persistent_id
     if kind != "storage" or not isinstance(storage_type, _Global) or not isinstance(key, str):
         raise TypeError("something persistent that is no storage")
-    return Storage(_STORAGES[storage_type.name], key)
+    return Storage(_STORAGES[storage_type.name], key, size)
 
 
 def _result(function: Any, arguments: Any) -> Any:

@@ -73,6 +73,8 @@ def _open(path: Path) -> _Archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
                 raise MinisaError(f"{path}: a compressed archive: expected a file as torch.save writes it")
+            if len({entry.filename.lower() for entry in entries}) < len(entries):  # torch looks for a name in any case
+                raise MinisaError(f"{path}: corrupt: two parts of one name")
             pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
             if len(pickles) != 1:
                 raise MinisaError(f"{path}: corrupt: {len(pickles)} parts called data.pkl, expected one")
@@ -82,7 +84,7 @@ def _open(path: Path) -> _Archive:
             folder = pickles[0].filename.removesuffix("data.pkl")
             if f"{folder}byteorder" in archive.namelist():
                 with archive.open(f"{folder}byteorder") as order:
-                    if order.read(6) != b"little":
+                    if order.read(7) != b"little":
                         raise MinisaError(f"{path}: numbers of another byte order: expected little-endian ones")
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError) as error:
         raise MinisaError(
@@ -95,7 +97,8 @@ def _open(path: Path) -> _Archive:
         if folder_of_storages == f"{folder}data":
             begin = entry.header_offset
             header = file.read(begin, _LOCAL_HEADER.size).numpy().tobytes()
-            storages[key] = (begin + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header)), ends.get(begin, begin))
+            data = begin + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
+            storages[key] = (data, min(data + entry.file_size, ends.get(begin, begin)))
     return _Archive(file, pickle, storages)
 
 
@@ -113,8 +116,9 @@ def _tensor(name: Any, tensor: Any, archive: _Archive) -> FileTensor:
     if any(size > 1 and wanted != found for size, wanted, found in zip(shape, contiguous, stride, strict=True)):
         raise MinisaError(f"{where} is not contiguous: expected plain tensors")
     begin, end = archive.storages.get(tensor.storage.key, (0, 0))
+    whole = tensor.storage.size == (end - begin) / dtype.itemsize  # else its elements are of another kind
     begin += tensor.offset * dtype.itemsize
-    if begin + math.prod(shape) * dtype.itemsize > end:
+    if not whole or begin + math.prod(shape) * dtype.itemsize > end:
         raise MinisaError(f"{where} does not lie inside its part of the archive: the file is corrupt, fetch it again")
     return FileTensor(name, shape, dtype, archive.file, begin)
 
