@@ -265,7 +265,7 @@ class ModelConfig:
 
 def _rope_scaling(raw: Raw, max_seq_len: int) -> RopeScaling | None:
     kind = raw.get("rope_type", raw.get("type", "default"))
-    if kind in (None, "default", "none"):
+    if kind in ("default", "none"):
         return None
     if kind == "linear":
         return RopeScaling("linear", factor=_number(raw, "factor"))

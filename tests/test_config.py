@@ -149,6 +149,10 @@ def test_the_original_context_may_stand_outside_the_scaling() -> None:
         ({"model_type": "granite"}, "model_type 'granite' is not supported: expected 'llama' or 'mistral'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling type 'yarn' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic'"),
+        (
+            {"rope_scaling": {"rope_type": None, "type": "linear", "factor": 4.0}},
+            "rope_scaling type None is not supported",
+        ),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is None"),
         *(({"rope_scaling": {"rope_type": "linear", "factor": factor}}, "factor is") for factor in (0, -2.0, math.nan)),
         (
