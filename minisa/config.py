@@ -19,6 +19,8 @@ MAX_WIDTH = 1 << 24
 ROPE_FACTORS = (1e-3, 1e6)  # beyond these fp32 loses the angles; the largest published are 32 and a base of 4.5e10
 ROPE_THETAS = (1.0, 1e12)
 NORM_EPSILONS = (1e-12, 1.0)
+# The model_type of each; the third is how the first conversions of Llama 1 spelled it.
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "LLaMAForCausalLM": "llama"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +99,16 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, raw: Raw) -> ModelConfig:
         """From a Hugging Face config.json of LlamaForCausalLM or MistralForCausalLM."""
-        architectures = raw.get("architectures") or [f"model_type {raw.get('model_type', 'missing')}"]
+        architectures = raw.get("architectures") or []
         if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
             raise MinisaError(f"config.json: architectures is {architectures!r}: expected a list of names")
-        if not set(architectures) & {"LlamaForCausalLM", "MistralForCausalLM"}:
+        known = [ARCHITECTURES[name] for name in architectures if name in ARCHITECTURES]
+        if architectures and not known:
             raise MinisaError(
-                f"config.json: architecture {', '.join(map(str, architectures))} is not supported: "
+                f"config.json: architecture {', '.join(architectures)} is not supported: "
                 "expected LlamaForCausalLM or MistralForCausalLM"
             )
-        model_type = raw.get("model_type") or ("mistral" if "MistralForCausalLM" in architectures else "llama")
+        model_type = raw.get("model_type") or next(iter(known), None)
         if model_type not in ("llama", "mistral"):  # transformers goes by it, whatever the architecture says
             raise MinisaError(f"config.json: model_type {model_type!r} is not supported: expected 'llama' or 'mistral'")
         for key in ("attention_bias", "mlp_bias"):

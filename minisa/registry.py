@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from minisa.checkpoint.safetensors import read_weight_map
+from minisa.checkpoint.shards import read_weight_map
 from minisa.config import ModelConfig
 from minisa.errors import MinisaError, shown
 from minisa.sharing import SharingPlan

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from minisa.checkpoint import open_checkpoint
-from minisa.checkpoint.safetensors import read_weight_map
+from minisa.checkpoint.shards import read_weight_map
 from minisa.errors import MinisaError
 from minisa.sharing import SharingPlan
 from minisa.spm import varint

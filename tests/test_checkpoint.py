@@ -30,6 +30,8 @@ from tests.tiny import (
 FORMATS: dict[str, Callable[[Path, ModelConfig, Mapping[str, Tensor]], Path]] = {
     "hf": write_hf,
     "hf-sharded": lambda path, config, weights: write_hf(path, config, weights, shards=3),
+    "hf-bin": lambda path, config, weights: write_hf(path, config, weights, suffix=".bin"),
+    "hf-bin-sharded": lambda path, config, weights: write_hf(path, config, weights, shards=3, suffix=".bin"),
     "meta": write_meta,
     "meta-2-shards": lambda path, config, weights: write_meta(path, config, weights, shards=2),
     "llama2-2-shards": lambda path, config, weights: write_meta(
@@ -128,12 +130,14 @@ def test_interleaved_rows_mean_the_same_after_loading(tmp_path: Path) -> None:
     assert torch.tensor(scores[0]).std() > 0.1
 
 
-@pytest.mark.parametrize("format", ["hf", "gguf"])
+@pytest.mark.parametrize("format", ["hf", "hf-bin", "gguf"])
 def test_tied_embeddings(format: str, tmp_path: Path) -> None:
     config = tiny_config(tie_embeddings=True)
     weights = random_weights(config)
     if format == "hf":  # some files repeat the embedding as lm_head; it is not loaded
         weights["output.weight"] = weights["tok_embeddings.weight"].clone()
+    elif format == "hf-bin":  # the same bytes under both names
+        weights["output.weight"] = weights["tok_embeddings.weight"]
     checkpoint = open_checkpoint(FORMATS[format](tmp_path, config, weights))
     assert checkpoint.config.tie_embeddings
     model = loaded(checkpoint)
@@ -298,6 +302,8 @@ def test_what_a_directory_is_taken_for(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
     write_mistral(tmp_path, config, weights)
     assert open_checkpoint(tmp_path).format == "Mistral's consolidated.safetensors"
+    write_hf(tmp_path, config, weights, suffix=".bin")
+    assert open_checkpoint(tmp_path).format == "Hugging Face pytorch_model.bin"
     write_hf(tmp_path, config, weights)  # as Mistral publishes: both layouts side by side
     assert open_checkpoint(tmp_path).format == "Hugging Face safetensors"
 

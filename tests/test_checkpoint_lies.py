@@ -115,6 +115,23 @@ def test_index_lies(index: Any, message: str, tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
+def test_an_index_of_bin_files_names_no_others(tmp_path: Path) -> None:
+    path = write_hf(tmp_path, CONFIG, random_weights(CONFIG), shards=2)
+    (path / "model.safetensors.index.json").rename(path / "pytorch_model.bin.index.json")
+    with pytest.raises(MinisaError, match=r"names 'model-00001-of-00002.safetensors': expected plain .bin file names"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_two_tensors_with_the_same_bytes(shards: int, tmp_path: Path) -> None:
+    """Kilobytes that describe any number of gigabytes; in a safetensors file the header itself is refused."""
+    weights = random_weights(CONFIG)
+    weights["layers.0.feed_forward.w3.weight"] = weights["layers.0.feed_forward.w1.weight"]
+    path = write_hf(tmp_path, CONFIG, dict(sorted(weights.items())), shards=shards, suffix=".bin")
+    with pytest.raises(MinisaError, match=r"\.bin: 'model\.layers\.0\.mlp\..*' has bytes of another tensor"):
+        open_checkpoint(path)
+
+
 def gguf_file(n_tensors: int, n_pairs: int, header: bytes = b"", data: int = 64) -> bytes:
     """A GGUF file that claims so many tensors and metadata pairs, and `data` bytes of weights."""
     head = b"GGUF" + struct.pack("<IQQ", 3, n_tensors, n_pairs) + header

@@ -96,6 +96,11 @@ def test_head_dim_is_independent_of_the_width() -> None:
     assert hf(head_dim=None).head_dim == 128
 
 
+def test_architectures_as_old_and_lazy_converters_wrote_them() -> None:
+    assert hf(architectures=None) == hf(architectures=["LLaMAForCausalLM"]) == PRESETS["llama3.1-8b"]
+    assert hf(architectures=[], model_type="mistral").sliding_window == 4096
+
+
 def test_linear_scaling_and_window() -> None:
     assert hf(rope_scaling={"type": "linear", "factor": 2.0}).rope_scaling == RopeScaling("linear", 2.0)
     mistral = {"architectures": ["MistralForCausalLM"], "model_type": None}
@@ -145,7 +150,8 @@ def test_the_original_context_may_stand_outside_the_scaling() -> None:
     [
         ({"architectures": ["Qwen2ForCausalLM"]}, "architecture Qwen2ForCausalLM is not supported"),
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
-        ({"architectures": None, "model_type": "gpt2"}, "model_type gpt2"),
+        ({"architectures": None, "model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+        ({"architectures": None, "model_type": None}, "model_type None is not supported: expected 'llama' or"),
         ({"model_type": "granite"}, "model_type 'granite' is not supported: expected 'llama' or 'mistral'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling type 'yarn' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic'"),

@@ -55,6 +55,20 @@ def test_every_family(family: str, tmp_path: Path) -> None:
         assert (our_logits(path, tokens) - expected).abs().max() < 1e-4
 
 
+def test_what_torch_saves_of_a_model(tmp_path: Path) -> None:
+    """pytorch_model.bin as transformers 4.30 wrote it: a state dict with its metadata and the tables of RoPE."""
+    config = FAMILIES["llama-7b"].in_miniature()
+    path = write_hf(tmp_path, config, random_weights(config, 1))
+    tokens = torch.randint(config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(2))
+    expected = peer_logits(path, tokens)
+    state = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+    assert state._metadata
+    state |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(16) for i in range(2)}
+    torch.save(state, path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    assert (our_logits(path, tokens) - expected).abs().max() < 1e-4
+
+
 def test_a_ring_that_has_wrapped(tmp_path: Path) -> None:
     config, plain = replace(FAMILIES["mistral-7b-v0.1"].in_miniature(), max_seq_len=512), SharingPlan.none(2)
     path = write_hf(tmp_path, config, random_weights(config, 1))

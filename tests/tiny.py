@@ -121,8 +121,9 @@ def write_hf(
     weights: Weights,
     shards: int = 1,
     dtype: torch.dtype = torch.float32,
+    suffix: str = ".safetensors",
 ) -> Path:
-    """config.json with model.safetensors, or with its shards and their index."""
+    """config.json with model.safetensors or pytorch_model.bin, or with shards of it and their index."""
     directory.mkdir(parents=True, exist_ok=True)
     mistral = config.sliding_window is not None
     description = {
@@ -149,17 +150,19 @@ def write_hf(
         description["sliding_window"] = config.sliding_window
     (directory / "config.json").write_text(json.dumps(description, indent=2))
     named = {_rename(name, HF_NAMES, "model.layers"): tensor.to(dtype) for name, tensor in weights.items()}
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    write = write_safetensors if suffix == ".safetensors" else lambda path, tensors: torch.save(tensors, path)
     if shards == 1:
-        write_safetensors(directory / "model.safetensors", named)
+        write(directory / f"{stem}{suffix}", named)
         return directory
     weight_map = {}
     for i in range(shards):
-        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        file = f"{stem}-{i + 1:05}-of-{shards:05}{suffix}"
         part = dict(list(named.items())[i::shards])
-        write_safetensors(directory / file, part)
+        write(directory / file, part)
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in named.values())}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
     return directory
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,15 @@ from minisa.checkpoint import ggml, names
 from minisa.checkpoint.files import DataFile, FileTensor, StoredTensor
 from minisa.checkpoint.gguf import TensorInfo, find_gguf, read_gguf_parts
 from minisa.checkpoint.pth import merge, read_pth
-from minisa.checkpoint.safetensors import read_safetensors, read_safetensors_index
+from minisa.checkpoint.safetensors import read_safetensors
+from minisa.checkpoint.shards import read_shards
 from minisa.config import ModelConfig
 from minisa.errors import MinisaError
 from minisa.untrusted import read_json
 
 LOOKED_FOR = (
-    "config.json with model.safetensors (or its index), params.json with consolidated.*.pth or "
-    "consolidated.safetensors, or one .gguf file"
+    "config.json with model.safetensors or pytorch_model.bin (or an index of either), params.json with "
+    "consolidated.*.pth or consolidated.safetensors, or one .gguf file"
 )
 
 _PIECE = 1 << 20  # bytes compared at once
@@ -69,10 +70,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _open_directory(path: Path) -> Checkpoint:
-    if (path / "config.json").is_file() and (stored := _safetensors(path, "model")) is not None:
-        return _open_hugging_face(path, stored)
+    if (path / "config.json").is_file():
+        if (stored := _weights(path, "model", ".safetensors", read_safetensors)) is not None:
+            return _open_hugging_face(path, stored, "Hugging Face safetensors")
+        if (stored := _weights(path, "pytorch_model", ".bin", read_pth)) is not None:
+            return _open_hugging_face(path, stored, "Hugging Face pytorch_model.bin")
     if (path / "params.json").is_file():
-        if (stored := _safetensors(path, "consolidated")) is not None:
+        if (stored := _weights(path, "consolidated", ".safetensors", read_safetensors)) is not None:
             return _open_consolidated(path, [stored], "Mistral's consolidated.safetensors")
         if shards := _consolidated_shards(path):
             return _open_consolidated(path, [read_pth(shard) for shard in shards], "consolidated.pth")
@@ -84,11 +88,14 @@ def _open_directory(path: Path) -> Checkpoint:
     raise MinisaError(f"{path}: no model in this directory: looked for {LOOKED_FOR}")
 
 
-def _safetensors(path: Path, stem: str) -> dict[str, FileTensor] | None:
-    if (single := path / f"{stem}.safetensors").is_file():
-        return read_safetensors(single)
-    if (index := path / f"{stem}.safetensors.index.json").is_file():
-        return read_safetensors_index(index)
+def _weights(
+    path: Path, stem: str, suffix: str, read: Callable[[Path], dict[str, FileTensor]]
+) -> dict[str, FileTensor] | None:
+    """What the one file holds, or all that an index lists; None where there is neither."""
+    if (single := path / f"{stem}{suffix}").is_file():
+        return read(single)
+    if (index := path / f"{stem}{suffix}.index.json").is_file():
+        return read_shards(index, suffix, read)
     return None
 
 
@@ -100,11 +107,12 @@ def _consolidated_shards(path: Path) -> list[Path]:
     return shards
 
 
-def _open_hugging_face(path: Path, stored: dict[str, FileTensor]) -> Checkpoint:
+def _open_hugging_face(path: Path, stored: dict[str, FileTensor], format: str) -> Checkpoint:
     description = read_json(path / "config.json")
     with describing(path / "config.json"):
         config = ModelConfig.from_hf(description)
     tensors, unknown = names.HUGGING_FACE.rename(stored)
+    _refuse_overlaps(tensors)
     for tensor in tensors.values():
         tensor.require_weight_dtype()
     head = tensors.pop("output.weight", None) if config.tie_embeddings else None  # some files repeat the embedding
@@ -113,7 +121,7 @@ def _open_hugging_face(path: Path, stored: dict[str, FileTensor]) -> Checkpoint:
             f"{path / 'config.json'}: tie_word_embeddings is true, and {head.name} is not the embedding: "
             "set it to false, or leave that tensor out"
         )
-    return Checkpoint(path, config, tensors, unknown, False, "Hugging Face safetensors", _files(tensors.values()))
+    return Checkpoint(path, config, tensors, unknown, False, format, _files(tensors.values()))
 
 
 def _are_alike(one: FileTensor, other: FileTensor | None) -> bool:
@@ -146,13 +154,14 @@ def _open_consolidated(path: Path, shards: list[dict[str, FileTensor]], format: 
 
 
 def _refuse_overlaps(tensors: Mapping[str, FileTensor]) -> None:
-    """A .pth file can describe any number of tensors with the same bytes; a tied output head is the one use of it."""
-    end = 0
+    """What torch.save writes can describe any number of tensors with the same bytes; a tied output head is the one use
+    of it."""
+    ends: dict[DataFile, int] = {}
     apart = {name: tensor for name, tensor in tensors.items() if name != "output.weight"}
     for tensor in sorted(apart.values(), key=lambda tensor: tensor.offset):
-        if tensor.offset < end:
+        if tensor.offset < ends.get(tensor.file, 0):
             raise MinisaError(f"{tensor.file.path}: {tensor.name!r} has bytes of another tensor: the file is corrupt")
-        end = tensor.offset + math.prod(tensor.shape) * tensor.dtype.itemsize
+        ends[tensor.file] = tensor.offset + math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def _open_gguf(path: Path) -> Checkpoint:

@@ -1,4 +1,5 @@
-"""Meta's consolidated.NN.pth: what torch.save writes, one file for each model-parallel rank.
+"""What torch.save writes: Hugging Face's pytorch_model.bin, and Meta's consolidated.NN.pth, one file for each
+model-parallel rank.
 
 Such a file is a zip archive of a pickle and the tensors' bytes. Neither torch.load nor Python's unpickler touches it:
 pickled.py finds out where each tensor lies, and its elements are read in place.

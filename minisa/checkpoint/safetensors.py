@@ -1,4 +1,4 @@
-"""safetensors files, alone or in shards with an index.
+"""safetensors files.
 
 A file is an 8-byte little-endian length, a JSON header of that length, and the elements of all tensors, one after
 the other. The header is believed only once it accounts for every byte of the file.
@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minisa.checkpoint.files import DataFile, FileTensor, is_size
-from minisa.errors import MinisaError, shown
-from minisa.untrusted import MAX_JSON, is_plain_name, parse_json, read_json, written_whole
+from minisa.errors import MinisaError
+from minisa.untrusted import MAX_JSON, parse_json, written_whole
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -25,7 +25,6 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-MAX_SHARDS = 1024
 
 
 def read_safetensors(path: Path) -> dict[str, FileTensor]:
@@ -97,44 +96,3 @@ def _tensor(name: str, entry: Any, file: DataFile, data: int) -> FileTensor:
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(is_size(item) for item in value)
-
-
-def read_weight_map(path: Path) -> dict[str, str]:
-    """From each tensor's name to its file, as an index has them (model.safetensors.index.json).
-
-    Format: huggingface.co/docs/safetensors. Raises MinisaError where it is not of that form, names anything but plain
-    .safetensors files beside it, or more than MAX_SHARDS of them; OSError where it cannot be read.
-    """
-    weight_map = read_json(path).get("weight_map") or {}
-    if not isinstance(weight_map, dict) or {type(shard) for shard in weight_map.values()} != {str}:
-        raise MinisaError(f"{path}: weight_map is missing or broken: expected tensor names with their files")
-    shards = sorted(set(weight_map.values()))
-    if len(shards) > MAX_SHARDS:
-        raise MinisaError(f"{path} names {len(shards)} files: expected at most {MAX_SHARDS}")
-    for shard in shards:
-        if not (is_plain_name(shard) and shard.endswith(".safetensors")):
-            raise MinisaError(f"{path}: weight_map names {shown(shard)}: expected plain .safetensors file names")
-    return weight_map
-
-
-def read_safetensors_index(path: Path) -> dict[str, FileTensor]:
-    """The tensors that an index lists, shard by shard.
-
-    Raises MinisaError for a shard that is missing or lacks what the index says it holds, and as read_weight_map does.
-    """
-    listed_in: dict[str, set[str]] = {}
-    for name, shard in read_weight_map(path).items():
-        listed_in.setdefault(shard, set()).add(name)
-    tensors: dict[str, FileTensor] = {}
-    for shard, listed in sorted(listed_in.items()):
-        if not path.with_name(shard).is_file():
-            raise MinisaError(f"{path.with_name(shard)}: missing, and {path.name} lists it: fetch it as well")
-        stored = read_safetensors(path.with_name(shard))
-        if lacking := _first(listed - stored.keys()):
-            raise MinisaError(f"{path.with_name(shard)}: lacks {lacking!r}, which {path.name} says it holds")
-        tensors.update({name: tensor for name, tensor in stored.items() if name in listed})
-    return tensors
-
-
-def _first(names: Iterable[str]) -> str | None:
-    return min(names, default=None)
