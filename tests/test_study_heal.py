@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +80,8 @@ def test_a_step_follows_the_gradient_of_the_loss(monkeypatch: pytest.MonkeyPatch
     optimizer = torch.optim.SGD([weight], lr=1.0)
     before = weight.detach().clone()
     rows = slice(1, None, 2)
-    heal_module._step(heal_module.Walk(plain), heal_module.Walk(student), TEXT[:2], rows, 3, optimizer)
+    heal_module._backward(heal_module.Walk(plain), heal_module.Walk(student), TEXT[:2], rows, 3)
+    optimizer.step()
     found = before - weight.detach()
     with torch.no_grad():
         weight.copy_(before)
@@ -127,6 +132,52 @@ def test_broken_off_it_goes_on_with_the_same_steps(tmp_path: Path) -> None:
     assert resumed.history[:2] == broken.history[:2]
     for name, tensor in whole.weights.items():
         assert torch.allclose(resumed.weights[name], tensor, atol=1e-6)
+
+
+def test_a_longer_run_after_one_that_was_over_is_measured_too() -> None:
+    plain = build_model(SIX_LAYERS, PLANS["none"])
+    training = Training()
+    for steps in (4, 8, 6):  # the last of them is over at once
+        heal(plain, PLAN, TEXT, HELD_OUT, training, steps=steps, rate=1e-3, checks=2)
+    assert [step for step, _ in training.history] == [0, 2, 4, 8]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_broken_off_anywhere_it_comes_to_the_same_weights(signal_number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the middle of Adam's step, and while the weights are measured: at the start, half way, at the end."""
+    plain = build_model(SIX_LAYERS, PLANS["none"])
+    options: dict[str, Any] = {"steps": 6, "rate": 1e-3, "batch": 4, "checks": 2}
+    whole, broken = Training(), Training()
+    heal(plain, PLAN, TEXT, HELD_OUT, whole, **options)
+
+    def then_end(inner: Callable[..., Any], every: int) -> Callable[..., Any]:
+        calls = count()
+
+        def outer(*arguments: Any, **named: Any) -> Any:
+            found = inner(*arguments, **named)
+            if next(calls) % every == 0:
+                signal.raise_signal(signal_number)
+            return found
+
+        return outer
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(number)
+
+    ended, before = 0, signal.signal(signal.SIGTERM, end)
+    monkeypatch.setattr(torch.Tensor, "addcdiv_", then_end(torch.Tensor.addcdiv_, 1))  # Adam's, for each matrix
+    monkeypatch.setattr(Judge, "divergence", then_end(Judge.divergence, 2))
+    try:
+        while ended < 20:
+            with suppress(KeyboardInterrupt, SystemExit):
+                heal(plain, PLAN, TEXT, HELD_OUT, broken, **options)
+                break
+            ended += 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == 9  # after each of six steps, and three measurements
+    assert broken.history == whole.history
+    assert all(torch.equal(broken.best_weights[name], tensor) for name, tensor in whole.best_weights.items())
 
 
 def test_nothing_better_is_found_nothing_is_kept() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from minisa.study.judge import Judge
+from minisa.study.resuming import uninterrupted
 from minisa.study.training import MOMENTS, Training
 from minisa.study.walk import Walk, layer_of, replace, share
 
@@ -63,7 +64,8 @@ def heal(
     plain: without followers. windows [N, T] are taken in order, batch at a time, again from the first after the last.
     weights: what the plan brings already, in the place of the model's. which: as in `trainable`. rate: Adam's, at its
     height. checks: how often in the run held_out is measured; the best weights there are kept in training.best_weights,
-    which stays empty if nothing is better than the start. saved: called after every check, and when interrupted.
+    which stays empty if nothing is better than the start. saved: called after every check, and when the run is
+    interrupted or told to end.
     """
     names = trainable(plan, which)
     student = replace(share(plain, plan), {**(weights or {}), **training.weights})
@@ -80,10 +82,10 @@ def heal(
     teacher, learner = Walk(plain), Walk(student)
     began = time.monotonic() - training.seconds
 
-    def share_done() -> float:
+    def share_done(step: int, seconds: float) -> float:
         """Of the run, 0 to 1."""
-        by_steps = training.step / steps if steps else 0.0
-        by_time = (time.monotonic() - began) / (60 * minutes) if minutes else 0.0
+        by_steps = step / steps if steps else 0.0
+        by_time = seconds / (60 * minutes) if minutes else 0.0
         return min(max(by_steps, by_time), 1.0)
 
     def keep() -> None:
@@ -97,37 +99,48 @@ def heal(
     def check() -> None:
         now = {name: parameter.detach() for name, parameter in parameters.items()}
         divergence = judge.divergence(plan, {**fixed, **now})
-        training.history.append((training.step, divergence))
-        if divergence < training.best:
-            training.best = divergence
-            if training.step:
-                training.best_weights = {name: tensor.clone() for name, tensor in now.items()}
-        keep()
+        with uninterrupted():
+            training.history.append((training.step, divergence))
+            if divergence < training.best:
+                training.best = divergence
+                if training.step:
+                    training.best_weights = {name: tensor.clone() for name, tensor in now.items()}
+            keep()
         report(f"step {training.step}: {divergence:.4f} nats a token from plain")
 
     if not training.history:
         check()
+    checked = share_done(training.history[-1][0], training.seconds)
     try:
-        while (done := share_done()) < 1:
+        while True:
+            done = share_done(training.step, time.monotonic() - began)
+            due = done == 1 or int(done * checks) > int(checked * checks)
+            if due and training.step > training.history[-1][0]:
+                check()
+                checked = done
+                continue
+            if done == 1:
+                return
             for group in optimizer.param_groups:
                 group["lr"] = rate * min((training.step + 1) / WARM_UP, 1) * (1 - done)
             start = training.step * batch % len(windows)
             rows = slice(training.step % EVERY, None, EVERY)
-            _step(teacher, learner, windows[start : start + batch], rows, first, optimizer)
-            training.step += 1
-            if share_done() * checks >= len(training.history):
-                check()
-    except KeyboardInterrupt:
+            _backward(teacher, learner, windows[start : start + batch], rows, first)
+            with uninterrupted():
+                optimizer.step()
+                training.step += 1
+            optimizer.zero_grad(set_to_none=True)
+    except (KeyboardInterrupt, SystemExit):
         keep()
         raise
 
 
-def _step(
-    teacher: Walk, learner: Walk, windows: Tensor, rows: slice, first: int, optimizer: torch.optim.Optimizer
-) -> None:
-    """One step of Adam; layers before `first` run once. The loss is the mean divergence of predictions at `rows` of
-    windows and STATES times the mean of ‖shared − plain‖² / ‖plain‖² over every position and every layer from `first`
-    on."""
+def _backward(teacher: Walk, learner: Walk, windows: Tensor, rows: slice, first: int) -> None:
+    """The gradient of one step's loss; layers before `first` run once.
+
+    The loss is the mean divergence of predictions at `rows` of windows and STATES times the mean of
+    ‖shared − plain‖² / ‖plain‖² over every position and every layer from `first` on.
+    """
     with torch.no_grad():
         states = [teacher.embed(windows)]
         for i in range(first):
@@ -146,5 +159,3 @@ def _step(
         loss = (logits.logsumexp(-1) - torch.einsum("nv,nv->n", logits, target)).sum() / len(cut)
         loss.backward()
     torch.autograd.backward([found, STATES * torch.stack(distances).mean()], [cut.grad, None])
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
