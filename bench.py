@@ -105,9 +105,9 @@ def report(benchmark: Benchmark, interrupted: bool, json_path: str | None, plot_
     click.echo(table.ceiling(found) + "\n" + table.results(found) + "\n")
     if json_path is not None:
         write_json(json_path, found)
+    click.echo(json.dumps(found))
     if plot_path is not None:
         plot(found, plot_path)
-    click.echo(json.dumps(found))
 
 
 class Progress:

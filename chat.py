@@ -85,6 +85,9 @@ def main(
     elif sys.stdin is None or not sys.stdin.isatty():
         prompt = read_stdin()
         check_text("stdin", prompt)
+    stop = tuple(as_utf8(text) or "" for text in stop)
+    for text in stop:
+        check_utf8("--stop", text)
     if raw and system:
         raise MinisaError("--raw continues the text as it stands: leave out --system")
     options = {
@@ -95,7 +98,7 @@ def main(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
-        "stop": [as_utf8(text) for text in stop],
+        "stop": stop,
         "speculate": speculate,
     }
     loading = {
@@ -266,6 +269,10 @@ def as_utf8(argument: str | None) -> str | None:
 def check_text(name: str, text: str) -> None:
     if not text.strip():
         raise MinisaError(f"{name} is empty: give some text")
+    check_utf8(name, text)
+
+
+def check_utf8(name: str, text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

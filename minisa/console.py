@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 import torch
 
+from minisa.checkpoint.layouts import BESIDE_THE_WEIGHTS
 from minisa.device import DTYPES, KV_DTYPES, dtype_name
 from minisa.download import pull
 from minisa.engine import LLM, load
@@ -46,12 +48,13 @@ SHARING_OPTIONS = [
         "--kv-dtype", default="auto", show_default=True, help=f"Of keys and values: auto, {', '.join(KV_DTYPES)}."
     ),
 ]
+WEIGHTS_SUFFIXES = (".safetensors", ".gguf", ".pth", ".model")
 LONGEST_NAME = 200  # of 255 bytes: what is kept beside the file adds to its name, and so does a file half written
 
 
 class OutputFile(click.Path):
-    """The name of a file to write, refused before any work if it is empty, too long, of no file, in no folder, or
-    without the suffix."""
+    """The name of a file to write, refused before any work if it is empty, too long, of no file, in no folder, in one
+    that cannot be written to, a checkpoint's, or without the suffix."""
 
     def __init__(self, suffix: str = "") -> None:
         super().__init__(dir_okay=False)
@@ -65,9 +68,24 @@ class OutputFile(click.Path):
             self.fail(f"{path}: expected a name of at most {LONGEST_NAME} bytes", param, ctx)
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             self.fail(f"{path}: there is no such folder", param, ctx)
+        if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+            self.fail(f"{path}: the folder cannot be written to", param, ctx)
+        if _is_of_a_checkpoint(Path(path)):
+            self.fail(f"{path}: is for a file of the checkpoint there: expected another name", param, ctx)
         if self.suffix and Path(path).suffix != self.suffix:
             self.fail(f"{path}: expected a name that ends in {self.suffix}", param, ctx)
         return path
+
+
+def _is_of_a_checkpoint(path: Path) -> bool:
+    """Whether a file to write would take the place of weights, or of what describes those beside it."""
+    if path.suffix in WEIGHTS_SUFFIXES and path.exists():
+        return True
+    described = (*BESIDE_THE_WEIGHTS, "*.index.json")
+    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in described) and any(
+        file.suffix in WEIGHTS_SUFFIXES and not file.name.endswith(".delta.safetensors")
+        for file in path.absolute().parent.iterdir()
+    )
 
 
 class Finite(click.FloatRange):
@@ -193,10 +211,11 @@ def fetch(entry: ModelEntry) -> Path:
 
 
 def write_json(path: str, record: Mapping[str, Any]) -> None:
-    """What --json asks for. MinisaError where it cannot be written."""
+    """What --json asks for. MinisaError where it cannot be written: then the record is the last line on stdout."""
     try:
         write_whole(Path(path), json.dumps(record, indent=1) + "\n")
     except OSError as error:
+        click.echo(json.dumps(record))
         raise MinisaError(f"--json {path}: {error.strerror}") from error
 
 

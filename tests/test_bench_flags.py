@@ -162,7 +162,7 @@ class TestFlags:
         assert json.loads((tmp_path / "record.json").read_text()) == ran.record
 
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
-    def test_a_full_disk_leaves_the_record_before(
+    def test_a_full_disk_leaves_the_record_before_and_this_one_on_stdout(
         self, run_bench: Bench, bench_gguf: Path, in_this_process: list[Any], tmp_path: Path
     ) -> None:
         file = tmp_path / "record.json"
@@ -171,6 +171,19 @@ class TestFlags:
         ran = run_bench("--model", bench_gguf, *QUICK, "--json", file)
         assert ran.status == 2 and f"--json {file}: No space left" in ran.err
         assert file.read_text() == "{}"
+        assert ran.configuration("plain")["prefill"][0]["rounds"] == 2
+
+    def test_a_plot_that_cannot_be_written_comes_after_the_record(
+        self, run_bench: Bench, bench_gguf: Path, in_this_process: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> None:
+            raise MinisaError("--plot x.png: No space left on device")
+
+        monkeypatch.setattr(bench, "check_matplotlib", lambda: None)
+        monkeypatch.setattr(bench, "plot", full)
+        ran = run_bench("--model", bench_gguf, *QUICK, "--plot", "x.png")
+        assert ran.status == 2 and ran.err.endswith("No space left on device\n")
+        assert ran.configuration("plain")["prefill"][0]["rounds"] == 2
 
     @pytest.mark.parametrize("sa", ["1:2-3", "none"])
     def test_plot_writes_a_png(self, sa: str, quick: Bench, tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ BAD_FLAGS: dict[str, tuple[list[str], str]] = {
     "not a number": (["--top-k", "many"], "'many' is not a valid integer"),
     "raw with system": (["--raw", "--system", "x"], "leave out --system"),
     "surrogates": (["--prompt", "\udcff"], "--prompt is not UTF-8"),
+    "surrogates in a stop string": (["--stop", "a", "--stop", "caf\udce9"], "--stop is not UTF-8 at character 3"),
     "empty prompt": (["--prompt", " "], "--prompt is empty"),
 }
 

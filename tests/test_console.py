@@ -125,6 +125,33 @@ def test_a_file_that_cannot_be_written_is_refused_before_any_work(flag: str) -> 
         assert ran.exit_code == 2 and f"Invalid value for '{option}'" in ran.stderr, (name, ran.stderr)
 
 
+@pytest.mark.parametrize("flag", WRITES)
+def test_a_checkpoint_s_files_are_refused_before_any_work(flag: str, tmp_path: Path) -> None:
+    command, option = flag.split()
+    main, start = (bench.main, []) if command == "bench" else (cli.main, [command])
+
+    def says(path: Path) -> str:
+        return CliRunner().invoke(main, [*start, option, str(path), "--model", "./none"]).stderr
+
+    refused = "is for a file of the checkpoint there"
+    for name in ("plan.json", "plan.delta.safetensors"):  # which no checkpoint consists of
+        (tmp_path / name).touch()
+    assert refused not in says(tmp_path / "config.json")
+    (tmp_path / "model.safetensors").touch()
+    names = ["config.json", "tokenizer_config.json", "model.safetensors.index.json"]
+    if option not in ("--out", "--save"):
+        names += ["model.safetensors", "plan.delta.safetensors"]
+    for name in names:
+        assert refused in says(tmp_path / name), name
+    assert refused not in says(tmp_path / "plan.json")
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
+    ran = CliRunner().invoke(cli.main, ["plan", "--save", str(tmp_path / "plan.json")])
+    assert ran.exit_code == 2 and "the folder cannot be written to" in ran.stderr
+
+
 APART = {
     "bench": "--json a.json --plot ./a.json",
     "bench of a model": "--model a.gguf --json ./a.gguf",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -192,3 +193,15 @@ def test_the_command_prints_writes_and_draws_what_is_measured(
     assert status == 2 and "windows of 100000 tokens: expected 2 to 128" in err
     status, _, err = run_isotropy("--text", tmp_path / "none.txt", "--length", 40)
     assert status == 2 and "cannot read the text" in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+def test_what_cannot_be_written_is_not_lost(run_isotropy: Callable[..., Ran], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on a quiet red roof in town. " * 20)
+    flags = ("--text", text, "--length", 40, "--limit", 3, "--json", tmp_path / "r.json")
+    assert run_isotropy(*flags)[0] == 0
+    (tmp_path / f"r.json.{os.getpid()}.part").symlink_to("/dev/full")
+    status, out, err = run_isotropy(*flags)
+    assert status == 2 and "r.json: No space left" in err
+    assert json.loads(out.splitlines()[-1]) == json.loads((tmp_path / "r.json").read_text())

@@ -24,6 +24,10 @@ LOOKED_FOR = (
     "config.json with model.safetensors or pytorch_model.bin (or an index of either), params.json with "
     "consolidated.*.pth or consolidated.safetensors, or one .gguf file"
 )
+BESIDE_THE_WEIGHTS = (
+    "config.json", "params.json", "generation_config.json", "added_tokens.json", "tekken.json", "tokenizer*",
+    "original/tokenizer.model",
+)  # fmt: skip
 
 _PIECE = 1 << 20  # bytes compared at once
 

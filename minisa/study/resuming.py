@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from minisa.checkpoint import open_checkpoint
+from minisa.checkpoint.layouts import BESIDE_THE_WEIGHTS
 from minisa.errors import MinisaError
 from minisa.registry import resolve
 from minisa.untrusted import open_plain
 
 EDGE = 64 << 10  # bytes
-_BESIDE_THE_WEIGHTS = (
-    "config.json", "params.json", "generation_config.json", "added_tokens.json", "tekken.json", "tokenizer*",
-    "original/tokenizer.model",
-)  # fmt: skip
 
 
 def fingerprint(model: str) -> str:
@@ -30,7 +27,7 @@ def fingerprint(model: str) -> str:
     """
     path, _ = resolve(model)
     files = {file.path for file in open_checkpoint(path).files}
-    files |= {file for pattern in _BESIDE_THE_WEIGHTS for file in path.glob(pattern) if file.is_file()}
+    files |= {file for pattern in BESIDE_THE_WEIGHTS for file in path.glob(pattern) if file.is_file()}
     digest = hashlib.sha256()
     try:
         for name in sorted(files):
