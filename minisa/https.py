@@ -191,7 +191,7 @@ def _request(url: str, method: str, headers: dict[str, str] | None = None) -> ht
     """
     try:
         return _follow(url, method, headers or {})
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # a port may be any number
         raise MinisaError(
             f"{url}: the server redirects to what is no address ({error}): look where the publisher has it now"
         ) from None
@@ -200,6 +200,9 @@ def _request(url: str, method: str, headers: dict[str, str] | None = None) -> ht
 def _follow(url: str, method: str, headers: dict[str, str]) -> http.client.HTTPResponse:
     location = url
     for _ in range(MAX_REDIRECTS):
+        scheme, hosts = urlsplit(location).scheme, {urlsplit(location).hostname, urlsplit(url).hostname}
+        if scheme != "https" and not (scheme == "http" and hosts <= LOOPBACK):  # no publisher sends us to our own ports
+            raise MinisaError(f"{location}: refused: weights are fetched over https only")
         response = _open(location, method, headers)
         status = response.status
         if status in (200, 206, 416) or (method == "HEAD" and status < 400 and "X-Linked-Size" in response.headers):
@@ -232,9 +235,7 @@ _OPENER = build_opener(_Verbatim)
 
 
 def _open(url: str, method: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-    scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
-    if scheme != "https" and not (scheme == "http" and host in LOOPBACK):
-        raise MinisaError(f"{url}: refused: weights are fetched over https only")
+    host = urlsplit(url).hostname
     request = Request(url, method=method, headers={"User-Agent": "minisa", **headers})
     if host in TOKEN_HOSTS and (token := access_token()):
         request.add_header("Authorization", f"Bearer {token}")

@@ -217,6 +217,8 @@ def test_a_wheel_with_something_else_in_it_leaves_nothing(
         lambda wheel: wheel[:5000],
         lambda wheel: b"no zip",
         lambda wheel: wheel[:5000] + bytes(100) + wheel[5100:],
+        lambda wheel: wheel.replace(b"\x08\x00", b"\x0e\x00"),  # says LZMA of what is deflated
+        lambda wheel: wheel.replace(b"pkg/x.py", b"\xff" * 8).replace(b"\0\0\x08\0", b"\0\x08\x08\0"),  # no UTF-8
     ],
 )
 def test_a_damaged_wheel_leaves_nothing(pip: FakePip, tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:

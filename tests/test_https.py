@@ -7,6 +7,7 @@ import re
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,7 +243,17 @@ def test_redirects_lead_to_https_only(publisher: Publisher, target: str) -> None
     assert f"{target}: refused: weights are fetched over https only" in failure(model(publisher, "model.gguf"))
 
 
-@pytest.mark.parametrize("target", ["http://[bad", "/é", f"https://{'a' * 70}.example.org/x", "http://127.0.0.1:x/"])
+def test_no_redirect_leads_from_a_publisher_to_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = SimpleNamespace(status=302, headers={"Location": "http://127.0.0.1:1/x"}, close=lambda: None)
+    monkeypatch.setattr(https, "_open", lambda *_: elsewhere)
+    with pytest.raises(MinisaError, match=r"http://127\.0\.0\.1:1/x: refused: weights are fetched over https only"):
+        https.fetch("https://weights.example.org/x", Path("x"), lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["http://[bad", "/é", f"https://{'a' * 70}.example.org/x", "http://127.0.0.1:x/", f"https://localhost:{10**30}/"],
+)
 def test_a_redirect_to_no_address_is_said(publisher: Publisher, target: str) -> None:
     publisher.files, publisher.redirect = {"model.gguf": BIG}, target
     message = failure(model(publisher, "model.gguf"))
