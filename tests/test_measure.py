@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,22 @@ class TestWorker:
             worker.close()
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+    def test_ctrl_c_while_it_starts_is_not_lost(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The first one starts when a server has imported torch, which takes seconds."""
+        start, started = BaseProcess.start, []
+
+        def interrupted(process: BaseProcess) -> None:
+            signal.raise_signal(signal.SIGINT)
+            start(process)
+            started.append(process)
+
+        monkeypatch.setattr(BaseProcess, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Worker("one", Served, 1)
+        (process,) = started  # whole, so that it can be ended
+        process.terminate()
+        process.join()
 
     def test_errors_come_back(self) -> None:
         worker = Worker("one", Served, 1)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from minisa.errors import MinisaError
+from minisa.interrupts import uninterrupted
 
 # Forks of a small process that has imported torch once and done nothing else: quick to start, and nobody's pages.
 # Apple's libraries do not survive a fork, so there each imports torch itself.
@@ -35,11 +36,15 @@ class Worker:
         self.name = name
         self._pipe, theirs = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(target=_serve, args=(theirs, factory, arguments), daemon=True)
-        with _interrupts_ignored():
-            if _METHOD == "forkserver":
-                _CONTEXT.set_forkserver_preload(_PRELOAD)
+        if _METHOD == "forkserver":
+            _CONTEXT.set_forkserver_preload(_PRELOAD)
+            with _interrupts_ignored():
                 forkserver.ensure_running()
-            self._process.start()
+            with uninterrupted():  # for as long as the server imports torch
+                self._process.start()
+        else:
+            with _interrupts_ignored():
+                self._process.start()
         theirs.close()
         try:
             self._receive()

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from minisa.interrupts import uninterrupted
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from minisa.study.judge import Judge
-from minisa.study.resuming import uninterrupted
 from minisa.study.training import MOMENTS, Training
 from minisa.study.walk import Walk, layer_of, replace, share
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,24 +58,3 @@ def left_by(what: str, path: Path) -> Iterator[None]:
         MinisaError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError
     ) as error:  # fmt: skip
         raise MinisaError(f"{path}: not what {what} leaves: remove it to begin again") from error
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C, and being told to end, wait for the end of what is done inside: none of it is left half done."""
-    caught: list[int] = []
-    try:
-        before = {
-            waiting: signal.signal(waiting, lambda number, _: caught.append(number))
-            for waiting in (signal.SIGTERM, signal.SIGINT)
-        }
-    except ValueError:  # not in the main thread, where nobody gets a signal anyway
-        yield
-        return
-    try:
-        yield
-    finally:
-        for waiting, handler in before.items():
-            signal.signal(waiting, handler)
-        for number in caught:
-            signal.raise_signal(number)

@@ -1,0 +1,28 @@
+"""Ctrl-C and being told to end, put off until what is at work can stop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C, and being told to end, wait for the end of what is done inside: none of it is left half done."""
+    caught: list[int] = []
+    try:
+        before = {
+            waiting: signal.signal(waiting, lambda number, _: caught.append(number))
+            for waiting in (signal.SIGTERM, signal.SIGINT)
+        }
+    except ValueError:  # not in the main thread, where nobody gets a signal anyway
+        yield
+        return
+    try:
+        yield
+    finally:
+        for waiting, handler in before.items():
+            signal.signal(waiting, handler)
+        for number in caught:
+            signal.raise_signal(number)
