@@ -84,6 +84,19 @@ class TestResults:
         results.close()
         assert set(Results(path, self.SETTINGS).variant("plain", "a")) == {3, 5}
 
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+    def test_a_full_disk_is_said_with_the_file_s_name(self, tmp_path: Path) -> None:
+        path = tmp_path / "r.jsonl"
+        self.filled(path)
+        results = Results(path, self.SETTINGS)
+        results.variant("plain", "a")
+        results._file = open("/dev/full", "a")  # noqa: SIM115 (closed with the results)
+        with pytest.raises(MinisaError, match=r"r.jsonl: cannot keep results there: No space left on device"):
+            results.add("plain", 7, {"scores": {}})
+        results.close()
+        assert results._file.closed
+        assert set(Results(path, self.SETTINGS).variant("plain", "a")) == {3, 5}
+
     def test_one_run_at_a_time_has_the_file(self, tmp_path: Path) -> None:
         """Lines of two would make a file that neither goes on from."""
         path = tmp_path / "r.jsonl"

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,7 +60,8 @@ class Results:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # of a line that _write has said it cannot write
+                self._file.close()
 
     def _take_up(self, path: Path, settings: Record) -> None:
         try:
@@ -85,8 +87,11 @@ class Results:
 
     def _write(self, line: Record) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise MinisaError(f"{self._path}: cannot keep results there: {error.strerror}") from error
 
     def _read(self, line: str, number: int, settings: Record) -> None:
         try:
