@@ -135,6 +135,8 @@ def run(command: click.Command) -> NoReturn:
         if getattr(sys, stream) is None:  # it was closed before we began
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
     signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, _end)
     with contextlib.suppress(AttributeError):  # a stream that is closed, or somebody else's
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a character that it has not is a "?"
     try:

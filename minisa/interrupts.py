@@ -14,7 +14,7 @@ def uninterrupted() -> Iterator[None]:
     try:
         before = {
             waiting: signal.signal(waiting, lambda number, _: caught.append(number))
-            for waiting in (signal.SIGTERM, signal.SIGINT)
+            for waiting in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
         }
     except ValueError:  # not in the main thread, where nobody gets a signal anyway
         yield

@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -71,25 +71,43 @@ def test_a_rate_that_no_float_could_hold() -> None:
     assert "Invalid value for '--rate'" in ran.output
 
 
-@pytest.mark.skipif(os.name != "posix", reason="POSIX's signals")
-def test_what_is_at_work_tidies_up_when_it_is_told_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.fixture
+def signals_as_before() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_is_at_work_tidies_up_when_it_is_told_to_end(
+    number: signal.Signals, signals_as_before: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     @click.command()
     def command() -> None:
+        if signal.getsignal(number) is signal.SIG_DFL:  # it would end the tests
+            return
         with written_whole(tmp_path / "plan.json") as partial:
             partial.write_text("half")
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(5)
 
     monkeypatch.setattr("sys.argv", ["chat.py"])
-    try:
-        with pytest.raises(SystemExit) as ended:
-            console.run(command)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert ended.value.code == 128 + signal.SIGTERM
+    with pytest.raises(SystemExit) as ended:
+        console.run(command)
+    assert ended.value.code == 128 + number
     assert list(tmp_path.iterdir()) == []
+
+
+def test_under_nohup_a_terminal_that_goes_is_none_of_ours(
+    signals_as_before: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr("sys.argv", ["chat.py"])
+    with pytest.raises(SystemExit) as ended:
+        console.run(click.Command("nothing", callback=lambda: os.kill(os.getpid(), signal.SIGHUP)))
+    assert ended.value.code == 0
 
 
 @pytest.mark.parametrize(("command", "flag"), [(heal, "--minutes"), (heal, "--rate"), (search, "--budget-minutes")])
