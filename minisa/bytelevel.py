@@ -74,9 +74,11 @@ class ByteLevelBPE:
 
     pieces: the bytes of each id, empty for special tokens. special: name → id.
     add_bos: whether the maker's own tokenizer puts BOS before plain text.
+    bos_id: the token that it puts there, where the vocabulary's file says which.
     """
 
     dummy_prefix = False
+    bos_id: int | None = None
 
     def __init__(
         self,
@@ -109,12 +111,12 @@ class ByteLevelBPE:
         self._ids = [0] * len(ranks)
         for token, rank in ranks.items():
             self._ids[rank] = vocab.get(token, 0) if len(token) == 1 else vocab[token]
-        self._lacking = bytes(token[0] for token in ranks if len(token) == 1 and token not in vocab)
+        self.lacking = bytes(token[0] for token in ranks if len(token) == 1 and token not in vocab)
         self._split = regex.compile(split)
         self._bpe = tiktoken.Encoding("minisa", pat_str=split, mergeable_ranks=dict(ranks), special_tokens={})
 
     def encode(self, text: str, *, mid_text: bool) -> list[int]:
-        ids, lacking = self._ids, self._lacking
+        ids, lacking = self._ids, self.lacking
         merge = self._bpe._encode_single_piece  # of tiktoken's methods the one that takes bytes
         pieces = (piece.encode().translate(None, lacking) for piece in self._split.findall(text))
         return [ids[rank] for piece in pieces if piece for rank in merge(piece)]
@@ -198,15 +200,26 @@ def from_tokenizer_json(raw: Mapping[str, Any]) -> ByteLevelBPE:
         raise MinisaError("an added token stands twice, or has another id in the vocabulary: is the file whole?")
     visible = [token["content"] for token in added if not token["special"]]
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    return _from_merges(
+    bos_id = _bos_of(raw.get("post_processor") or {})
+    vocabulary = _from_merges(
         split,
         {token: token_id for token, token_id in model["vocab"].items() if token not in special},
         pairs,
         special,
         visible=visible,
         whole_pieces=model.get("ignore_merges", False),
-        add_bos=_adds_bos(raw.get("post_processor") or {}),
+        add_bos=bos_id is not None,
     )
+    vocabulary.bos_id = bos_id
+    if vocabulary.lacking and model.get("unk_token") is not None:
+        raise MinisaError(f"its unk_token is {model['unk_token']!r}: minisa's BPE leaves out bytes without a token")
+    # Hugging Face's gives them these, whatever the file says.
+    for token_id, name in enumerate((name for name in special if name not in model["vocab"]), len(model["vocab"])):
+        if special[name] != token_id or not name:
+            raise MinisaError(
+                f"the added token {name!r} has the id {special[name]}: expected {token_id}, the next free"
+            )
+    return vocabulary
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> ByteLevelBPE:
@@ -276,10 +289,17 @@ def _split_of(pre_tokenizer: Any) -> str:
     raise MinisaError(f"its pre_tokenizer ({found}) is not one minisa knows: expected Llama 3's, tekken's or SmolLM2's")
 
 
-def _adds_bos(post_processor: Mapping[str, Any]) -> bool:
-    steps = post_processor.get("processors", [post_processor])
-    templates = [step["single"] for step in steps if step.get("type") == "TemplateProcessing"]
-    kinds = [[kind for piece in template for kind in piece] for template in templates]
-    if any(found not in (["Sequence"], ["SpecialToken", "Sequence"]) for found in kinds):
+def _bos_of(post_processor: Mapping[str, Any]) -> int | None:
+    """The token that a tokenizer.json's post_processor puts before a text; None where it puts none."""
+    before: list[int] = []
+    for step in post_processor.get("processors", [post_processor]):
+        match step:
+            case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": name}}, {"Sequence": _}]}:
+                before += step["special_tokens"][name]["ids"]
+            case {"type": "TemplateProcessing", "single": [{"Sequence": _}]} | {"type": "ByteLevel"}:
+                pass
+            case {"type": _}:
+                before += [-1, -1]
+    if len(before) > 1:
         raise MinisaError("its post_processor adds more to a text than one token before it: expected that, or none")
-    return any(found[0] == "SpecialToken" for found in kinds)
+    return before[0] if before else None

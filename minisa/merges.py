@@ -44,6 +44,8 @@ def rank_merges(merges: Iterable[Pair], *, whole_pieces: bool) -> dict[bytes, in
     Raises MinisaError when tiktoken with these ranks would not do what the merges say.
     """
     pairs = list(merges)
+    if len(set(pairs)) < len(pairs):  # for Hugging Face's the last place counts, for llama.cpp the first
+        raise MinisaError("the merges have a pair twice: expected them as BPE training writes them")
     ranks = {bytes([byte]): byte for byte in range(256)}
     for left, right in pairs:
         ranks.setdefault(left + right, len(ranks))

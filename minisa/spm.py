@@ -31,6 +31,7 @@ class SentencePiece:
     """
 
     add_bos = True
+    bos_id: int | None = None
 
     def __init__(self, model: bytes) -> None:
         """model: the content of a tokenizer.model. Raises RuntimeError when it is damaged."""
@@ -38,6 +39,8 @@ class SentencePiece:
             raise MinisaError("the file is empty: fetch it again")
         if (longest := _longest_replacement(model)) > _MAX_REPLACEMENT:
             raise MinisaError(f"a character is replaced by {longest} bytes: expected at most {_MAX_REPLACEMENT}")
+        if any(charsmap for spec in _fields(model, 5) for charsmap in _fields(spec, 2)):
+            raise MinisaError("it has a denormalizer_spec: minisa decodes what the pieces spell")
         self._model = model
         self._processor = _processor(model)
         if (spelled := self._processor.normalize("a")) not in ("a", f"{_SPACE}a"):

@@ -37,12 +37,14 @@ class Vocabulary(Protocol):
     pieces: the bytes of each id, empty for special tokens. special: name → id.
     dummy_prefix: whether a text is encoded as if a space stood before it.
     add_bos: whether the maker's own tokenizer puts BOS before plain text.
+    bos_id: the token that it puts there, where the vocabulary's file says which.
     """
 
     pieces: list[bytes]
     special: dict[str, int]
     dummy_prefix: bool
     add_bos: bool
+    bos_id: int | None
 
     def encode(self, text: str, *, mid_text: bool) -> list[int]: ...
 
@@ -235,12 +237,18 @@ def _with_settings(
     elif config.get("add_prefix_space") and str(config.get("tokenizer_class")).startswith("GPT2"):
         raise MinisaError("tokenizer_config.json: add_prefix_space is true: expected false with GPT2Tokenizer")
     special = vocabulary.special
-    bos = _named(config.get("bos_token"), special) or [special[name] for name in BOS_NAMES if name in special]
+    bos = _named(config.get("bos_token"), special)
+    if vocabulary.bos_id not in (None, *bos) and bos:
+        raise MinisaError(
+            f"tokenizer_config.json: bos_token is {bos[0]}, and tokenizer.json's post_processor puts "
+            f"{vocabulary.bos_id} before a text: expected the same"
+        )
+    bos += [vocabulary.bos_id] if vocabulary.bos_id is not None else [special[n] for n in BOS_NAMES if n in special]
     eos = _named(config.get("eos_token"), special)
     for name in ("generation_config.json", "config.json"):
         ids = settings[name].get("eos_token_id")
         eos += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    add_bos = config.get("add_bos_token")
+    add_bos = config.get("add_bos_token") if isinstance(vocabulary, spm.SentencePiece) else None  # no say in the others
     if chat_template is None:
         chat_template = config.get("chat_template")
         if isinstance(chat_template, list):  # several, by name
@@ -275,6 +283,7 @@ def _add_tokens(vocabulary: Vocabulary, decoder: Mapping[str, Any], listed: Mapp
     """Give a vocabulary the tokens that a fine-tuner added, which a tokenizer.model does not know."""
     added = {name: (token_id, True) for name, token_id in listed.items()}
     added |= {token["content"]: (int(key), bool(token.get("special", True))) for key, token in decoder.items()}
+    size = len(vocabulary.pieces)
     for name, (token_id, is_special) in added.items():
         if (known := vocabulary.special.get(name)) is not None:
             if known != token_id:
@@ -291,6 +300,9 @@ def _add_tokens(vocabulary: Vocabulary, decoder: Mapping[str, Any], listed: Mapp
             bytelevel.require_marker(name)
         vocabulary.pieces[token_id] = b"" if is_special else text
         vocabulary.special[name] = token_id
+    beyond = sorted(token_id for token_id, _ in added.values() if token_id >= size)
+    if beyond != list(range(size, size + len(beyond))):  # Hugging Face's gives them these, whatever the file says
+        raise MinisaError(f"the added tokens' ids leave gaps or repeat: expected {size} and those that follow")
 
 
 def _named(token: Any, special: Mapping[str, int]) -> list[int]:

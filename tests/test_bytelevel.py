@@ -22,6 +22,7 @@ from tests.tiny import encode_gguf
 from tests.vocabularies import (
     BYTE_LEVEL,
     LLAMA3,
+    MERGES,
     SMOLLM2,
     SPECIAL,
     byte_level_json,
@@ -118,10 +119,14 @@ def test_a_token_that_only_a_whole_piece_can_be(tmp_path: Path) -> None:
 
 def test_bytes_that_a_vocabulary_lacks_are_left_out(tmp_path: Path) -> None:
     raw = byte_level_json()
-    del raw["model"]["vocab"]["Ą"]  # U+0104, GPT-2's letter for the byte 4
+    vocab = raw["model"]["vocab"]
+    vocab["<unk>"] = vocab.pop("Ą")  # U+0104, GPT-2's letter for the byte 4
     tokenizer = load_tokenizer(write_json(tmp_path / "tokenizer.json", raw))
     assert tokenizer.decode(tokenizer.encode("a\x04b!\x04!")) == "ab!!"
     assert tokenizer.encode("!\x04!") == tokenizer.encode("!!")  # as Hugging Face's, which merges what is left
+    raw["model"]["unk_token"] = "<unk>"  # which would stand for them
+    with pytest.raises(MinisaError, match=r"its unk_token is '<unk>': minisa's BPE leaves out bytes without a token"):
+        load_tokenizer(write_json(tmp_path / "tokenizer.json", raw))
 
 
 def test_a_space_that_gpt2s_tokenizer_puts_before_a_text(tmp_path: Path) -> None:
@@ -150,6 +155,29 @@ def test_a_megabyte_in_one_piece(byte_level: Tokenizer, character: str) -> None:
     assert byte_level.decode(ids) == text
 
 
+def puts_before(ids: list[int]) -> dict[str, Any]:
+    """A post_processor."""
+    return {"type": "TemplateProcessing", "single": [MARK, TEXT], "special_tokens": {"<s>": {"ids": ids}}}
+
+
+@pytest.mark.parametrize("add_bos_token", [None, True, False])
+def test_bos_is_what_the_post_processor_puts_before_a_text(add_bos_token: bool | None, tmp_path: Path) -> None:
+    """tokenizer_config.json has no say in it, at Hugging Face's."""
+    special = write_and_load(tmp_path, {"add_bos_token": add_bos_token}).special
+    assert write_and_load(tmp_path, {"bos_token": "<s>", "add_bos_token": add_bos_token}).bos_ids == []
+    puts = puts_before([special["<|endoftext|>"]])
+    for config in ({}, {"bos_token": None}, {"bos_token": "<|endoftext|>"}):
+        found = write_and_load(tmp_path, config | {"add_bos_token": add_bos_token}, post_processor=puts)
+        assert found.bos_ids == [special["<|endoftext|>"]]
+    with pytest.raises(MinisaError, match=r"tokenizer_config\.json: bos_token is 274, and .* puts 270 before"):
+        write_and_load(tmp_path, {"bos_token": "<s>"}, post_processor=puts)
+
+
+def write_and_load(folder: Path, config: dict[str, Any], **changes: Any) -> Tokenizer:
+    write_json(folder / "tokenizer_config.json", config)
+    return load_tokenizer(write_json(folder / "tokenizer.json", byte_level_json(**changes)))
+
+
 TEXT, MARK = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}}
 
 
@@ -166,6 +194,9 @@ TEXT, MARK = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<
         ({"decoder": {"type": "Sequence", "decoders": [{"type": "ByteLevel"}]}}, "decoder is 'Sequence'"),
         ({"post_processor": {"type": "TemplateProcessing", "single": [TEXT, MARK]}}, "its post_processor adds more"),
         ({"post_processor": {"type": "TemplateProcessing", "single": [MARK, MARK, TEXT]}}, "adds more to a text"),
+        ({"post_processor": puts_before([274, 274])}, "adds more to a text"),
+        ({"post_processor": {"processors": [puts_before([274]), puts_before([274])]}}, "adds more to a text"),
+        ({"post_processor": {"type": "RobertaProcessing", "sep": ["<s>", 274], "cls": ["<s>", 274]}}, "adds more to a"),
         ({"pre_tokenizer": None}, "pre_tokenizer (None) is not one minisa knows"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer (Whitespace)"),
         ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, "pre_tokenizer (ByteLevel)"),
@@ -173,12 +204,18 @@ TEXT, MARK = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<
         ({"pre_tokenizer": json.loads(json.dumps(LLAMA3).replace("1,3", "1,2"))}, "pre_tokenizer (Split + ByteLevel)"),
         ({"merges": ["a b"]}, "damaged"),  # makes ab, which has no id
         ({"merges": ["h e", "l"]}, "damaged"),
+        ({"merges": [*MERGES, "h e"]}, "the merges have a pair twice"),  # it is merged last by Hugging Face's
         ({"vocab": {}}, "damaged"),
         ({"vocab": []}, "damaged"),
         ({"added_tokens": [{"id": 3, "content": "<s>", "special": True}]}, "two tokens have the same id"),
         ({"added_tokens": [{"id": 700, "content": "안녕", "special": False}]}, "the added token '안녕' is plain text"),
         ({"added_tokens": [{"id": -1, "content": "<s>", "special": True}]}, "a token's id is -1"),
         ({"added_tokens": [{"id": 1 << 40, "content": "<s>", "special": True}]}, "a token's id is 1099511627776"),
+        (
+            {"added_tokens": [{"id": 270, "content": "<s>", "special": True}]},
+            "<s>' has the id 270: expected 268",
+        ),
+        ({"added_tokens": [{"id": 268, "content": "", "special": True}]}, "the added token '' has the id 268"),
         ({"added_tokens": [{"id": "7", "content": "<s>", "special": True}]}, "a token's id is '7'"),
         ({"added_tokens": [{"id": 700 + n, "content": "<s>", "special": True} for n in (0, 1)]}, "stands twice, or"),
         ({"added_tokens": [{"id": 700, "content": "a", "special": True}]}, "an added token stands twice, or"),

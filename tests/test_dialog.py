@@ -88,7 +88,11 @@ def test_smollm2_falls_back_on_its_own_system_prompt(request: pytest.FixtureRequ
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """The special tokens of ChatML and Llama 3, and BOS before plain text."""
-    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
+        "special_tokens": {"<s>": {"ids": [274]}},
+    }
     raw = byte_level_json(pre_tokenizer=LLAMA3, post_processor={"type": "Sequence", "processors": [template]})
     return load_tokenizer(write_json(tmp_path_factory.mktemp("byte-level") / "tokenizer.json", raw))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from minisa.errors import MinisaError
+from minisa.spm import _fields, _message
 from minisa.tokenizer import load_tokenizer
 from tests.tiny import encode_gguf
 from tests.vocabularies import gguf_sentencepiece, pieces, sentencepiece_model, write_json
@@ -105,6 +106,7 @@ def test_a_tokenizer_config_without_the_space(sentencepiece_file: Path, tmp_path
         ("40", "<think>", False, "the added token '<think>' has the id 40, which is that of b"),
         ("40", "<think>", True, "has the id 40"),
         ("400", "</s>", True, "the added token '</s>' has the id 400, and 2 in the vocabulary"),
+        ("331", "<think>", True, "the added tokens' ids leave gaps or repeat: expected 330 and those that follow"),
         ("400", "안녕", False, "the added token '안녕' is plain text"),
         ("400", "    ", False, "is plain text"),
     ],
@@ -161,6 +163,13 @@ def test_a_space_behind_each_word(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(treat_whitespace_as_suffix=True))
     with pytest.raises(MinisaError, match=r"tokenizer\.model: it takes 'a' for 'a▁': expected 'a', or that behind ▁"):
         load_tokenizer(tmp_path)
+
+
+def test_text_that_is_changed_when_decoded(sentencepiece_file: Path) -> None:
+    charsmap = next(_fields(next(_fields(sentencepiece_model(normalization_rule_name="nfkc"), 3)), 2))
+    sentencepiece_file.write_bytes(sentencepiece_model() + _message(5, _message(2, charsmap)))
+    with pytest.raises(MinisaError, match=r"tokenizer\.model: it has a denormalizer_spec"):
+        load_tokenizer(sentencepiece_file)
 
 
 @pytest.mark.parametrize("character", ["a", " ", "\n", "é"])
