@@ -261,6 +261,8 @@ def _from_merges(
     """From a vocabulary and merges in GPT-2's spelling."""
     if any(len(token) > MAX_TOKEN for token in vocab):  # to follow its merges could take forever
         raise MinisaError(f"a token of more than {MAX_TOKEN} bytes: expected the makers' vocabulary")
+    if letter := next((name for name in special if len(name) == 1), None):  # text would lose it
+        raise MinisaError(f"the special token {letter!r} is a single character: expected it to be a normal token")
     tokens = {token: token_to_bytes(token) for token in vocab}
     ranks = rank_merges(((tokens[left], tokens[right]) for left, right in merges), whole_pieces=whole_pieces)
     ids = {tokens[token]: token_id for token, token_id in vocab.items()}

@@ -10,12 +10,13 @@ is the makers': Mistral's v2 and v3 put the system prompt into the last user mes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minisa.errors import MinisaError, shown
+from minisa.templates import Refused, default_system, format_of, written
 from minisa.tokenizer import Tokenizer
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -72,15 +73,19 @@ class Dialog:
         Raises MinisaError for messages that the format has no place for, and for a vocabulary without its tokens.
         """
         self._check(messages)
-        if self.defaults and messages[0]["role"] != "system":
-            messages = [*_default_system(tokenizer.chat_template or ""), *messages]
+        template = tokenizer.chat_template or ""
         ids: list[int] = []
-        for part in self.layout(messages):
+        for part in self.parts(messages, template):
             if isinstance(part, Text):
                 ids += tokenizer.encode(part.text, mid_text=part.mid_text)
-            elif part is not BOS_IF_ADDED or tokenizer.add_bos:
+            elif part is not BOS_IF_ADDED or tokenizer.add_bos or "bos_token" in template:
                 ids.append(self._mark_id(part, tokenizer))
         return ids
+
+    def parts(self, messages: Sequence[Message], template: str) -> Iterator[Part]:
+        """The prompt in parts, with the template's system prompt where there is none."""
+        default = default_system(template) if self.defaults and messages[0]["role"] != "system" else None
+        return self.layout(messages if default is None else [{"role": "system", "content": default}, *messages])
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """The tokens that end the assistant's turn: those that say so, and the one that opens another turn."""
@@ -138,58 +143,60 @@ def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
     if template is None:
         there = {name for name in _LAYOUT if (Path(path) / name).is_file()}
         makers_own = "params.json" in there and ("config.json" not in there or there == _TEKKEN_ALONE)
-        marks = [mark for mark in ("<|start_header_id|>", "[SYSTEM_PROMPT]", "[INST]") if mark in special]
+        makers = (
+            "<|start_header_id|>",
+            "[MODEL_SETTINGS]",
+            "[SYSTEM_PROMPT]",
+            "[INST]",
+        )  # settings are v15's: no format
+        marks = [mark for mark in makers if mark in special]
         if not (makers_own and marks):
             return DIALOGS["raw"]
         template = marks[0]
-    known = _format_of(template, special)
-    if known is None:
-        raise MinisaError(
-            f"{path}: its chat template is none of {', '.join(DIALOGS)}: pass --raw to prompt with plain text"
-        )
-    return DIALOGS[known]
+    known = format_of(template, special)
+    wrong = f"its chat template is none of {', '.join(DIALOGS)}"
+    try:
+        if known and (tokenizer.chat_template is None or _writes(template, DIALOGS[known], tokenizer)):
+            return DIALOGS[known]
+    except MinisaError as error:
+        wrong = str(error)
+    raise MinisaError(f"{path}: {wrong}: pass --raw to prompt with plain text")
 
 
-def _format_of(template: str, special: Collection[str]) -> str | None:
-    """The name of the format that a template writes; None where it has markers or text that the format has not."""
-    if "<|im_start|>" in template:
-        if set(re.findall(r"<\|im_\w+\|>", template)) - {"<|im_start|>", "<|im_end|>"}:
-            return None  # Phi-4's <|im_sep|>
-        if "<|im_end|>" in template and not re.search(r"<\|im_start\|>(?:system|['\"{])", template):
-            return "yi-1.5"
-        return "chatml"
-    if "<|start_header_id|>" in template:  # Llama Guard has its task written out behind the user's header
-        return None if re.search(r"<\|end_header_id\|>(?:\n|\\n){2}\w", template) else "llama3"
-    if "[INST]" in template or "[SYSTEM_PROMPT]" in template:
-        if re.search(r"\[INST\] \w", template):
-            return None  # Llama Guard 1
-        if "[SYSTEM_PROMPT]" in template:
-            return "mistral-v7"
-        if "<<SYS>>" in template:
-            return "llama2" if re.search(r"(?:bos_token|['\"]<s>['\"]) *\+ *['\"]\[INST\] ", template) else None
-        return "mistral-v3" if "[INST]" in special else "mistral-v1"
-    if re.search(r"<\|user\|>(?:\n|\\n)['\"] *\+ *message(?:\['content'\]|\.content) *\+ *eos_token", template):
-        return "zephyr"  # in Tulu's and Phi-3's the user's turn has another end
-    return None
+_TALK = (*zip(ROLES, ("Be brief.", "Hi!", "<think>\nHm.\n</think>\n\nHello."), strict=True), ("user", "2+2?"))
 
 
-_LITERAL = r"(?P<quote>['\"])%s(?P<text>(?:(?!(?P=quote))[^\\<]|\\.)+)%s"
-_DEFAULTS = (
-    _LITERAL % (r"<\|im_start\|>system(?:\n|\\n)", r"<\|im_end\|>"),
-    r"<\|im_start\|>system(?:\n|\\n)(?P<text>[^<>{}'\"]+)<\|im_end\|>",
-    r"set \w*system_(?:message|prompt) *= *" + _LITERAL % ("", r"(?P=quote) *-?%}"),
-)
+def _writes(template: str, dialog: Dialog, tokenizer: Tokenizer) -> bool:
+    """Whether a template writes what a format's prompts are, where its makers' own code and their template agree.
 
-
-def _default_system(template: str) -> list[Message]:
-    """The system message that a template has written out in itself, for dialogs without one."""
-    if "false == true" in template:  # how transformers wrote into Llama 2's that its default is not used
-        return []
-    found = next(filter(None, (re.search(pattern, template) for pattern in _DEFAULTS)), None)
-    if found is None:
-        return []
-    text = re.sub(r"\\(.)", lambda escape: {"n": "\n", "t": "\t"}.get(escape[1], escape[1]), found["text"])
-    return [{"role": "system", "content": text}]
+    Meta's code puts no date into Llama 3's prompts and takes no spaces off; Mistral's has other spaces, system prompts
+    at other places, and none to fall back on. Raises MinisaError for a template that cannot be followed.
+    """
+    names: dict[int | None, str] = {token_id: name for name, token_id in tokenizer.special.items()}
+    bos, eos = (names.get(token_id, "") for token_id in (tokenizer.bos_id, tokenizer.eos_id))
+    makers_own = dialog.name.startswith(("llama", "mistral"))
+    around = "{}" if makers_own else " {} \n"
+    talk = [{"role": role, "content": around.format(content)} for role, content in _TALK]
+    for messages in (talk[1:2], talk[1:], talk[:2], talk):
+        system = messages[0]["role"] == "system"
+        if dialog.name.startswith("mistral") and system != (dialog.name == "mistral-v7"):
+            continue
+        try:
+            found = written(template, messages, bos, eos)
+        except Refused:
+            if system:
+                continue
+            return False
+        marks = {BOS.name: bos, BOS_IF_ADDED.name: ""}
+        parts = dialog.parts(messages, template)
+        expected = "".join(part.text if isinstance(part, Text) else marks.get(part.name, part.name) for part in parts)
+        if dialog.name.startswith("mistral"):
+            found, expected = "".join(found.split()), "".join(expected.split())
+        found = re.sub(r"Cutting Knowledge Date: .*\nToday Date: .*\n\n", "", found)
+        found = found.replace("<|start_header_id|>system<|end_header_id|>\n\n<|eot_id|>", "")
+        if expected not in (found, found.removeprefix(bos), bos + found):
+            return False
+    return True
 
 
 def _chatml(messages: Sequence[Message]) -> Iterator[Part]:

@@ -65,6 +65,7 @@ class Tokenizer:
         fine-tuner added and did not mark as special.
     bos_id: the token that begins a text, if the vocabulary has one.
     add_bos: whether the maker's own tokenizer puts it before plain text (SmolLM2's does not).
+    eos_id: the one that the tokenizer's files call its EOS, or else a well-known one, if it has any.
     eos_ids: every token that ends a turn or a text.
     chat_template: the Jinja template that came with the tokenizer, if one did; dialog.py recognizes it.
 
@@ -78,11 +79,11 @@ class Tokenizer:
         vocabulary: Vocabulary,
         *,
         bos_id: int | None,
-        eos_ids: Iterable[int],
+        eos_ids: Sequence[int],
         add_bos: bool,
         chat_template: str | None = None,
     ) -> None:
-        """eos_ids: those the files name; the well-known ones are found here.
+        """eos_ids: those the files name, the tokenizer's own first; the well-known ones are found here.
 
         Raises MinisaError for an id outside the vocabulary, and for a special token that plain text could spell.
         """
@@ -91,7 +92,9 @@ class Tokenizer:
         self.special = vocabulary.special
         self.bos_id = bos_id
         self.add_bos = bool(add_bos) and bos_id is not None
-        self.eos_ids = frozenset(eos_ids) | {self.special[name] for name in EOS_NAMES if name in self.special}
+        ends = [*eos_ids, *(self.special[name] for name in EOS_NAMES if name in self.special)]
+        self.eos_id = ends[0] if ends else None
+        self.eos_ids = frozenset(ends)
         self.chat_template = chat_template
         for token_id in self.eos_ids if bos_id is None else self.eos_ids | {bos_id}:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:

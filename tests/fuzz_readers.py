@@ -35,6 +35,7 @@ from tests.tiny import (
     write_mistral,
 )
 from tests.vocabularies import (
+    CHATML,
     byte_level_json,
     gguf_sentencepiece,
     sentencepiece_model,
@@ -132,7 +133,7 @@ def chat(folder: Path) -> Reader:
     config = tiny_config(
         dim=32, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=32, vocab_size=N_TOKENS, max_seq_len=64
     )
-    metadata = VOCABULARY | {"tokenizer.chat_template": "<|im_start|>"}
+    metadata = VOCABULARY | {"tokenizer.chat_template": CHATML}
     file = write_gguf(folder / "m.gguf", config, random_weights(config), metadata=metadata)
     return Reader(file, lambda: answer(file), "")
 
@@ -149,7 +150,7 @@ def settings(folder: Path) -> Reader:
     file = write_json(
         folder / "tokenizer_config.json",
         {"added_tokens_decoder": {"330": {"content": "<x>", "special": True}}, "bos_token": "<s>", "eos_token": "</s>",
-         "add_bos_token": True, "chat_template": [{"name": "default", "template": "<|im_start|>"}]},
+         "add_bos_token": True, "chat_template": [{"name": "default", "template": CHATML}]},
     )  # fmt: skip
     return Reader(file, lambda: tokenize(folder), folder)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minisa.config import ModelConfig
 from tests.tiny import random_weights, tiny_config, write_gguf, write_hf
-from tests.vocabularies import byte_level_json, gguf_byte_level, write_json
+from tests.vocabularies import CHATML, byte_level_json, gguf_byte_level, write_json
 
 VOCABULARY = gguf_byte_level(byte_level_json())
 N_TOKENS = len(VOCABULARY["tokenizer.ggml.tokens"])
@@ -25,5 +25,5 @@ def loadable_hf(folder: Path, config: ModelConfig) -> Path:
 def chat_model(folder: Path, **shape: int) -> Path:
     """A checkpoint with a chat format."""
     loadable_hf(folder, tiny_config(vocab_size=N_TOKENS, max_seq_len=256, **shape))
-    write_json(folder / "tokenizer_config.json", {"chat_template": "<|im_start|>"})
+    write_json(folder / "tokenizer_config.json", {"chat_template": CHATML})
     return folder

@@ -215,6 +215,10 @@ TEXT, MARK = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<
             {"added_tokens": [{"id": 270, "content": "<s>", "special": True}]},
             "<s>' has the id 270: expected 268",
         ),
+        (
+            {"added_tokens": [{"id": 120, "content": "x", "special": True}]},
+            "token 'x' is a single character: expected it",
+        ),
         ({"added_tokens": [{"id": 268, "content": "", "special": True}]}, "the added token '' has the id 268"),
         ({"added_tokens": [{"id": "7", "content": "<s>", "special": True}]}, "a token's id is '7'"),
         ({"added_tokens": [{"id": 700 + n, "content": "<s>", "special": True} for n in (0, 1)]}, "stands twice, or"),
@@ -270,6 +274,10 @@ TWICE[TWICE.index("~")] = "a"
         ({"tokenizer.ggml.tokens": ["a", "b"]}, "damaged"),
         ({"tokenizer.ggml.tokens": TWICE}, "tokenizer.ggml.tokens has a token twice"),
         ({"tokenizer.ggml.token_type": None}, "damaged"),
+        (
+            {"tokenizer.ggml.token_type": [5 if token == "x" else 1 for token in TWICE]},
+            "token 'x' is a single character",
+        ),
         ({"tokenizer.ggml.eos_token_id": 70_000}, "bos_token_id or eos_token_id is 70000"),
         ({"tokenizer.ggml.bos_token_id": "one"}, "bos_token_id or eos_token_id is 'one'"),
         ({"tokenizer.chat_template": 5}, "chat_template is 5"),
@@ -306,6 +314,16 @@ def test_what_a_tekken_file_means_that_lists_no_special_tokens(version: str, nam
     tokenizer = load_tokenizer(write_json(tmp_path / "tekken.json", raw))
     assert tokenizer.special[name] == 17
     assert find_dialog(tmp_path, tokenizer) is DIALOGS[f"mistral-{version}"]
+
+
+def test_tekken_v15_which_has_settings_in_its_prompts(tmp_path: Path) -> None:
+    raw = tekken_json()
+    raw["special_tokens"] = [
+        {"rank": n, "token_str": name} for n, name in enumerate(("<s>", "[INST]", "[MODEL_SETTINGS]"))
+    ]
+    (tmp_path / "params.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(MinisaError, match="its chat template is none of"):
+        find_dialog(tmp_path, load_tokenizer(write_json(tmp_path / "tekken.json", raw)))
 
 
 def test_a_tekken_file_that_claims_absurd_sizes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from minisa.dialog import DIALOGS, Message, find_dialog
 from minisa.errors import MinisaError
 from minisa.tokenizer import Tokenizer, load_tokenizer
-from tests.vocabularies import LLAMA3, byte_level_json, load_real, sentencepiece_model, tekken_json, write_json
+from tests.vocabularies import CHATML, LLAMA3, byte_level_json, load_real, sentencepiece_model, tekken_json, write_json
 
 SYSTEM: Message = {"role": "system", "content": "Be brief."}
 TALK: list[Message] = [
@@ -215,6 +215,16 @@ def test_raw_adds_no_bos_where_the_maker_does_not(request: pytest.FixtureRequest
     assert DIALOGS["raw"].render([hello], tokenizer) == tokenizer.encode("hello world")
 
 
+def test_bos_is_there_where_the_template_writes_it(tmp_path: Path) -> None:
+    """Whether or not the tokenizer puts it before plain text."""
+    config = {"chat_template": "{{ bos_token }}" + CHATML, "bos_token": "<s>"}
+    write_json(tmp_path / "tokenizer_config.json", config)
+    tokenizer = load_tokenizer(write_json(tmp_path / "tokenizer.json", byte_level_json()))
+    assert tokenizer.bos_ids == []
+    ids = find_dialog(tmp_path, tokenizer).render(TALK, tokenizer)
+    assert ids[:2] == [tokenizer.bos_id, tokenizer.special["<|im_start|>"]]
+
+
 def test_stop_ids(byte_level: Tokenizer, sentencepiece: Tokenizer) -> None:
     """What ends a turn, and what opens the next one, should a model forget to end its own."""
     special = byte_level.special
@@ -254,13 +264,32 @@ def test_a_vocabulary_without_the_formats_tokens(name: str, token: str, sentence
         DIALOGS[name].render(TALK, sentencepiece)
 
 
+def loop(**turns: str) -> str:
+    """A template of what each role's turn is written as."""
+    branches = [f"{{% if message['role'] == '{role}' %}}{{{{ {turn} }}}}{{% endif %}}" for role, turn in turns.items()]
+    return "{% for message in messages %}" + "".join(branches) + "{% endfor %}"
+
+
+def roles(turn: str) -> str:
+    return loop(**{role: turn.replace("ROLE", role) for role in ("system", "user", "assistant")})
+
+
+_LLAMA2_SYSTEM = """{% set system = '' %}{% if messages[0]['role'] == 'system' %}
+{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}{% endif %}"""
+_MISTRAL = {"user": "'[INST] ' + message['content'] + ' [/INST]'", "assistant": "message['content'] + eos_token"}
 TEMPLATES = {
-    "chatml": "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}",
-    "llama3": "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] + '<|eot_id|>' }}",
-    "llama2": "{{ bos_token + '[INST] ' + '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + content + ' [/INST]' }}",
-    "zephyr": "{{ '<|user|>\n' + message['content'] + eos_token }}{{ '<|assistant|>' }}",
-    "mistral-v3": "{{ bos_token }}{{ '[INST] ' + message['content'] + ' [/INST]' }}",
-    "mistral-v7": "{{ bos_token }}{{ '[SYSTEM_PROMPT]' + s + '[/SYSTEM_PROMPT]' }}{{ '[INST]' + u + '[/INST]' }}",
+    "chatml": CHATML,
+    "llama3": roles("'<|start_header_id|>ROLE<|end_header_id|>\n\n'+ message['content'] + '<|eot_id|>'")
+    + "<|start_header_id|>assistant<|end_header_id|>\n\n\n",
+    "llama2": _LLAMA2_SYSTEM
+    + loop(
+        user="bos_token + '[INST] ' + (system if loop.index0 < 2 else '') + message['content'] + ' [/INST]'",
+        assistant="' ' + message['content'] + ' ' + eos_token",
+    ),
+    "zephyr": roles("'<|ROLE|>\n' + message['content'] + eos_token + '\n'") + "<|assistant|>\n\n",
+    "mistral-v3": "{{ bos_token }}" + loop(**_MISTRAL),
+    "mistral-v7": "{{ bos_token }}"
+    + loop(system="'[SYSTEM_PROMPT]' + message['content'] + '[/SYSTEM_PROMPT]'", **_MISTRAL),
 }
 
 
@@ -303,12 +332,12 @@ def test_models_without_a_template(tmp_path: Path) -> None:
     [
         ("{{ '<|im_start|>system\nYou are Sam.<|im_end|>\n' }}", "You are Sam."),
         ("{{ '<|im_start|>system\\nYou are Sam.\\nBe kind.<|im_end|>\\n' }}", "You are Sam.\nBe kind."),
-        ("{{ '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}", None),
-        ("{{ '<|im_start|>' + message['role'] }}", None),
+        ("", None),
     ],
 )
 def test_default_system_prompts(template: str, default: str | None, tmp_path: Path) -> None:
     raw = byte_level_json()
+    template = "{% if messages[0]['role'] != 'system' %}" + template + "{% endif %}" + CHATML
     write_json(tmp_path / "tokenizer_config.json", {"chat_template": template})
     tokenizer = load_tokenizer(write_json(tmp_path / "tokenizer.json", raw))
     chatml = find_dialog(tmp_path, tokenizer)

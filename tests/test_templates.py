@@ -9,8 +9,9 @@ import pytest
 
 from minisa.dialog import DIALOGS, Message, find_dialog
 from minisa.errors import MinisaError
+from minisa.templates import written
 from minisa.tokenizer import load_tokenizer
-from tests.vocabularies import SPECIAL, sentencepiece_model, write_json
+from tests.vocabularies import CHATML, SPECIAL, sentencepiece_model, write_json
 
 SYSTEM: Message = {"role": "system", "content": "Be brief."}
 
@@ -26,10 +27,6 @@ _LLAMA2_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = "
     "messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = DEFAULT %}{% endif %}"
 )
-_CHATML_TURNS = (
-    _LOOP + "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 _ZEPHYR_TURNS = "".join(
     "{% if message['role'] == 'ROLE' %}\n{{ '<|ROLE|>\n' + message['content'] + eos_token }}\n{% endif %}\n".replace(
         "ROLE", role
@@ -37,17 +34,17 @@ _ZEPHYR_TURNS = "".join(
     for role in ("system", "user", "assistant")
 )
 PUBLISHED = {
-    "OpenHermes": ("chatml", _CHATML_TURNS),
+    "OpenHermes": ("chatml", CHATML),
     "Hermes 3": (
         "chatml",
         "{% if messages[0]['role'] != 'system' %}"
-        "{{ \"<|im_start|>system\\nYou're a helpful assistant.<|im_end|>\\n\" }}{% endif %}" + _CHATML_TURNS,
+        "{{ \"<|im_start|>system\\nYou're a helpful assistant.<|im_end|>\\n\" }}{% endif %}" + CHATML,
     ),
     "LLaMA-Factory's ChatML": (
         "chatml",
         "{% set system_message = 'You are a \\'helpful\\' assistant.' %}{% if messages[0]['role'] == 'system' %}"
         "{% set system_message = messages[0]['content'] %}{% set messages = messages[1:] %}{% endif %}"
-        "{{ '<|im_start|>system\\n' + system_message + '<|im_end|>\\n' }}" + _CHATML_TURNS,
+        "{{ '<|im_start|>system\\n' + system_message + '<|im_end|>\\n' }}" + CHATML,
     ),
     "Yi 1.5": (
         "yi-1.5",
@@ -87,6 +84,7 @@ def test_prompts_are_what_the_template_writes(name: str, tmp_path: Path) -> None
         expected = render(messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=True)
         found = "".join(dialog.render(messages, tokenizer))
         assert found.removeprefix("<s>") == expected.removeprefix("<s>")
+        assert written(template, messages, "<s>", "</s>") == expected
 
 
 class _Spelling:
@@ -117,6 +115,18 @@ class _Spelling:
         # Llama Guard 3, Llama Guard
         "{{ bos_token }}<|start_header_id|>user<|end_header_id|>\n\nTask: Check if there is unsafe content in",
         "{{ bos_token }}{{ '[INST] Task: Check if there is unsafe content in ' }}{{ ' [/INST]' }}",
+        # ChatML, but the answer begins with a thought; roles have other names; answers lose their thoughts; an end of
+        # its own behind each turn; spaces are taken off; its system prompt is made of parts
+        CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif"),
+        CHATML.replace("+ message['role'] +", "+ message['role'].replace('assistant', 'model') +"),
+        CHATML.replace("message['content']", "message['content'].split('</think>')[-1]"),
+        CHATML.replace("'<|im_end|>'", "'<|im_end|>' + eos_token"),
+        CHATML.replace("message['content']", "message['content'] | trim"),
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are ' + 'Sam.<|im_end|>\\n' }}{% endif %}"
+        + CHATML,
+        # [/INST] by another name; Smaug's first [INST] is the system prompt's
+        "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m['content'] + ' [RESP] ' }}{% endfor %}",
+        "{{ bos_token }}{% for m in messages %}{{ '[INST] ' if loop.last }}{{ m['content'] + ' [/INST]' }}{% endfor %}",
         # BOS once, not for each turn
         "{{ bos_token }}{{ '[INST] ' + '<<SYS>>\\n' + content + ' [/INST]' }}",
     ],
@@ -126,6 +136,33 @@ def test_a_template_that_is_refused(template: str, tmp_path: Path) -> None:
     write_json(tmp_path / "tokenizer_config.json", {"chat_template": template})
     with pytest.raises(MinisaError, match=r"its chat template is none of chatml, llama2, .*: pass --raw"):
         find_dialog(tmp_path, load_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% macro turn(m) %}{{ m }}{% endmacro %}{% for m in messages %}{{ turn(m.content) }}{% endfor %}", "Call"),
+        ("{% for m in messages recursive %}{% endfor %}", "For"),
+        ("{{ messages.__class__.__mro__ }}", "__mro__ of nothing"),
+        ("{{ 'a' * 1000000000 }}", "Mul"),
+        ("{% set x = 'aaaaaaaa' %}" + "{% set x = x + x %}" * 60, "it takes too long"),
+        ("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", "it takes too long"),
+        ("{% set x = [1] %}" + "{% set x = [x, x] %}" * 60 + "{{ x }}", "a list of lists"),
+        ("{% set x = namespace(a=1) %}{% set x.a = x %}{{ x }}", "a list of lists"),
+        ("{{ messages }}", "a list as text"),
+        ("{{ messages", "expected token 'end of print statement'"),
+        ("{{ " + "(" * 9999, "recursion"),
+        (" " * (1 << 17), "its length"),
+    ],
+)
+def test_a_template_that_is_not_followed(template: str, reason: str, tmp_path: Path) -> None:
+    """It runs nothing, and gives up before it takes long."""
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": template + "{# <|im_start|> #}"})
+    began = time.perf_counter()
+    with pytest.raises(MinisaError, match=rf"is beyond what minisa follows \(.*{reason}.*\): pass --raw"):
+        find_dialog(tmp_path, load_tokenizer(tmp_path))
+    assert time.perf_counter() - began < 5
 
 
 @pytest.mark.parametrize(
