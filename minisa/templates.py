@@ -12,8 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
+from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import loopcontrols
 
 from minisa.errors import MinisaError
@@ -21,7 +20,7 @@ from minisa.errors import MinisaError
 _MAX_TEMPLATE = 1 << 16  # characters; the makers' longest have 20,000
 _MAX_STEPS = 50_000  # and 64 characters of a value are one more
 
-_SYNTAX = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])  # as in transformers
+_SYNTAX = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])  # as in transformers
 
 
 class _Undefined:
@@ -78,7 +77,15 @@ def written(template: str, messages: Sequence[Mapping[str, str]], bos: str, eos:
         writer.names["messages"] = [dict(message) for message in messages]
         writer.follow(_parsed(template).body)
         return "".join(writer.texts)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, jinja2.TemplateError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        TemplateError,
+    ) as error:
         reason = " ".join(str(error).split())[:80]
         raise MinisaError(f"its chat template is beyond what minisa follows ({reason})") from None
 

@@ -150,6 +150,7 @@ def test_a_template_that_is_refused(template: str, tmp_path: Path) -> None:
         ("{% set x = [1] %}" + "{% set x = [x, x] %}" * 60 + "{{ x }}", "a list of lists"),
         ("{% set x = namespace(a=1) %}{% set x.a = x %}{{ x }}", "a list of lists"),
         ("{{ messages }}", "a list as text"),
+        ("{{ 1 % 0 }}", "zero"),
         ("{{ messages", "expected token 'end of print statement'"),
         ("{{ " + "(" * 9999, "recursion"),
         (" " * (1 << 17), "its length"),
