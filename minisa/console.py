@@ -48,7 +48,7 @@ SHARING_OPTIONS = [
         "--kv-dtype", default="auto", show_default=True, help=f"Of keys and values: auto, {', '.join(KV_DTYPES)}."
     ),
 ]
-WEIGHTS_SUFFIXES = (".safetensors", ".gguf", ".pth", ".model")
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pth", ".model")
 LONGEST_NAME = 200  # of 255 bytes: what is kept beside the file adds to its name, and so does a file half written
 
 

@@ -12,11 +12,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from minisa.errors import MinisaError, shown
-from minisa.templates import Refused, default_system, format_of, written
 from minisa.tokenizer import Tokenizer
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -56,6 +54,7 @@ class Dialog:
     alternating: after an optional system message come user, assistant, user, … and nothing else.
     reserved: markers that are plain text in this format, so that no message may spell them.
     defaults: where the model's template falls back on a system prompt, that stands in for a missing one.
+    trims: the roles whose texts lose the spaces around them, as the model's template has it.
     free: any messages, in any order; otherwise the last one is the user's.
     """
 
@@ -66,6 +65,7 @@ class Dialog:
     reserved: tuple[str, ...] = ()
     defaults: bool = False
     free: bool = False
+    trims: frozenset[str] = frozenset()
 
     def render(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
         """The prompt's ids, the header that opens the assistant's turn included.
@@ -84,7 +84,11 @@ class Dialog:
 
     def parts(self, messages: Sequence[Message], template: str) -> Iterator[Part]:
         """The prompt in parts, with the template's system prompt where there is none."""
-        default = default_system(template) if self.defaults and messages[0]["role"] != "system" else None
+        messages = [
+            {**message, "content": message["content"].strip()} if message["role"] in self.trims else message
+            for message in messages
+        ]
+        default = _default_system(template) if self.defaults and messages[0]["role"] != "system" else None
         return self.layout(messages if default is None else [{"role": "system", "content": default}, *messages])
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
@@ -128,75 +132,22 @@ class Dialog:
             raise MinisaError(f"{where}: the text spells {marker}, a marker of the {self.name} format: reword it")
 
 
-# What Mistral publishes at Hugging Face with no tokenizer but tekken.json are instruct models without a template.
-_TEKKEN_ALONE = {"params.json", "config.json", "tekken.json"}
-_LAYOUT = (*_TEKKEN_ALONE, "tokenizer_config.json", "tokenizer.json")
+_LITERAL = r"(?P<quote>['\"])%s(?P<text>(?:(?!(?P=quote))[^\\<]|\\.)+)%s"
+_DEFAULTS = (
+    _LITERAL % (r"<\|im_start\|>system(?:\n|\\n)", r"<\|im_end\|>"),
+    r"<\|im_start\|>system(?:\n|\\n)(?P<text>[^<>{}'\"]+)<\|im_end\|>",
+    r"set \w*system_(?:message|prompt) *= *" + _LITERAL % ("", r"(?P=quote) *-?%}"),
+)
 
 
-def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
-    """The chat format of the model at a path, by its chat template; `raw` for a model that comes without one.
-
-    Meta's and Mistral's own layouts have no place for a template: there the vocabulary's special tokens decide.
-    Raises MinisaError when the template is none of those known here.
-    """
-    template, special = tokenizer.chat_template, tokenizer.special
-    if template is None:
-        there = {name for name in _LAYOUT if (Path(path) / name).is_file()}
-        makers_own = "params.json" in there and ("config.json" not in there or there == _TEKKEN_ALONE)
-        makers = (
-            "<|start_header_id|>",
-            "[MODEL_SETTINGS]",
-            "[SYSTEM_PROMPT]",
-            "[INST]",
-        )  # settings are v15's: no format
-        marks = [mark for mark in makers if mark in special]
-        if not (makers_own and marks):
-            return DIALOGS["raw"]
-        template = marks[0]
-    known = format_of(template, special)
-    wrong = f"its chat template is none of {', '.join(DIALOGS)}"
-    try:
-        if known and (tokenizer.chat_template is None or _writes(template, DIALOGS[known], tokenizer)):
-            return DIALOGS[known]
-    except MinisaError as error:
-        wrong = str(error)
-    raise MinisaError(f"{path}: {wrong}: pass --raw to prompt with plain text")
-
-
-_TALK = (*zip(ROLES, ("Be brief.", "Hi!", "<think>\nHm.\n</think>\n\nHello."), strict=True), ("user", "2+2?"))
-
-
-def _writes(template: str, dialog: Dialog, tokenizer: Tokenizer) -> bool:
-    """Whether a template writes what a format's prompts are, where its makers' own code and their template agree.
-
-    Meta's code puts no date into Llama 3's prompts and takes no spaces off; Mistral's has other spaces, system prompts
-    at other places, and none to fall back on. Raises MinisaError for a template that cannot be followed.
-    """
-    names: dict[int | None, str] = {token_id: name for name, token_id in tokenizer.special.items()}
-    bos, eos = (names.get(token_id, "") for token_id in (tokenizer.bos_id, tokenizer.eos_id))
-    makers_own = dialog.name.startswith(("llama", "mistral"))
-    around = "{}" if makers_own else " {} \n"
-    talk = [{"role": role, "content": around.format(content)} for role, content in _TALK]
-    for messages in (talk[1:2], talk[1:], talk[:2], talk):
-        system = messages[0]["role"] == "system"
-        if dialog.name.startswith("mistral") and system != (dialog.name == "mistral-v7"):
-            continue
-        try:
-            found = written(template, messages, bos, eos)
-        except Refused:
-            if system:
-                continue
-            return False
-        marks = {BOS.name: bos, BOS_IF_ADDED.name: ""}
-        parts = dialog.parts(messages, template)
-        expected = "".join(part.text if isinstance(part, Text) else marks.get(part.name, part.name) for part in parts)
-        if dialog.name.startswith("mistral"):
-            found, expected = "".join(found.split()), "".join(expected.split())
-        found = re.sub(r"Cutting Knowledge Date: .*\nToday Date: .*\n\n", "", found)
-        found = found.replace("<|start_header_id|>system<|end_header_id|>\n\n<|eot_id|>", "")
-        if expected not in (found, found.removeprefix(bos), bos + found):
-            return False
-    return True
+def _default_system(template: str) -> str | None:
+    """The system prompt that a template has written out in itself, for dialogs without one."""
+    if "false == true" in template:  # how transformers wrote into Llama 2's that its default is not used
+        return None
+    found = next(filter(None, (re.search(pattern, template) for pattern in _DEFAULTS)), None)
+    if found is None:
+        return None
+    return re.sub(r"\\(.)", lambda escape: {"n": "\n", "t": "\t"}.get(escape[1], escape[1]), found["text"])
 
 
 def _chatml(messages: Sequence[Message]) -> Iterator[Part]:

@@ -17,11 +17,12 @@ from torch import Tensor
 from minisa.attention import fastest_backend
 from minisa.batch import Batch
 from minisa.cache import StaticCache
+from minisa.chat_format import find_dialog
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta
 from minisa.config import ModelConfig
 from minisa.costs import cache_slots, kv_bytes
 from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_name, free_memory, keep_forks_running
-from minisa.dialog import DIALOGS, Dialog, Message, find_dialog
+from minisa.dialog import DIALOGS, Dialog, Message
 from minisa.errors import MinisaError, shown
 from minisa.generate import compute_prefix, generate
 from minisa.loop import DecodingLoop

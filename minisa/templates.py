@@ -1,21 +1,17 @@
-"""Chat templates: which format one looks like, and what it writes for a given dialog.
+"""What a chat template writes for a given dialog.
 
-dialog.py holds that against its own prompts. A template is a program out of a file: jinja2 parses it and runs none of
-it. What is followed here is what such programs use to write turns of text, in bounded steps; no way leads from it to
-anything of Python's.
+A template is a program out of a file: jinja2 parses it and runs none of it. What is followed here is what such programs
+use to write turns of text, in bounded steps; no way leads from it to anything of Python's.
 """
 
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import loopcontrols
-
-from minisa.errors import MinisaError
 
 _MAX_TEMPLATE = 1 << 16  # characters; the makers' longest have 20,000
 _MAX_STEPS = 50_000  # and 64 characters of a value are one more
@@ -65,11 +61,12 @@ class Refused(Exception):
     """The template has no place for the dialog: it calls raise_exception."""
 
 
-def written(template: str, messages: Sequence[Mapping[str, str]], bos: str, eos: str) -> str:
-    """The prompt, as text; bos, eos: what it calls bos_token and eos_token.
+class Beyond(Exception):
+    """The template goes beyond what is followed here, or on for too long."""
 
-    Raises Refused, and MinisaError for a template that goes beyond what is followed here.
-    """
+
+def written(template: str, messages: Sequence[Mapping[str, str]], bos: str, eos: str) -> str:
+    """The prompt, as text; bos, eos: what it calls bos_token and eos_token. Raises Refused and Beyond."""
     try:
         if len(template) > _MAX_TEMPLATE:
             raise ValueError("its length")
@@ -78,16 +75,9 @@ def written(template: str, messages: Sequence[Mapping[str, str]], bos: str, eos:
         writer.follow(_parsed(template).body)
         return "".join(writer.texts)
     except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-        TemplateError,
-    ) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise MinisaError(f"its chat template is beyond what minisa follows ({reason})") from None
+        ArithmeticError, AttributeError, LookupError, RecursionError, TemplateError, TypeError, ValueError
+    ) as error:  # fmt: skip
+        raise Beyond(str(error)) from None
 
 
 @functools.lru_cache(1)
@@ -247,44 +237,3 @@ def _item(owner: Any, key: Any) -> Any:
     if owner is _UNDEFINED or owner is None:
         raise ValueError(f"{key} of nothing")
     return _UNDEFINED
-
-
-_LITERAL = r"(?P<quote>['\"])%s(?P<text>(?:(?!(?P=quote))[^\\<]|\\.)+)%s"
-_DEFAULTS = (
-    _LITERAL % (r"<\|im_start\|>system(?:\n|\\n)", r"<\|im_end\|>"),
-    r"<\|im_start\|>system(?:\n|\\n)(?P<text>[^<>{}'\"]+)<\|im_end\|>",
-    r"set \w*system_(?:message|prompt) *= *" + _LITERAL % ("", r"(?P=quote) *-?%}"),
-)
-
-
-def default_system(template: str) -> str | None:
-    """The system prompt that a template has written out in itself, for dialogs without one."""
-    if "false == true" in template:  # how transformers wrote into Llama 2's that its default is not used
-        return None
-    found = next(filter(None, (re.search(pattern, template) for pattern in _DEFAULTS)), None)
-    if found is None:
-        return None
-    return re.sub(r"\\(.)", lambda escape: {"n": "\n", "t": "\t"}.get(escape[1], escape[1]), found["text"])
-
-
-def format_of(template: str, special: Collection[str]) -> str | None:
-    """The name of the format that a template writes; None where it has markers or text that the format has not."""
-    if "<|im_start|>" in template:
-        if set(re.findall(r"<\|im_\w+\|>", template)) - {"<|im_start|>", "<|im_end|>"}:
-            return None  # Phi-4's <|im_sep|>
-        if "<|im_end|>" in template and not re.search(r"<\|im_start\|>(?:system|['\"{])", template):
-            return "yi-1.5"
-        return "chatml"
-    if "<|start_header_id|>" in template:  # Llama Guard has its task written out behind the user's header
-        return None if re.search(r"<\|end_header_id\|>(?:\n|\\n){2}\w", template) else "llama3"
-    if "[INST]" in template or "[SYSTEM_PROMPT]" in template:
-        if re.search(r"\[INST\] \w", template):
-            return None  # Llama Guard 1
-        if "[SYSTEM_PROMPT]" in template:
-            return "mistral-v7"
-        if "<<SYS>>" in template:
-            return "llama2" if re.search(r"(?:bos_token|['\"]<s>['\"]) *\+ *['\"]\[INST\] ", template) else None
-        return "mistral-v3" if "[INST]" in special else "mistral-v1"
-    if re.search(r"<\|user\|>(?:\n|\\n)['\"] *\+ *message(?:\['content'\]|\.content) *\+ *eos_token", template):
-        return "zephyr"  # in Tulu's and Phi-3's the user's turn has another end
-    return None

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import minisa
+from minisa.chat_format import find_dialog
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta, write_delta
-from minisa.dialog import find_dialog
 from minisa.registry import choose_plan, read_registry
 from minisa.sharing import Delta, SharingPlan
 from minisa.study.findings import Findings, read_findings, write_findings

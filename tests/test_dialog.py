@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from minisa.dialog import DIALOGS, Message, find_dialog
+from minisa.chat_format import find_dialog
+from minisa.dialog import DIALOGS, Message
 from minisa.errors import MinisaError
 from minisa.tokenizer import Tokenizer, load_tokenizer
 from tests.vocabularies import CHATML, LLAMA3, byte_level_json, load_real, sentencepiece_model, tekken_json, write_json
@@ -79,7 +80,7 @@ def test_smollm2_falls_back_on_its_own_system_prompt(request: pytest.FixtureRequ
     own = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182]
     hello = [2, 198, 1, 4093, 198, 28120, 905, 2, 198, 1, 520, 9531, 198]
     chatml = find_dialog("model.gguf", tokenizer)
-    assert chatml is DIALOGS["chatml"]
+    assert chatml == DIALOGS["chatml"]
     assert chatml.render([{"role": "user", "content": "hello world"}], tokenizer) == own + hello
     empty = chatml.render([{"role": "system", "content": ""}, {"role": "user", "content": "hello world"}], tokenizer)
     assert empty == [1, 9690, 198, *hello]
@@ -297,34 +298,34 @@ TEMPLATES = {
 def test_a_format_is_known_by_its_template(name: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     write_json(tmp_path / "tokenizer_config.json", {"chat_template": TEMPLATES[name]})
-    assert find_dialog(tmp_path, load_tokenizer(tmp_path)) is DIALOGS[name]
+    assert find_dialog(tmp_path, load_tokenizer(tmp_path)) == DIALOGS[name]
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(control_symbols=[]))
     found = find_dialog(tmp_path, load_tokenizer(tmp_path))  # in v1, [INST] is text
-    assert found is DIALOGS["mistral-v1" if name == "mistral-v3" else name]
+    assert found == DIALOGS["mistral-v1" if name == "mistral-v3" else name]
 
 
 def test_models_without_a_template(tmp_path: Path) -> None:
     """Hugging Face's base models have none; the makers' own downloads have no place for one."""
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
-    assert find_dialog(tmp_path, load_tokenizer(tmp_path)) is DIALOGS["raw"]
+    assert find_dialog(tmp_path, load_tokenizer(tmp_path)) == DIALOGS["raw"]
     (tmp_path / "params.json").write_text("{}", encoding="utf-8")
-    assert find_dialog(tmp_path, load_tokenizer(tmp_path)) is DIALOGS["mistral-v7"]
+    assert find_dialog(tmp_path, load_tokenizer(tmp_path)) == DIALOGS["mistral-v7"]
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(control_symbols=["[INST]", "[/INST]"]))
-    assert find_dialog(tmp_path, load_tokenizer(tmp_path)) is DIALOGS["mistral-v3"]
+    assert find_dialog(tmp_path, load_tokenizer(tmp_path)) == DIALOGS["mistral-v3"]
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    assert find_dialog(tmp_path, load_tokenizer(tmp_path)) is DIALOGS["raw"]
+    assert find_dialog(tmp_path, load_tokenizer(tmp_path)) == DIALOGS["raw"]
     (tmp_path / "tokenizer.model").unlink()
     tokenizer = load_tokenizer(write_json(tmp_path / "tekken.json", tekken_json()))
-    assert find_dialog(tmp_path, tokenizer) is DIALOGS["mistral-v7"]  # Magistral, Devstral
+    assert find_dialog(tmp_path, tokenizer) == DIALOGS["mistral-v7"]  # Magistral, Devstral
     write_json(tmp_path / "tokenizer_config.json", {})
-    assert find_dialog(tmp_path, tokenizer) is DIALOGS["raw"]  # the base models
+    assert find_dialog(tmp_path, tokenizer) == DIALOGS["raw"]  # the base models
     for name in ("tekken.json", "tokenizer_config.json", "config.json"):
         (tmp_path / name).unlink()
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(control_symbols=[]))
-    assert find_dialog(tmp_path, load_tokenizer(tmp_path)) is DIALOGS["raw"]
+    assert find_dialog(tmp_path, load_tokenizer(tmp_path)) == DIALOGS["raw"]
     (tmp_path / "tokenizer.model").unlink()
     write_json(tmp_path / "tokenizer.json", byte_level_json())
-    assert find_dialog(tmp_path, load_tokenizer(tmp_path)) is DIALOGS["llama3"]
+    assert find_dialog(tmp_path, load_tokenizer(tmp_path)) == DIALOGS["llama3"]
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from minisa.dialog import DIALOGS, Message, find_dialog
+from minisa.chat_format import find_dialog
+from minisa.dialog import DIALOGS, Message
 from minisa.errors import MinisaError
-from minisa.templates import written
+from minisa.templates import Beyond, written
 from minisa.tokenizer import load_tokenizer
 from tests.vocabularies import CHATML, SPECIAL, sentencepiece_model, write_json
 
@@ -59,6 +60,12 @@ PUBLISHED = {
         "message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
         "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
     ),
+    "ChatML, all trimmed": ("chatml", CHATML.replace("message['content']", "message['content'] | trim")),
+    "ChatML, a system prompt trimmed": (
+        "chatml",
+        "{% if messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content.strip() + '<|im_end|>\n' "
+        "}}{% set messages = messages[1:] %}{% endif %}" + CHATML,
+    ),
     "Llama 2": ("llama2", _LLAMA2_SYSTEM.replace("DEFAULT", "false") + _LLAMA2_TURNS),
     "Vigogne": ("llama2", _LLAMA2_SYSTEM.replace("DEFAULT", "'Vous êtes Vigogne.\\nAidez.'") + _LLAMA2_TURNS),
     "Zephyr": (
@@ -71,7 +78,10 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_prompts_are_what_the_template_writes(name: str, tmp_path: Path) -> None:
-    """Rendered by Jinja as transformers does, and held against the marks and texts of the layout."""
+    """Rendered by Jinja as transformers does, and held against the marks and texts of the layout.
+
+    Spaces around a text too, which Llama 2's template and Meta's code take off at different places.
+    """
     sandbox = pytest.importorskip("jinja2.sandbox")
     kind, template = PUBLISHED[name]
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
@@ -79,12 +89,14 @@ def test_prompts_are_what_the_template_writes(name: str, tmp_path: Path) -> None
     dialog, tokenizer = find_dialog(tmp_path, load_tokenizer(tmp_path)), _Spelling(template)
     assert dialog.name == kind
     render = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template).render
-    talk = [{"role": role, "content": role.title()} for role in ("user", "assistant", "user")]
-    for messages in (talk[:1], talk, [SYSTEM, *talk[:1]], [SYSTEM, *talk]):
-        expected = render(messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=True)
-        found = "".join(dialog.render(messages, tokenizer))
-        assert found.removeprefix("<s>") == expected.removeprefix("<s>")
-        assert written(template, messages, "<s>", "</s>") == expected
+    for around in ("{}", " {}\n ") if kind != "llama2" else ("{}",):
+        roles = ("system", "user", "assistant", "user")
+        talk = [{"role": role, "content": around.format(role.title())} for role in roles]
+        for messages in (talk[1:2], talk[1:], talk[:2], talk):
+            expected = render(messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=True)
+            found = "".join(dialog.render(messages, tokenizer))
+            assert found.removeprefix("<s>") == expected.removeprefix("<s>")
+            assert written(template, messages, "<s>", "</s>") == expected
 
 
 class _Spelling:
@@ -116,12 +128,11 @@ class _Spelling:
         "{{ bos_token }}<|start_header_id|>user<|end_header_id|>\n\nTask: Check if there is unsafe content in",
         "{{ bos_token }}{{ '[INST] Task: Check if there is unsafe content in ' }}{{ ' [/INST]' }}",
         # ChatML, but the answer begins with a thought; roles have other names; answers lose their thoughts; an end of
-        # its own behind each turn; spaces are taken off; its system prompt is made of parts
+        # its own behind each turn; its system prompt is made of parts
         CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif"),
         CHATML.replace("+ message['role'] +", "+ message['role'].replace('assistant', 'model') +"),
         CHATML.replace("message['content']", "message['content'].split('</think>')[-1]"),
         CHATML.replace("'<|im_end|>'", "'<|im_end|>' + eos_token"),
-        CHATML.replace("message['content']", "message['content'] | trim"),
         "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are ' + 'Sam.<|im_end|>\\n' }}{% endif %}"
         + CHATML,
         # [/INST] by another name; Smaug's first [INST] is the system prompt's
@@ -151,18 +162,19 @@ def test_a_template_that_is_refused(template: str, tmp_path: Path) -> None:
         ("{% set x = namespace(a=1) %}{% set x.a = x %}{{ x }}", "a list of lists"),
         ("{{ messages }}", "a list as text"),
         ("{{ 1 % 0 }}", "zero"),
-        ("{{ messages", "expected token 'end of print statement'"),
+        ("{{ messages ! }}", "unexpected char"),
         ("{{ " + "(" * 9999, "recursion"),
         (" " * (1 << 17), "its length"),
     ],
 )
 def test_a_template_that_is_not_followed(template: str, reason: str, tmp_path: Path) -> None:
-    """It runs nothing, and gives up before it takes long."""
+    """It runs nothing, and gives up before it takes long; its marks decide."""
+    began = time.perf_counter()
+    with pytest.raises(Beyond, match=reason):
+        written(template, [SYSTEM], "<s>", "</s>")
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     write_json(tmp_path / "tokenizer_config.json", {"chat_template": template + "{# <|im_start|> #}"})
-    began = time.perf_counter()
-    with pytest.raises(MinisaError, match=rf"is beyond what minisa follows \(.*{reason}.*\): pass --raw"):
-        find_dialog(tmp_path, load_tokenizer(tmp_path))
+    assert find_dialog(tmp_path, load_tokenizer(tmp_path)).name == "chatml"
     assert time.perf_counter() - began < 5
 
 

@@ -1,0 +1,118 @@
+"""Which chat format a model was trained on.
+
+The marks in its chat template name one; then the template is followed for four dialogs and held against that format's
+own prompts, since a few words in it make another prompt.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from minisa.dialog import BOS, BOS_IF_ADDED, DIALOGS, ROLES, Dialog, Text
+from minisa.errors import MinisaError
+from minisa.templates import Beyond, Refused, written
+from minisa.tokenizer import Tokenizer
+
+# What Mistral publishes at Hugging Face with no tokenizer but tekken.json are instruct models without a template.
+_TEKKEN_ALONE = {"params.json", "config.json", "tekken.json"}
+_LAYOUT = (*_TEKKEN_ALONE, "tokenizer_config.json", "tokenizer.json")
+_MAKERS_MARKS = ("<|start_header_id|>", "[MODEL_SETTINGS]", "[SYSTEM_PROMPT]", "[INST]")  # the second: no format known
+
+_TALK = (*zip(ROLES, ("Be brief.", "Hi!", "<think>\nHm.\n</think>\n\nHello."), strict=True), ("user", "2+2?"))
+_TRIMS = [frozenset(roles) for count in range(4) for roles in itertools.combinations(ROLES, count)]
+
+
+def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
+    """The chat format of the model at a path, by its chat template; `raw` for a model that comes without one.
+
+    Meta's and Mistral's own layouts have no place for a template: there the vocabulary's special tokens decide.
+    Raises MinisaError when the template is none of those known here.
+    """
+    template, special = tokenizer.chat_template, tokenizer.special
+    if template is None:
+        there = {name for name in _LAYOUT if (Path(path) / name).is_file()}
+        makers_own = "params.json" in there and ("config.json" not in there or there == _TEKKEN_ALONE)
+        marks = [mark for mark in _MAKERS_MARKS if mark in special]
+        if not (makers_own and marks):
+            return DIALOGS["raw"]
+        template = marks[0]
+    known = _format_of(template, special)
+    dialog = DIALOGS[known] if known else None
+    if dialog is not None and tokenizer.chat_template is not None:
+        dialog = _as_written(template, dialog, tokenizer)
+    if dialog is None:
+        raise MinisaError(
+            f"{path}: its chat template is none of {', '.join(DIALOGS)}: pass --raw to prompt with plain text"
+        )
+    return dialog
+
+
+def _as_written(template: str, dialog: Dialog, tokenizer: Tokenizer) -> Dialog | None:
+    """The format, with the texts trimmed that a template trims; None where its prompts are others.
+
+    Where the makers' own code and their template differ, the code counts: Meta's puts no date into Llama 3's prompts;
+    Mistral's has other spaces, system prompts at other places, and none to fall back on. Of a template that cannot be
+    followed its marks have to do.
+    """
+    names: dict[int | None, str] = {token_id: name for name, token_id in tokenizer.special.items()}
+    bos, eos = (names.get(token_id, "") for token_id in (tokenizer.bos_id, tokenizer.eos_id))
+    mistral = dialog.name.startswith("mistral")
+    around = "{}" if mistral or dialog.name == "llama2" else " {} \n"
+    talk = [{"role": role, "content": around.format(content)} for role, content in _TALK]
+    trials = []
+    for messages in (talk[1:2], talk[1:], talk[:2], talk):
+        system = messages[0]["role"] == "system"
+        if mistral and system != (dialog.name == "mistral-v7"):
+            continue
+        try:
+            trials.append((messages, written(template, messages, bos, eos)))
+        except Beyond:
+            return dialog
+        except Refused:
+            if not system:
+                return None
+
+    def same(found: str, expected: str) -> bool:
+        if mistral:
+            found, expected = "".join(found.split()), "".join(expected.split())
+        found = re.sub(r"Cutting Knowledge Date: .*\nToday Date: .*\n\n", "", found)
+        found = found.replace("<|start_header_id|>system<|end_header_id|>\n\n<|eot_id|>", "")
+        return expected in (found, found.removeprefix(bos), bos + found)
+
+    marks = {BOS.name: bos, BOS_IF_ADDED.name: ""}
+    for trims in _TRIMS if trials else ():
+        trimming = replace(dialog, trims=trims)
+        prompts = [
+            "".join(part.text if isinstance(part, Text) else marks.get(part.name, part.name) for part in parts)
+            for parts in (trimming.parts(messages, template) for messages, _ in trials)
+        ]
+        if all(same(found, expected) for (_, found), expected in zip(trials, prompts, strict=True)):
+            return trimming
+    return None
+
+
+def _format_of(template: str, special: Collection[str]) -> str | None:
+    """The name of the format that a template writes; None where it has markers or text that the format has not."""
+    if "<|im_start|>" in template:
+        if set(re.findall(r"<\|im_\w+\|>", template)) - {"<|im_start|>", "<|im_end|>"}:
+            return None  # Phi-4's <|im_sep|>
+        if "<|im_end|>" in template and not re.search(r"<\|im_start\|>(?:system|['\"{])", template):
+            return "yi-1.5"
+        return "chatml"
+    if "<|start_header_id|>" in template:  # Llama Guard has its task written out behind the user's header
+        return None if re.search(r"<\|end_header_id\|>(?:\n|\\n){2}\w", template) else "llama3"
+    if "[INST]" in template or "[SYSTEM_PROMPT]" in template:
+        if re.search(r"\[INST\] \w", template):
+            return None  # Llama Guard 1
+        if "[SYSTEM_PROMPT]" in template:
+            return "mistral-v7"
+        if "<<SYS>>" in template:
+            return "llama2" if re.search(r"(?:bos_token|['\"]<s>['\"]) *\+ *['\"]\[INST\] ", template) else None
+        return "mistral-v3" if "[INST]" in special else "mistral-v1"
+    if re.search(r"<\|user\|>(?:\n|\\n)['\"] *\+ *message(?:\['content'\]|\.content) *\+ *eos_token", template):
+        return "zephyr"  # in Tulu's and Phi-3's the user's turn has another end
+    return None
