@@ -8,49 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
 
+from minisa.descriptions import Raw, bounded, flag, integer, number, optional_integer, require_causal, within
 from minisa.errors import MinisaError
-
-Raw = Mapping[str, Any]
+from minisa.rope_scaling import RopeScaling, read_rope_scaling
 
 MAX_LAYERS = 1024  # sanity bounds for headers that lie; the largest Llama has 126 layers, and each takes a millisecond
 MAX_WIDTH = 1 << 24
-ROPE_FACTORS = (1e-3, 1e6)  # beyond these fp32 loses the angles; the largest published are 32 and a base of 4.5e10
 ROPE_THETAS = (1.0, 1e12)
 NORM_EPSILONS = (1e-12, 1.0)
 # The model_type of each; the third is how the first conversions of Llama 1 spelled it.
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "LLaMAForCausalLM": "llama"}
-
-
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for long contexts.
-
-    kind "linear": every frequency divided by `factor`.
-    kind "llama3": Llama 3.1's rule; wavelengths beyond original_max_seq_len / low_freq_factor are divided by
-        `factor`, those below original_max_seq_len / high_freq_factor are kept, between them interpolated.
-    kind "factors": one divisor for each frequency, as GGUF files carry them (rope_freqs.weight).
-    """
-
-    kind: Literal["linear", "llama3", "factors"]
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192
-    factors: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Raises MinisaError for a number that would make a frequency infinite, none or NaN."""
-        for key in ("factor", "low_freq_factor", "high_freq_factor"):
-            _within(f"rope_scaling: {key}", getattr(self, key), ROPE_FACTORS)
-        for factor in self.factors:
-            _within("rope_freqs.weight: a factor", factor, ROPE_FACTORS)
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise MinisaError(
-                f"rope_scaling: low_freq_factor is {self.low_freq_factor}: expected less than high_freq_factor, which "
-                f"is {self.high_freq_factor}"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +44,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for key in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_seq_len"):
-            _bounded(key, getattr(self, key), MAX_WIDTH)
-        _bounded("n_layers", self.n_layers, MAX_LAYERS)
-        _bounded("n_heads times head_dim", self.n_heads * self.head_dim, MAX_WIDTH)
+            bounded(key, getattr(self, key), MAX_WIDTH)
+        bounded("n_layers", self.n_layers, MAX_LAYERS)
+        bounded("n_heads times head_dim", self.n_heads * self.head_dim, MAX_WIDTH)
         if self.n_heads % self.n_kv_heads:
             raise MinisaError(
                 f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}: "
@@ -86,10 +54,17 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise MinisaError(f"head_dim {self.head_dim} is odd: RoPE turns pairs of dimensions")
-        _within("norm_eps", self.norm_eps, NORM_EPSILONS)
-        _within("rope_theta", self.rope_theta, ROPE_THETAS)
+        within("norm_eps", self.norm_eps, NORM_EPSILONS)
+        within("rope_theta", self.rope_theta, ROPE_THETAS)
         if self.sliding_window is not None:
-            _bounded("sliding_window", self.sliding_window, MAX_WIDTH)
+            bounded("sliding_window", self.sliding_window, MAX_WIDTH)
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn":
+            self.rope_scaling.yarn_ramp(self.rope_theta, self.head_dim)
+
+    @property
+    def attention_factor(self) -> float:
+        """By what cosines and sines of RoPE are multiplied."""
+        return 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
 
     @property
     def group_size(self) -> int:
@@ -112,9 +87,9 @@ class ModelConfig:
         if model_type not in ("llama", "mistral"):  # transformers goes by it, whatever the architecture says
             raise MinisaError(f"config.json: model_type {model_type!r} is not supported: expected 'llama' or 'mistral'")
         for key in ("attention_bias", "mlp_bias"):
-            if _flag(raw, key):
+            if flag(raw, key):
                 raise MinisaError(f"config.json: {key} is true; minisa's layers have no biases")
-        _require_causal(raw, "is_causal")
+        require_causal(raw, "is_causal")
         if raw.get("hidden_act", "silu") != "silu":
             raise MinisaError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported: expected 'silu'")
         if raw.get("quantization_config"):
@@ -138,25 +113,25 @@ class ModelConfig:
             raise MinisaError(f"config.json: {original} is not what rope_scaling says: expected one of the two")
         if {raw.get("partial_rotary_factor"), rope.get("partial_rotary_factor")} - {None, 1}:
             raise MinisaError("config.json: partial_rotary_factor is set; minisa turns whole heads")
-        n_heads = _integer(raw, "num_attention_heads")
-        dim = _integer(raw, "hidden_size")
-        max_seq_len = _integer(raw, "max_position_embeddings", 2048 if model_type == "llama" else 131_072)
+        n_heads = integer(raw, "num_attention_heads")
+        dim = integer(raw, "hidden_size")
+        max_seq_len = integer(raw, "max_position_embeddings", 2048 if model_type == "llama" else 131_072)
         window = None  # LlamaForCausalLM has none
         if kinds[0] == "sliding_attention":
-            window = _optional_integer(raw, "sliding_window") if "sliding_window" in raw else 4096
+            window = optional_integer(raw, "sliding_window") if "sliding_window" in raw else 4096
         return cls(
             dim=dim,
-            n_layers=_integer(raw, "num_hidden_layers"),
+            n_layers=integer(raw, "num_hidden_layers"),
             n_heads=n_heads,
-            n_kv_heads=_integer(raw, "num_key_value_heads", n_heads),
-            head_dim=_integer(raw, "head_dim", dim // n_heads),
-            hidden_dim=_integer(raw, "intermediate_size"),
-            vocab_size=_integer(raw, "vocab_size"),
+            n_kv_heads=integer(raw, "num_key_value_heads", n_heads),
+            head_dim=integer(raw, "head_dim", dim // n_heads),
+            hidden_dim=integer(raw, "intermediate_size"),
+            vocab_size=integer(raw, "vocab_size"),
             max_seq_len=max_seq_len,
-            norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-            rope_theta=_number(rope, "rope_theta", _number(raw, "rope_theta", 10_000.0)),
-            rope_scaling=_rope_scaling({original: raw.get(original), **rope}, max_seq_len),
-            tie_embeddings=_flag(raw, "tie_word_embeddings"),
+            norm_eps=number(raw, "rms_norm_eps", 1e-6),
+            rope_theta=number(rope, "rope_theta", number(raw, "rope_theta", 10_000.0)),
+            rope_scaling=read_rope_scaling({original: raw.get(original), **rope}, max_seq_len),
+            tie_embeddings=flag(raw, "tie_word_embeddings"),
             sliding_window=window,
         )
 
@@ -176,18 +151,18 @@ class ModelConfig:
         for key, value in raw.items():  # YaRN, a window for each layer, quantization, an encoder
             if value and (isinstance(value, Mapping | list) or key == "_sliding_window"):
                 raise MinisaError(f"params.json: {key} is not supported: expected a dense Llama or Mistral without it")
-        _require_causal(raw, "causal")
-        dim, n_heads = _integer(raw, "dim"), _integer(raw, "n_heads")
-        window = _optional_integer(raw, "sliding_window")
+        require_causal(raw, "causal")
+        dim, n_heads = integer(raw, "dim"), integer(raw, "n_heads")
+        window = optional_integer(raw, "sliding_window")
         if "hidden_dim" in raw:  # Mistral; without a window its default base is a million
-            hidden_dim = _integer(raw, "hidden_dim")
-            rope_theta = _number(raw, "rope_theta", 10_000.0 if window else 1_000_000.0)
+            hidden_dim = integer(raw, "hidden_dim")
+            rope_theta = number(raw, "rope_theta", 10_000.0 if window else 1_000_000.0)
         else:  # Meta: two thirds of four times the width, rounded up
-            hidden_dim = int(int(8 * dim / 3) * _number(raw, "ffn_dim_multiplier", 1.0))
-            multiple = _integer(raw, "multiple_of", 256)
+            hidden_dim = int(int(8 * dim / 3) * number(raw, "ffn_dim_multiplier", 1.0))
+            multiple = integer(raw, "multiple_of", 256)
             hidden_dim = multiple * -(-hidden_dim // multiple)
-            rope_theta = _number(raw, "rope_theta", 10_000.0)
-        scaled = _flag(raw, "use_scaled_rope")
+            rope_theta = number(raw, "rope_theta", 10_000.0)
+        scaled = flag(raw, "use_scaled_rope")
         factor = 8.0 if dim >= 4096 else 32.0  # Llama 3.1 and 3.3; Llama 3.2
         if scaled:
             context = 131_072
@@ -202,17 +177,17 @@ class ModelConfig:
             context = 2048 if llama1 else 4096  # Llama 2
         return cls(
             dim=dim,
-            n_layers=_integer(raw, "n_layers"),
+            n_layers=integer(raw, "n_layers"),
             n_heads=n_heads,
-            n_kv_heads=_integer(raw, "n_kv_heads", n_heads),
-            head_dim=_integer(raw, "head_dim", dim // n_heads),
+            n_kv_heads=integer(raw, "n_kv_heads", n_heads),
+            head_dim=integer(raw, "head_dim", dim // n_heads),
             hidden_dim=hidden_dim,
             vocab_size=vocab_size,
-            max_seq_len=_integer(raw, "max_seq_len", context),
-            norm_eps=_number(raw, "norm_eps", 1e-5),
+            max_seq_len=integer(raw, "max_seq_len", context),
+            norm_eps=number(raw, "norm_eps", 1e-5),
             rope_theta=rope_theta,
-            rope_scaling=RopeScaling("llama3", _number(raw, "rope_scaling_factor", factor)) if scaled else None,
-            tie_embeddings=_flag(raw, "tied_embeddings"),
+            rope_scaling=RopeScaling("llama3", number(raw, "rope_scaling_factor", factor)) if scaled else None,
+            tie_embeddings=flag(raw, "tied_embeddings"),
             sliding_window=window,
         )
 
@@ -229,133 +204,45 @@ class ModelConfig:
         raw = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
         if raw.get("expert_count"):
             raise MinisaError("GGUF: llama.expert_count is set; mixture-of-experts models are not supported")
-        _require_causal(raw, "attention.causal")
-        n_heads, dim = _integer(raw, "attention.head_count"), _integer(raw, "embedding_length")
-        head_dim = _integer(raw, "attention.key_length", dim // n_heads)
+        require_causal(raw, "attention.causal")
+        n_heads, dim = integer(raw, "attention.head_count"), integer(raw, "embedding_length")
+        head_dim = integer(raw, "attention.key_length", dim // n_heads)
         for key in ("attention.value_length", "rope.dimension_count"):
-            if _integer(raw, key, head_dim) != head_dim:
+            if integer(raw, key, head_dim) != head_dim:
                 raise MinisaError(f"GGUF: llama.{key} is {raw[key]}, head_dim is {head_dim}: they must be the same")
         tokens = metadata.get("tokenizer.ggml.tokens")
-        max_seq_len = _integer(raw, "context_length", 4096)
+        max_seq_len = integer(raw, "context_length", 4096)
         # As in llama.cpp: linear unless it says otherwise, 0 for none, and the factor's old name.
-        factor = _number(raw, "rope.scaling.factor", _number(raw, "rope.scale_linear", 0.0)) or 1.0
-        for key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
+        factor = number(raw, "rope.scaling.factor", number(raw, "rope.scale_linear", 0.0)) or 1.0
+        for key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor"):
             if raw.get(key, 1) != 1:  # llama.cpp obeys, whatever the type
                 raise MinisaError(f"GGUF: llama.{key} is {raw[key]!r}: expected 1, or none")
-        scaling = _rope_scaling({"type": raw.get("rope.scaling.type", "linear"), "factor": factor}, max_seq_len)
+        described = {
+            "type": raw.get("rope.scaling.type", "linear"),
+            "factor": factor,
+            "original_max_position_embeddings": raw.get("rope.scaling.original_context_length"),
+            "beta_fast": raw.get("rope.scaling.yarn_beta_fast"),
+            "beta_slow": raw.get("rope.scaling.yarn_beta_slow"),
+        }
+        scaling = read_rope_scaling(described, max_seq_len)
         if scaling == RopeScaling("linear"):
             scaling = None
         if rope_factors and scaling:
-            raise MinisaError("GGUF: both rope_freqs.weight and a linear llama.rope.scaling.factor: expected one")
+            raise MinisaError("GGUF: both rope_freqs.weight and a llama.rope.scaling.factor: expected one")
         if rope_factors:
             scaling = RopeScaling("factors", factors=rope_factors)
         return cls(
             dim=dim,
-            n_layers=_integer(raw, "block_count"),
+            n_layers=integer(raw, "block_count"),
             n_heads=n_heads,
-            n_kv_heads=_integer(raw, "attention.head_count_kv", n_heads),
+            n_kv_heads=integer(raw, "attention.head_count_kv", n_heads),
             head_dim=head_dim,
-            hidden_dim=_integer(raw, "feed_forward_length"),
-            vocab_size=_integer(raw, "vocab_size", len(tokens) if tokens else None),
+            hidden_dim=integer(raw, "feed_forward_length"),
+            vocab_size=integer(raw, "vocab_size", len(tokens) if tokens else None),
             max_seq_len=max_seq_len,
-            norm_eps=_number(raw, "attention.layer_norm_rms_epsilon"),
-            rope_theta=_number(raw, "rope.freq_base", 10_000.0),
+            norm_eps=number(raw, "attention.layer_norm_rms_epsilon"),
+            rope_theta=number(raw, "rope.freq_base", 10_000.0),
             rope_scaling=scaling,
             tie_embeddings=tied,
-            sliding_window=_optional_integer(raw, "attention.sliding_window"),
+            sliding_window=optional_integer(raw, "attention.sliding_window"),
         )
-
-
-def _rope_scaling(raw: Raw, max_seq_len: int) -> RopeScaling | None:
-    kind = raw.get("rope_type", raw.get("type", "default"))
-    if kind in ("default", "none"):
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", factor=_number(raw, "factor"))
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            factor=_number(raw, "factor"),
-            low_freq_factor=_number(raw, "low_freq_factor"),
-            high_freq_factor=_number(raw, "high_freq_factor"),
-            original_max_seq_len=_integer(raw, "original_max_position_embeddings", max_seq_len),
-        )
-    raise MinisaError(f"rope_scaling type {kind!r} is not supported: expected 'linear' or 'llama3'")
-
-
-def _bounded(key: str, value: int, limit: int) -> None:
-    if not 0 < value <= limit:
-        raise MinisaError(f"{key} is {value}: expected 1 to {limit}")
-
-
-def _within(key: str, number: float, bounds: tuple[float, float]) -> None:
-    least, most = bounds
-    if not least <= number <= most:
-        raise MinisaError(f"{key} is {number!r}: expected {least:g} to {most:g}")
-
-
-def _flag(raw: Raw, key: str) -> bool:
-    value = raw.get(key)
-    if value is None:
-        return False
-    if not isinstance(value, bool):
-        raise MinisaError(f"{key} is {value!r}: expected true or false")
-    return value
-
-
-def _require_causal(raw: Raw, key: str) -> None:
-    if key in raw and not _flag(raw, key):  # transformers takes null for no as well
-        value = "null" if raw[key] is None else "false"
-        raise MinisaError(f"{key} is {value}: expected a model that looks back only, not one that makes embeddings")
-
-
-def _integer(raw: Raw, key: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise MinisaError(f"the model's description lacks {key!r}: is the file whole?")
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 63:
-        raise MinisaError(f"{key} is {value!r}: expected a whole number, 1 or more, of 64 bits")
-    return value
-
-
-def _optional_integer(raw: Raw, key: str) -> int | None:
-    return None if raw.get(key) is None else _integer(raw, key)
-
-
-def _number(raw: Raw, key: str, default: float | None = None) -> float:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        raise MinisaError(f"{key} is {value!r}: expected a finite number")
-    return float(value)
-
-
-def _llama(
-    dim: int, n_layers: int, n_heads: int, n_kv_heads: int, hidden_dim: int, vocab: int, **rest: Any
-) -> ModelConfig:
-    head_dim = rest.pop("head_dim", dim // n_heads)
-    return ModelConfig(dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab, **rest)
-
-
-def _llama31(factor: float) -> dict[str, Any]:
-    return {"max_seq_len": 131_072, "rope_theta": 500_000.0, "rope_scaling": RopeScaling("llama3", factor)}
-
-
-# Shapes by name, for benchmarks with random weights and for arithmetic; a checkpoint always brings its own.
-PRESETS: dict[str, ModelConfig] = {
-    "smollm2-135m": _llama(576, 30, 9, 3, 1536, 49_152, max_seq_len=8192, rope_theta=1e5, tie_embeddings=True),
-    "smollm2-360m": _llama(960, 32, 15, 5, 2560, 49_152, max_seq_len=8192, rope_theta=1e5, tie_embeddings=True),
-    "smollm2-1.7b": _llama(2048, 24, 32, 32, 8192, 49_152, max_seq_len=8192, rope_theta=130_000.0, tie_embeddings=True),
-    "tinyllama-1.1b": _llama(2048, 22, 32, 4, 5632, 32_000, max_seq_len=2048),
-    "llama2-7b": _llama(4096, 32, 32, 32, 11_008, 32_000, max_seq_len=4096),
-    "llama3-8b": _llama(4096, 32, 32, 8, 14_336, 128_256, max_seq_len=8192, rope_theta=500_000.0),
-    "llama3.1-8b": _llama(4096, 32, 32, 8, 14_336, 128_256, **_llama31(8.0)),
-    "llama3.2-1b": _llama(2048, 16, 32, 8, 8192, 128_256, tie_embeddings=True, **_llama31(32.0)),
-    "llama3.2-3b": _llama(3072, 28, 24, 8, 8192, 128_256, tie_embeddings=True, **_llama31(32.0)),
-    "mistral-7b-v0.1": _llama(4096, 32, 32, 8, 14_336, 32_000, max_seq_len=32_768, sliding_window=4096),
-    "mistral-7b-v0.2": _llama(4096, 32, 32, 8, 14_336, 32_000, max_seq_len=32_768, rope_theta=1e6),
-    "mistral-7b-v0.3": _llama(4096, 32, 32, 8, 14_336, 32_768, max_seq_len=32_768, rope_theta=1e6),
-}

@@ -48,13 +48,17 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
         return self.head(self.hidden(tokens, positions, cache))
 
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """RoPE's cos and sin at positions [B, T]: each [B, 1, T, head_dim / 2], fp32."""
+        return rope_angles(self.rope_frequencies, positions, self.config.attention_factor)
+
     def hidden(self, tokens: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
         """The final hidden states [B, T, dim] of tokens [B, T], after the last norm; keys and values go to the cache.
 
         positions [B, T] int64 ascend along T and lie inside the cache, whose earlier slots they attend to. Where T > 1,
         and either B is 1 or the cache is a ring, they are the cache's last T.
         """
-        angles = rope_angles(self.rope_frequencies, positions)
+        angles = self.angles(positions)
         read_at, n_slots, ring = cache.as_read(positions)
         visible = self.backend.visible(read_at, n_slots, self.config.sliding_window, ring)
         shared: dict[int, Shared] = {}  # what the leaders of spans still open have left

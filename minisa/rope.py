@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from minisa.config import ModelConfig, RopeScaling
+from minisa.config import ModelConfig
 from minisa.errors import MinisaError
+from minisa.rope_scaling import RopeScaling
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -32,6 +33,10 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
                 f"rope_freqs.weight has {len(scaling.factors)} factors: expected head_dim / 2 = {len(frequencies)}"
             )
         return frequencies / torch.tensor(scaling.factors, dtype=torch.float32, device="cpu")
+    if scaling.kind == "yarn":
+        first, last = scaling.yarn_ramp(config.rope_theta, config.head_dim)
+        divided = ((torch.arange(len(frequencies), device="cpu") - first) / (last - first)).clamp(0, 1)
+        return (1 - divided) * frequencies + divided * frequencies / scaling.factor
     return _llama3(frequencies, scaling)
 
 
@@ -44,12 +49,15 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
-def rope_angles(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles: each [B, 1, T, head_dim / 2], fp32, for positions [B, T]."""
+def rope_angles(frequencies: Tensor, positions: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles: each [B, 1, T, head_dim / 2], fp32, for positions [B, T].
+
+    factor: the config's attention_factor, by which both are multiplied.
+    """
     if frequencies.dtype != torch.float32:
         raise TypeError("rope_frequencies must stay fp32: cast the weights, not the whole model")
     angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, D/2]
-    return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def apply_rope(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import bench
 from minisa import measure
 from minisa.benchmark import run as benchmark_run
-from minisa.config import RopeScaling
+from minisa.rope_scaling import RopeScaling
 from minisa.sharing import SharingPlan
 from tests import commands
 from tests.loadable import N_TOKENS, loadable_gguf
@@ -81,5 +81,6 @@ def bench_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def untrained_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The config.json of a model that nobody trained: another RoPE, an output head of its own."""
-    config = tiny_config(rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64), tie_embeddings=False)
+    yarn = RopeScaling("yarn", 8.0, original_max_seq_len=64, attention_factor=2.0)
+    config = tiny_config(rope_scaling=yarn, tie_embeddings=False)
     return write_hf(tmp_path_factory.mktemp("shape"), config, random_weights(config)) / "config.json"

@@ -72,6 +72,7 @@ def _llama31(factor: float) -> dict[str, Any]:
     return {"rope_theta": 5e5, "rope_scaling": scaling, "max_position_embeddings": 131_072}
 
 
+_YARN = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096, "finetuned": True}
 _LLAMA3 = {"rope_theta": 5e5, "max_position_embeddings": 8192}
 _CODE = {"rope_theta": 1e6, "max_position_embeddings": 16_384}
 _TIED = {"tie_word_embeddings": True}
@@ -83,6 +84,7 @@ FAMILIES: dict[str, Family] = {
     "llama-65b": _family(8192, 80, (64, 64), 22_016, 32_000, 65_285_660_672, max_position_embeddings=2048),
     "llama2-13b": _family(5120, 40, (40, 40), 13_824, 32_000, 13_015_864_320),
     "llama2-70b": _family(8192, 80, (64, 8), 28_672, 32_000, 68_976_648_192),
+    "yarn-llama2-7b-64k": _family(4096, 32, (32, 32), 11_008, 32_000, 6_738_415_616, rope_scaling=_YARN),
     "code-llama-7b": _family(4096, 32, (32, 32), 11_008, 32_016, 6_738_546_688, **_CODE),
     "code-llama-34b": _family(8192, 48, (64, 8), 22_016, 32_000, 33_743_970_304, **_CODE),
     "tinyllama-1.1b": _family(2048, 22, (32, 4), 5632, 32_000, 1_100_048_384, max_position_embeddings=2048),

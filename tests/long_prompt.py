@@ -16,7 +16,8 @@ from pathlib import Path
 import click
 import torch
 
-from minisa.config import PRESETS, ModelConfig
+from minisa.config import ModelConfig
+from minisa.presets import PRESETS
 from minisa.sharing import SharingPlan
 from minisa.synthetic import random_llm
 from tests.memory import resident

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from minisa.cache import StaticCache
-from minisa.config import PRESETS, ModelConfig
+from minisa.config import ModelConfig
 from minisa.costs import kv_bytes
 from minisa.errors import MinisaError
+from minisa.presets import PRESETS
 from minisa.sharing import SharingPlan
 from tests.tiny import tiny_config
 

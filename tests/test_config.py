@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from minisa.config import PRESETS, ModelConfig, RopeScaling
+from minisa.config import ModelConfig
 from minisa.costs import parameter_count
 from minisa.errors import MinisaError
+from minisa.presets import PRESETS
+from minisa.rope_scaling import RopeScaling
 from minisa.sharing import SharingPlan
 from tests.families import FAMILIES
 
@@ -136,6 +139,8 @@ def test_the_slices_a_model_was_trained_in_change_nothing(value: int | None) -> 
 
 LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+
 ORIGINAL = "original_max_position_embeddings"
 
 
@@ -146,6 +151,25 @@ def test_the_original_context_may_stand_outside_the_scaling() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "factor", "attention"),
+    [
+        ({}, 4.0, 1 + 0.1 * math.log(4)),
+        ({"factor": None}, 32.0, 1 + 0.1 * math.log(32)),
+        ({"factor": 0.5}, 0.5, 1.0),
+        ({"attention_factor": 1.5, "mscale": 2.0, "mscale_all_dim": 0.5}, 4.0, 1.5),
+        ({"mscale": 2.0, "mscale_all_dim": 0.5}, 4.0, (1 + 0.2 * math.log(4)) / (1 + 0.05 * math.log(4))),
+        ({"mscale": 2.0}, 4.0, 1 + 0.1 * math.log(4)),
+    ],
+)
+def test_yarn(changes: dict[str, Any], factor: float, attention: float) -> None:
+    """What queries and keys are multiplied by, as transformers has it."""
+    scaling = hf(rope_scaling=YARN | {"beta_fast": 16} | changes).rope_scaling
+    assert scaling is not None
+    assert scaling.attention_factor == pytest.approx(attention)
+    assert replace(scaling, attention_factor=1.0) == RopeScaling("yarn", factor, 1.0, 4.0, 4096, (), 16.0)
+
+
+@pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"architectures": ["Qwen2ForCausalLM"]}, "architecture Qwen2ForCausalLM is not supported"),
@@ -153,7 +177,11 @@ def test_the_original_context_may_stand_outside_the_scaling() -> None:
         ({"architectures": None, "model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"architectures": None, "model_type": None}, "model_type None is not supported: expected 'llama' or"),
         ({"model_type": "granite"}, "model_type 'granite' is not supported: expected 'llama' or 'mistral'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling type 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_scaling type 'longrope' is not supported"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "truncate is false: expected yarn with whole rotary pairs"),
+        ({"rope_scaling": YARN | {"beta_slow": 64}}, "yarn from rotary pair 14 to 12: expected an original context"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "yarn from rotary pair .* expected an original context"),
+        ({"rope_scaling": YARN | {"attention_factor": 0}}, "rope_scaling: attention_factor is 0.0: expected"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic'"),
         (
             {"rope_scaling": {"rope_type": None, "type": "linear", "factor": 4.0}},
@@ -245,16 +273,30 @@ def test_metas_llama_3_2_has_the_factor_of_hugging_faces() -> None:
         ({"llama.rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
         ({"llama.rope.scale_linear": 4.0}, RopeScaling("linear", 4.0)),
         ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+            RopeScaling("yarn", 4.0, original_max_seq_len=8192, attention_factor=1 + 0.1 * math.log(4)),
+        ),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.original_context_length": 2048,
+                "llama.rope.scaling.yarn_beta_fast": 16.0,
+                "llama.rope.scaling.yarn_beta_slow": 2.0,
+            },
+            RopeScaling("yarn", 4.0, 1.0, 4.0, 2048, (), 16.0, 2.0, 1 + 0.1 * math.log(4)),
+        ),
         ({"llama.rope.scaling.factor": 0.0}, None),
     ],
 )
 def test_gguf_scaling_as_llama_cpp_reads_it(keys: dict[str, Any], scaling: RopeScaling | None) -> None:
     assert ModelConfig.from_gguf({**GGUF, **keys}, tied=True).rope_scaling == scaling
     if scaling:
-        with pytest.raises(MinisaError, match=r"both rope_freqs\.weight and a linear"):
+        with pytest.raises(MinisaError, match=r"both rope_freqs\.weight and a llama"):
             ModelConfig.from_gguf({**GGUF, **keys}, tied=True, rope_factors=(1.0,) * 32)
-    with pytest.raises(MinisaError, match="'yarn' is not supported"):
-        ModelConfig.from_gguf({**GGUF, "llama.rope.scaling.type": "yarn"}, tied=True, rope_factors=(1.0,) * 32)
+    with pytest.raises(MinisaError, match="'longrope' is not supported"):
+        ModelConfig.from_gguf({**GGUF, "llama.rope.scaling.type": "longrope"}, tied=True, rope_factors=(1.0,) * 32)
 
 
 def test_other_gguf_architectures_experts_and_factors_are_refused() -> None:
@@ -264,7 +306,7 @@ def test_other_gguf_architectures_experts_and_factors_are_refused() -> None:
         ModelConfig.from_gguf({**GGUF, "llama.expert_count": 8}, tied=True)
     with pytest.raises(MinisaError, match=r"rope\.dimension_count"):
         ModelConfig.from_gguf({**GGUF, "llama.rope.dimension_count": 32}, tied=True)
-    for factor in ("attn_factor", "yarn_attn_factor"):
+    for factor in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
         with pytest.raises(MinisaError, match=rf"llama\.rope\.scaling\.{factor} is 0\.5: expected 1, or none"):
             ModelConfig.from_gguf({**GGUF, f"llama.rope.scaling.{factor}": 0.5}, tied=True)
     with pytest.raises(MinisaError, match="layer_norm_rms_epsilon is None"):  # llama.cpp guesses none either

@@ -15,10 +15,11 @@ from minisa.benchmark.contender import Minisa, Opening
 from minisa.benchmark.gguf_writer import own_gguf, write_gguf
 from minisa.benchmark.worker import Worker
 from minisa.checkpoint import load_weights, open_checkpoint, read_gguf
-from minisa.config import ModelConfig, RopeScaling
+from minisa.config import ModelConfig
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.rope import rope_frequencies
+from minisa.rope_scaling import RopeScaling
 from minisa.sharing import SharingPlan
 from minisa.synthetic import random_llm
 from tests.tiny import random_weights, tiny_config

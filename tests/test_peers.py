@@ -13,8 +13,8 @@ from torch import Tensor
 from minisa import LLM
 from minisa.cache import StaticCache
 from minisa.checkpoint import load_weights, open_checkpoint
-from minisa.config import RopeScaling
 from minisa.model import Transformer
+from minisa.rope_scaling import RopeScaling
 from minisa.sharing import SharingPlan
 from tests.families import FAMILIES
 from tests.models import in_one_go
@@ -85,8 +85,17 @@ def test_a_ring_that_has_wrapped(tmp_path: Path) -> None:
     assert (torch.cat(found, 1) - expected).abs().max() < 1e-4
 
 
-def test_linear_scaling(tmp_path: Path) -> None:
-    config = tiny_config(rope_scaling=RopeScaling("linear", 2.0))
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling("linear", 2.0),
+        RopeScaling("yarn", 4.0, original_max_seq_len=32, attention_factor=1.14),
+        RopeScaling("yarn", 8.0, original_max_seq_len=512, beta_fast=8.0, beta_slow=2.0, attention_factor=2.0),
+    ],
+    ids=["linear", "yarn", "yarn with settings"],
+)
+def test_other_scalings(scaling: RopeScaling, tmp_path: Path) -> None:
+    config = tiny_config(rope_scaling=scaling)
     tokens = torch.randint(config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(2))
     path = write_hf(tmp_path, config, random_weights(config, 1))
     assert (our_logits(path, tokens) - peer_logits(path, tokens)).abs().max() < 1e-4

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minisa.config import PRESETS
 from minisa.errors import MinisaError
+from minisa.presets import PRESETS
 from minisa.registry import choose_plan, find, shipped_plan
 from minisa.sharing import SharingPlan
 from minisa.study.plans import save_plan

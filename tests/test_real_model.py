@@ -125,7 +125,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from minisa.config import PRESETS
+from minisa.presets import PRESETS
 from minisa.sharing import SharingPlan
 from minisa.synthetic import random_llm
 from minisa.tokenizer import load_tokenizer

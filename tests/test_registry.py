@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from minisa import registry as registry_module
-from minisa.config import PRESETS
 from minisa.costs import parameter_count
 from minisa.errors import MinisaError
+from minisa.presets import PRESETS
 from minisa.registry import (
     DEFAULT_MODEL,
     ModelEntry,

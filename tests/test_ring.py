@@ -12,10 +12,10 @@ from torch import Tensor
 
 from minisa import decode
 from minisa.cache import StaticCache
-from minisa.config import PRESETS
 from minisa.costs import SLACK, kv_bytes, prefill_flops, step_cost
 from minisa.decode import TorchRunner, prefill_chunks
 from minisa.errors import MinisaError
+from minisa.presets import PRESETS
 from minisa.row import WRITTEN_AHEAD
 from minisa.sharing import SharingPlan
 from minisa.speculate import LONGEST

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from minisa.checkpoint import read_gguf
-from minisa.config import ModelConfig, RopeScaling
+from minisa.config import ModelConfig
+from minisa.rope_scaling import RopeScaling
 from tests.encode import GGML_CODES, encode_gguf, quantize, write_safetensors
 
 Weights = Mapping[str, Tensor]
@@ -244,8 +245,10 @@ def write_gguf(
     if config.sliding_window is not None:
         own["llama.attention.sliding_window"] = config.sliding_window
     tensors: dict[str, tuple[str, Tensor]] = {}
-    if config.rope_scaling and config.rope_scaling.kind == "linear":
-        own |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": config.rope_scaling.factor}
+    if config.rope_scaling and config.rope_scaling.kind in ("linear", "yarn"):
+        own |= {"llama.rope.scaling.type": config.rope_scaling.kind}
+        own |= {"llama.rope.scaling.factor": config.rope_scaling.factor}
+        own |= {"llama.rope.scaling.original_context_length": config.rope_scaling.original_max_seq_len}
     elif config.rope_scaling:
         tensors["rope_freqs.weight"] = ("F32", torch.tensor(rope_factors(config)))
     for name, tensor in _interleaved(config, weights, torch.float32).items():
@@ -299,6 +302,15 @@ def _hf_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
         return None
     if scaling.kind == "linear":
         return {"rope_type": "linear", "factor": scaling.factor}
+    if scaling.kind == "yarn":
+        return {
+            "rope_type": "yarn",
+            "factor": scaling.factor,
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+            "attention_factor": scaling.attention_factor,
+            "original_max_position_embeddings": scaling.original_max_seq_len,
+        }
     assert scaling.kind == "llama3", "config.json has no other scaling that minisa knows"
     return {
         "rope_type": "llama3",

@@ -86,6 +86,7 @@ def _describe(writer: Any, config: ModelConfig) -> None:
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
+    writer.add_float32("llama.rope.scaling.attn_factor", config.attention_factor)
 
 
 def _announce(writer: Any, name: str, shape: Sequence[int], kind: str) -> None:

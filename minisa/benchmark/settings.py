@@ -13,9 +13,10 @@ from minisa.benchmark.contender import Opening
 from minisa.benchmark.peers import check_peer
 from minisa.checkpoint import open_checkpoint
 from minisa.checkpoint.layouts import describing
-from minisa.config import PRESETS, ModelConfig
+from minisa.config import ModelConfig
 from minisa.device import choose_device, choose_dtype, choose_kv_dtype
 from minisa.errors import MinisaError
+from minisa.presets import PRESETS
 from minisa.registry import ModelEntry, choose_plan, registry, resolve
 from minisa.runners import native_step
 from minisa.sharing import SharingPlan

@@ -177,6 +177,7 @@ def build(model: Transformer) -> Any:
     frequencies = rope_frequencies(config).to(model.tok_embeddings.weight.device)
     peer.model.rotary_emb.inv_freq = frequencies
     peer.model.rotary_emb.original_inv_freq = frequencies
+    peer.model.rotary_emb.attention_scaling = config.attention_factor
     transformers.logging.set_verbosity_error()
     return peer.eval()
 

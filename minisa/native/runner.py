@@ -7,6 +7,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -244,7 +245,7 @@ class _Bound:
             final_norm=weights.final_norm.data_ptr(),
             layers=table,
         )
-        self._frequencies = model.rope_frequencies
+        self._angles = partial(rope_angles, model.rope_frequencies, factor=config.attention_factor)
         self._alive = (weights, cache.values, cache.keys, head_maps, table)  # what the tables point into
         max_rows = max(CHUNK, per_layer // per_row)
         self._process = os.getpid()
@@ -257,7 +258,7 @@ class _Bound:
     def step(self, tokens: Tensor, positions: Tensor, rows: Tensor, n_logits: int) -> Tensor:
         logits = torch.empty(n_logits, self._model.vocab_size)
         inputs = [tensor.int().contiguous() for tensor in (tokens, positions, rows)]
-        inputs += rope_angles(self._frequencies, positions[None])
+        inputs += self._angles(positions[None])
         self._library.engine_step(
             self._engine, *(tensor.data_ptr() for tensor in inputs), len(tokens), n_logits, logits.data_ptr()
         )

@@ -18,7 +18,6 @@ from minisa.attention import visible_slots
 from minisa.cache import StaticCache
 from minisa.errors import MinisaError
 from minisa.model import Layer, Transformer
-from minisa.rope import rope_angles
 from minisa.study.loss import NO_NUMBERS, losses_of, window_cache
 from minisa.study.rivals import Rival, altered
 
@@ -122,7 +121,7 @@ class _Trials:
 
     def _onward(self, x: Tensor, start: int, cache: StaticCache) -> Iterator[Tensor]:
         positions = self._positions.expand(len(x), -1)
-        angles = rope_angles(self._model.rope_frequencies, positions)
+        angles = self._model.angles(positions)
         for i in range(start, self._model.config.n_layers):
             layer = self._model.layers[i]
             assert isinstance(layer, Layer)  # for the type checker

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minisa.attention import TORCH, Queries, visible_slots
 from minisa.model import Layer, Transformer
-from minisa.rope import apply_rope, rope_angles
+from minisa.rope import apply_rope
 from minisa.sharing import SharingPlan
 
 
@@ -70,7 +70,7 @@ class Walk:
         if x.shape[1] != self._length:
             self._length = x.shape[1]
             positions = torch.arange(self._length, device=x.device)[None]
-            self._angles = rope_angles(self.model.rope_frequencies, positions)
+            self._angles = self.model.angles(positions)
             self._mask = visible_slots(positions, self._length, self.model.config.sliding_window)
         normed = layer.attention_norm(x)
         q, k = (
