@@ -69,10 +69,14 @@ class RopeScaling:
 def read_rope_scaling(raw: Raw, max_seq_len: int) -> RopeScaling | None:
     """What config.json calls rope_scaling or rope_parameters; None where it asks for nothing.
 
+    max_seq_len: the model's context. Of kind "dynamic" is what goes beyond it, which minisa never does.
     Raises MinisaError for a kind that is not known, and for numbers that are missing or beyond bounds.
     """
     kind = raw.get("rope_type", raw.get("type", "default"))
     if kind in ("default", "none"):
+        return None
+    if kind == "dynamic":
+        within("rope_scaling: factor", number(raw, "factor"), ROPE_FACTORS)
         return None
     if kind == "linear":
         return RopeScaling("linear", factor=number(raw, "factor"))
@@ -97,7 +101,7 @@ def read_rope_scaling(raw: Raw, max_seq_len: int) -> RopeScaling | None:
             beta_slow=number(raw, "beta_slow", 1.0),
             attention_factor=number(raw, "attention_factor", _yarn_attention(raw, factor)),
         )
-    raise MinisaError(f"rope_scaling type {kind!r} is not supported: expected 'linear', 'llama3' or 'yarn'")
+    raise MinisaError(f"rope_scaling type {kind!r} is not supported: expected 'dynamic', 'linear', 'llama3' or 'yarn'")
 
 
 def _yarn_attention(raw: Raw, factor: float) -> float:

@@ -269,8 +269,8 @@ class TestBadCheckpoints:
         self.run(run_chat, folder, "Qwen2ForCausalLM is not supported")
 
     def test_rope_scaling(self, run_chat: Callable[..., Ran], folder: Path) -> None:
-        self.change_config(folder, rope_parameters={"rope_type": "dynamic", "factor": 2.0})
-        self.run(run_chat, folder, "rope_scaling type 'dynamic' is not supported")
+        self.change_config(folder, rope_parameters={"rope_type": "longrope", "factor": 2.0})
+        self.run(run_chat, folder, "rope_scaling type 'longrope' is not supported")
 
     def test_config_is_not_json(self, run_chat: Callable[..., Ran], folder: Path) -> None:
         (folder / "config.json").write_bytes(b"{")

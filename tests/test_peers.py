@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,17 @@ def test_a_ring_that_has_wrapped(tmp_path: Path) -> None:
     expected = peer_logits(path, tokens)
     assert expected.std() > 0.1
     assert (torch.cat(found, 1) - expected).abs().max() < 1e-4
+
+
+def test_dynamic_scaling_changes_nothing_within_the_context(tmp_path: Path) -> None:
+    config = tiny_config(max_seq_len=100)
+    path = write_hf(tmp_path, config, random_weights(config, 1))
+    raw = json.loads((path / "config.json").read_text())
+    tokens = torch.randint(config.vocab_size, (1, 100), generator=torch.Generator().manual_seed(2))
+    plain = peer_logits(path, tokens)
+    (path / "config.json").write_text(json.dumps(raw | {"rope_scaling": {"type": "dynamic", "factor": 4.0}}))
+    assert (our_logits(path, tokens) - peer_logits(path, tokens)).abs().max() < 1e-4
+    assert (our_logits(path, tokens) - plain).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
