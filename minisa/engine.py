@@ -169,9 +169,16 @@ class LLM:
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """Logits [T, vocab_size] fp32 at every one of T tokens, on the model's device. llm.cache is not touched."""
+        """Logits [T, vocab_size] fp32 at every one of T tokens, on the model's device. llm.cache is not touched.
+
+        Raises MinisaError where T goes beyond the model's own context, and for ids outside the vocabulary.
+        """
         ids = as_ids(token_ids, "token_ids")
         check_ids(ids, self.config.vocab_size, "token_ids")
+        if len(ids) > self.config.max_seq_len:
+            raise MinisaError(
+                f"token_ids: {len(ids)} of them, the model's context is {self.config.max_seq_len}: expected no more"
+            )
         tokens = torch.tensor([ids], device=self.device)
         cache = StaticCache.allocate(
             self.config, self.plan, max_seq_len=len(ids), device=self.device, dtype=self.cache.values.dtype

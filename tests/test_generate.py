@@ -216,11 +216,16 @@ def test_logits_leave_the_cache_alone() -> None:
     llm = llm_of()
     list(llm.generate("hello", max_new_tokens=5))
     before = llm.cache.keys.clone(), llm.cache.values.clone()
-    logits = llm.logits(list(range(200)))  # longer than the cache, which plays no part
-    assert logits.shape == (200, SIX_LAYERS.vocab_size)
+    logits = llm.logits(list(range(128)))  # longer than the cache, which plays no part
+    assert logits.shape == (128, SIX_LAYERS.vocab_size)
     assert logits.dtype == torch.float32
     assert torch.equal(before[0], llm.cache.keys)
     assert torch.equal(before[1], llm.cache.values)
+    beyond = [1] * (SIX_LAYERS.max_seq_len + 1)
+    with pytest.raises(
+        MinisaError, match=rf"token_ids: {len(beyond)} of them, the model's context is {len(beyond) - 1}"
+    ):
+        llm.logits(beyond)
 
 
 def test_stats_count_what_happened() -> None:
