@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from minisa.dialog import BOS, BOS_IF_ADDED, DIALOGS, ROLES, Dialog, Text
+from minisa.dialog import BOS, BOS_IF_ADDED, DIALOGS, ROLES, Dialog, Message, Text
 from minisa.errors import MinisaError
 from minisa.templates import Beyond, Refused, written
 from minisa.tokenizer import Tokenizer
@@ -23,6 +23,12 @@ _LAYOUT = (*_TEKKEN_ALONE, "tokenizer_config.json", "tokenizer.json")
 _MAKERS_MARKS = ("<|start_header_id|>", "[MODEL_SETTINGS]", "[SYSTEM_PROMPT]", "[INST]")  # the second: no format known
 
 _TALK = (*zip(ROLES, ("Be brief.", "Hi!", "<think>\nHm.\n</think>\n\nHello."), strict=True), ("user", "2+2?"))
+# What Meta's own code leaves out: the date, and with it a system prompt that says no more.
+_NO_PART = re.compile(
+    r"Cutting Knowledge Date: [^\n]{0,99}\nToday Date: [^\n]{0,99}\n\n"
+    r"|<\|start_header_id\|>system<\|end_header_id\|>\n\n"
+    r"(?:Cutting Knowledge Date: [^\n]{0,99}\nToday Date: [^\n]{0,99}\n\n)?<\|eot_id\|>"
+)
 _TRIMS = [frozenset(roles) for count in range(4) for roles in itertools.combinations(ROLES, count)]
 
 
@@ -41,18 +47,19 @@ def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
             return DIALOGS["raw"]
         template = marks[0]
     known = _format_of(template, special)
-    dialog = DIALOGS[known] if known else None
-    if dialog is not None and tokenizer.chat_template is not None:
-        dialog = _as_written(template, dialog, tokenizer)
+    dialog, wrong = None, f"is none of {', '.join(DIALOGS)}"
+    if known is not None:
+        dialog, wrong = DIALOGS[known], f"looks like {known}'s and writes other prompts"
+        if tokenizer.chat_template is not None:
+            dialog = _as_written(template, dialog, tokenizer)
     if dialog is None:
-        raise MinisaError(
-            f"{path}: its chat template is none of {', '.join(DIALOGS)}: pass --raw to prompt with plain text"
-        )
+        raise MinisaError(f"{path}: its chat template {wrong}: pass --raw to prompt with plain text")
     return dialog
 
 
 def _as_written(template: str, dialog: Dialog, tokenizer: Tokenizer) -> Dialog | None:
-    """The format, with the texts trimmed that a template trims; None where its prompts are others.
+    """The format with what else a template does: texts trimmed, thoughts forgotten, BOS. None where its prompts are
+    others.
 
     Where the makers' own code and their template differ, the code counts: Meta's puts no date into Llama 3's prompts;
     Mistral's has other spaces, system prompts at other places, and none to fall back on. Of a template that cannot be
@@ -63,36 +70,41 @@ def _as_written(template: str, dialog: Dialog, tokenizer: Tokenizer) -> Dialog |
     mistral = dialog.name.startswith("mistral")
     around = "{}" if mistral or dialog.name == "llama2" else " {} \n"
     talk = [{"role": role, "content": around.format(content)} for role, content in _TALK]
+
     trials = []
     for messages in (talk[1:2], talk[1:], talk[:2], talk):
         system = messages[0]["role"] == "system"
         if mistral and system != (dialog.name == "mistral-v7"):
             continue
         try:
-            trials.append((messages, written(template, messages, bos, eos)))
+            found = written(template, messages, bos, eos)
         except Beyond:
-            return dialog
+            break
         except Refused:
-            if not system:
-                return None
-
-    def same(found: str, expected: str) -> bool:
-        if mistral:
-            found, expected = "".join(found.split()), "".join(expected.split())
-        found = re.sub(r"Cutting Knowledge Date: .*\nToday Date: .*\n\n", "", found)
-        found = found.replace("<|start_header_id|>system<|end_header_id|>\n\n<|eot_id|>", "")
-        return expected in (found, found.removeprefix(bos), bos + found)
-
-    marks = {BOS.name: bos, BOS_IF_ADDED.name: ""}
-    for trims in _TRIMS if trials else ():
-        trimming = replace(dialog, trims=trims)
-        prompts = [
-            "".join(part.text if isinstance(part, Text) else marks.get(part.name, part.name) for part in parts)
-            for parts in (trimming.parts(messages, template) for messages, _ in trials)
+            if system:
+                continue
+            return None
+        found = _NO_PART.sub("", found)
+        trials.append((messages, "".join(found.split()) if mistral else found))
+    if not trials:
+        return dialog
+    for trims, forgets in itertools.product(_TRIMS, (False, True)):
+        variant = replace(dialog, trims=trims, forgets_thoughts=forgets)
+        spelled = [_spelled(variant, messages, template, bos) for messages, _ in trials]
+        pairs = [
+            (found, "".join(text.split()) if mistral else text)
+            for (_, found), text in zip(trials, spelled, strict=True)
         ]
-        if all(same(found, expected) for (_, found), expected in zip(trials, prompts, strict=True)):
-            return trimming
+        if all(text in (found, found.removeprefix(bos), bos + found) for found, text in pairs):
+            return replace(variant, begins=any(found == bos + text != text for found, text in pairs))
     return None
+
+
+def _spelled(dialog: Dialog, messages: Sequence[Message], template: str, bos: str) -> str:
+    """The prompt with its tokens spelled out."""
+    marks = {BOS.name: bos, BOS_IF_ADDED.name: ""}
+    parts = dialog.parts(messages, template)
+    return "".join(part.text if isinstance(part, Text) else marks.get(part.name, part.name) for part in parts)
 
 
 def _format_of(template: str, special: Collection[str]) -> str | None:

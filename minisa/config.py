@@ -109,9 +109,10 @@ class ModelConfig:
         if any(isinstance(value, Mapping) for value in rope.values()):
             raise MinisaError("config.json: rope_parameters differ by kind of layer: expected one kind for all")
         original = "original_max_position_embeddings"
-        if len({raw.get(original), rope.get(original)} - {None}) > 1:  # transformers 5 goes by the first
+        originals = {optional_integer(part, original) for part in (raw, rope)} - {None}
+        if len(originals) > 1:  # transformers 5 goes by the first
             raise MinisaError(f"config.json: {original} is not what rope_scaling says: expected one of the two")
-        if {raw.get("partial_rotary_factor"), rope.get("partial_rotary_factor")} - {None, 1}:
+        if any(number(part, "partial_rotary_factor", 1.0) != 1 for part in (raw, rope)):
             raise MinisaError("config.json: partial_rotary_factor is set; minisa turns whole heads")
         n_heads = integer(raw, "num_attention_heads")
         dim = integer(raw, "hidden_size")
@@ -130,7 +131,7 @@ class ModelConfig:
             max_seq_len=max_seq_len,
             norm_eps=number(raw, "rms_norm_eps", 1e-6),
             rope_theta=number(rope, "rope_theta", number(raw, "rope_theta", 10_000.0)),
-            rope_scaling=read_rope_scaling({original: raw.get(original), **rope}, max_seq_len),
+            rope_scaling=read_rope_scaling({**rope, original: next(iter(originals), None)}, max_seq_len),
             tie_embeddings=flag(raw, "tie_word_embeddings"),
             sliding_window=window,
         )

@@ -68,8 +68,8 @@ class OutputFile(click.Path):
             self.fail(f"{path}: expected a name of at most {LONGEST_NAME} bytes", param, ctx)
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             self.fail(f"{path}: there is no such folder", param, ctx)
-        if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
-            self.fail(f"{path}: the folder cannot be written to", param, ctx)
+        if not os.access(os.path.dirname(os.path.abspath(path)), os.R_OK | os.W_OK):
+            self.fail(f"{path}: the folder cannot be read and written to", param, ctx)
         if _is_of_a_checkpoint(Path(path)):
             self.fail(f"{path}: is for a file of the checkpoint there: expected another name", param, ctx)
         if self.suffix and Path(path).suffix != self.suffix:

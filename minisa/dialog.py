@@ -41,7 +41,7 @@ Part = Mark | Text
 Layout = Callable[[Sequence[Message]], Iterator[Part]]
 
 BOS = Mark("BOS")
-BOS_IF_ADDED = Mark("BOS, if the tokenizer puts it before plain text")
+BOS_IF_ADDED = Mark("BOS, if the tokenizer puts it before plain text or the template does")
 EOS = Mark("</s>")
 
 
@@ -54,7 +54,8 @@ class Dialog:
     alternating: after an optional system message come user, assistant, user, … and nothing else.
     reserved: markers that are plain text in this format, so that no message may spell them.
     defaults: where the model's template falls back on a system prompt, that stands in for a missing one.
-    trims: the roles whose texts lose the spaces around them, as the model's template has it.
+    trims, forgets_thoughts, begins: as the model's template has it, the roles whose texts lose the spaces around them;
+        whether answers lose what ends with </think>; and True where it writes BOS, whatever the tokenizer does.
     free: any messages, in any order; otherwise the last one is the user's.
     """
 
@@ -66,6 +67,8 @@ class Dialog:
     defaults: bool = False
     free: bool = False
     trims: frozenset[str] = frozenset()
+    forgets_thoughts: bool = False
+    begins: bool = False
 
     def render(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
         """The prompt's ids, the header that opens the assistant's turn included.
@@ -78,18 +81,21 @@ class Dialog:
         for part in self.parts(messages, template):
             if isinstance(part, Text):
                 ids += tokenizer.encode(part.text, mid_text=part.mid_text)
-            elif part is not BOS_IF_ADDED or tokenizer.add_bos or "bos_token" in template:
+            elif part is not BOS_IF_ADDED or self.begins or tokenizer.add_bos:
                 ids.append(self._mark_id(part, tokenizer))
         return ids
 
     def parts(self, messages: Sequence[Message], template: str) -> Iterator[Part]:
         """The prompt in parts, with the template's system prompt where there is none."""
-        messages = [
-            {**message, "content": message["content"].strip()} if message["role"] in self.trims else message
-            for message in messages
-        ]
+        messages = [{**message, "content": self._content(message)} for message in messages]
         default = _default_system(template) if self.defaults and messages[0]["role"] != "system" else None
         return self.layout(messages if default is None else [{"role": "system", "content": default}, *messages])
+
+    def _content(self, message: Message) -> str:
+        role, text = message["role"], message["content"]
+        if self.forgets_thoughts and role == "assistant":
+            text = text.rpartition("</think>")[2]
+        return text.strip() if role in self.trims else text
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """The tokens that end the assistant's turn: those that say so, and the one that opens another turn."""

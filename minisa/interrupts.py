@@ -14,7 +14,7 @@ def uninterrupted() -> Iterator[None]:
     try:
         before = {
             waiting: signal.signal(waiting, lambda number, _: caught.append(number))
-            for waiting in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+            for waiting in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         }
     except ValueError:  # not in the main thread, where nobody gets a signal anyway
         yield
@@ -22,7 +22,7 @@ def uninterrupted() -> Iterator[None]:
     try:
         yield
     finally:
-        for waiting, handler in before.items():
+        for waiting, handler in reversed(before.items()):  # an interrupt in between would leave the others
             signal.signal(waiting, handler)
         for number in caught:
             signal.raise_signal(number)

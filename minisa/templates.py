@@ -13,10 +13,12 @@ from typing import Any
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import loopcontrols
 
-_MAX_TEMPLATE = 1 << 16  # characters; the makers' longest have 20,000
+_MAX_TEXT = 1 << 16  # characters of a template, of what it writes, and of a replaced text; the makers' have 20,000
 _MAX_STEPS = 50_000  # and 64 characters of a value are one more
+_MAX_RANGE = 1000
+_MAX_ARGUMENT = 64  # characters that strip looks for, each at every end
 
-_SYNTAX = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])  # as in transformers
+_SYNTAX = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])  # transformers' settings
 
 
 class _Undefined:
@@ -68,14 +70,14 @@ class Beyond(Exception):
 def written(template: str, messages: Sequence[Mapping[str, str]], bos: str, eos: str) -> str:
     """The prompt, as text; bos, eos: what it calls bos_token and eos_token. Raises Refused and Beyond."""
     try:
-        if len(template) > _MAX_TEMPLATE:
+        if len(template) > _MAX_TEXT:
             raise ValueError("its length")
         writer = _Writer({"bos_token": bos, "eos_token": eos, "add_generation_prompt": True, "tools": None})
         writer.names["messages"] = [dict(message) for message in messages]
         writer.follow(_parsed(template).body)
         return "".join(writer.texts)
     except (
-        ArithmeticError, AttributeError, LookupError, RecursionError, TemplateError, TypeError, ValueError
+        ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TemplateError, TypeError, ValueError
     ) as error:  # fmt: skip
         raise Beyond(str(error)) from None
 
@@ -95,7 +97,7 @@ class _Writer:
     def __init__(self, names: dict[str, Any]) -> None:
         self.names = names
         self.texts: list[str] = []
-        self._steps = 0
+        self._steps = self._written = 0
 
     def follow(self, body: Iterable[nodes.Node]) -> None:
         for node in body:
@@ -104,7 +106,9 @@ class _Writer:
                 case nodes.Output():
                     for part in node.nodes:
                         text = part.data if isinstance(part, nodes.TemplateData) else _text(self._value(part))
-                        self._step(len(text))
+                        self._written += len(text)
+                        if self._written > _MAX_TEXT:
+                            raise ValueError("it writes too much")
                         self.texts.append(text)
                 case nodes.If():
                     branches = [(node.test, node.body), *((other.test, other.body) for other in node.elif_)]
@@ -124,7 +128,7 @@ class _Writer:
         items = [] if items is _UNDEFINED else list(items)
         outside = self.names
         for index, item in enumerate(items):
-            self._step()
+            self._step(64 * len(outside))
             loop = _Namespace(index0=index, index=index + 1, first=index == 0, last=index == len(items) - 1)
             loop |= {"length": len(items), "previtem": items[index - 1] if index else _UNDEFINED}
             loop |= {"nextitem": items[index + 1] if index + 1 < len(items) else _UNDEFINED}
@@ -141,11 +145,21 @@ class _Writer:
         self._step()
         value = self._evaluated(node)
         self._step(len(value) if isinstance(value, str | list) else 0)
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise ValueError("a number of so many digits")
         return value
 
     def _evaluated(self, node: Any) -> Any:
         value = self._value
         match node:
+            case nodes.Filter() | nodes.Test() | nodes.Call() if node.dyn_args or node.dyn_kwargs:
+                raise ValueError("arguments in a list")
+            case (
+                nodes.Filter(kwargs=[_, *_])
+                | nodes.Test(kwargs=[_, *_])
+                | nodes.Call(node=nodes.Getattr(), kwargs=[_, *_])
+            ):
+                raise ValueError("arguments by name")
             case nodes.Const():
                 return node.value
             case nodes.Name():
@@ -160,8 +174,11 @@ class _Writer:
                 return value(node.left) + value(node.right)
             case nodes.Sub():
                 return value(node.left) - value(node.right)
-            case nodes.Mod(right=nodes.Const(value=int() as divisor)):  # of text it would be formatting
-                return int(value(node.left)) % divisor
+            case nodes.Mod():
+                left, right = value(node.left), value(node.right)
+                if isinstance(left, str):  # it would be formatting
+                    raise ValueError("a text's remainder")
+                return left % right
             case nodes.Concat():
                 return "".join(_text(value(part)) for part in node.nodes)
             case nodes.And():
@@ -200,7 +217,10 @@ class _Writer:
             case nodes.Call(node=nodes.Name(name="strftime_now"), args=[form]):
                 return value(form)
             case nodes.Call(node=nodes.Name(name="range")):
-                return list(range(*map(value, node.args))[:_MAX_STEPS])
+                numbers = range(*map(value, node.args))
+                if len(numbers) > _MAX_RANGE:
+                    raise ValueError("a long range")
+                return list(numbers)
             case nodes.Call(node=nodes.Name(name="namespace"), args=[]):
                 return _Namespace({keyword.key: _inner(value(keyword.value)) for keyword in node.kwargs})
             case nodes.Call(node=nodes.Getattr(node=owner, attr="get"), args=[key]):
@@ -210,7 +230,9 @@ class _Writer:
         raise ValueError(type(node).__name__)
 
     def _method(self, text: Any, name: str, arguments: list[Any]) -> Any:
-        if not isinstance(text, str) or (name == "replace" and len(text) * len(arguments[1]) > _MAX_TEMPLATE):
+        if not isinstance(text, str) or (name == "replace" and len(text) * len(arguments[1]) > _MAX_TEXT):
+            raise ValueError(name)
+        if name.endswith("strip") and arguments and len(arguments[0]) > _MAX_ARGUMENT:
             raise ValueError(name)
         return getattr(text, name)(*arguments)
 

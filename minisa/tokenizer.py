@@ -67,7 +67,7 @@ class Tokenizer:
     add_bos: whether the maker's own tokenizer puts it before plain text (SmolLM2's does not).
     eos_id: the one that the tokenizer's files call its EOS, or else a well-known one, if it has any.
     eos_ids: every token that ends a turn or a text.
-    chat_template: the Jinja template that came with the tokenizer, if one did; dialog.py recognizes it.
+    chat_template: the Jinja template that came with the tokenizer, if one did; chat_format.py recognizes it.
 
     Sentencepiece encodes a text as if a space stood before it and takes that space off when decoding. What goes on
     from other text is `mid_text`: no space is put before it nor taken off. So, wherever n does not cut a character,

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from minisa.bytelevel import LLAMA3_SPLIT, TEKKEN_SPLIT
 from minisa.chat_format import find_dialog
-from minisa.dialog import DIALOGS
 from minisa.errors import MinisaError
 from minisa.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny import encode_gguf
@@ -314,7 +313,7 @@ def test_what_a_tekken_file_means_that_lists_no_special_tokens(version: str, nam
     (tmp_path / "params.json").write_text("{}", encoding="utf-8")
     tokenizer = load_tokenizer(write_json(tmp_path / "tekken.json", raw))
     assert tokenizer.special[name] == 17
-    assert find_dialog(tmp_path, tokenizer) == DIALOGS[f"mistral-{version}"]
+    assert find_dialog(tmp_path, tokenizer).name == f"mistral-{version}"
 
 
 def test_tekken_v15_which_has_settings_in_its_prompts(tmp_path: Path) -> None:

@@ -148,6 +148,9 @@ def test_the_original_context_may_stand_outside_the_scaling() -> None:
     config = hf(rope_scaling=LLAMA3_SCALING, **{ORIGINAL: 4096})
     assert config.rope_scaling is not None
     assert config.rope_scaling.original_max_seq_len == 4096
+    yarn = hf(rope_scaling=YARN | {ORIGINAL: None}, **{ORIGINAL: 2048}).rope_scaling
+    assert yarn is not None
+    assert yarn.original_max_seq_len == 2048
 
 
 @pytest.mark.parametrize(
@@ -216,6 +219,7 @@ def test_yarn(changes: dict[str, Any], factor: float, attention: float) -> None:
         ({"layer_types": ["chunked_attention"]}, "layer_types 'chunked_attention' is not supported: expected 'full_"),
         ({"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, "per_layer_config is set: expected layers that are all"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is set"),
+        ({"partial_rotary_factor": [1]}, r"partial_rotary_factor is \[1\]: expected a finite number"),
         (
             {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor is set",

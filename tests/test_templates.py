@@ -66,6 +66,12 @@ PUBLISHED = {
         "{% if messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content.strip() + '<|im_end|>\n' "
         "}}{% set messages = messages[1:] %}{% endif %}" + CHATML,
     ),
+    "ChatML, thoughts forgotten": (
+        "chatml",
+        CHATML.replace("{{'<|im_start|>'", "{% set content = message.content %}{% if message.role == 'assistant' %}"
+        "{% set content = content.split('</think>')[-1] %}{% endif %}{{'<|im_start|>'").replace(
+            "message['content']", "content"),
+    ),
     "Llama 2": ("llama2", _LLAMA2_SYSTEM.replace("DEFAULT", "false") + _LLAMA2_TURNS),
     "Vigogne": ("llama2", _LLAMA2_SYSTEM.replace("DEFAULT", "'Vous êtes Vigogne.\\nAidez.'") + _LLAMA2_TURNS),
     "Zephyr": (
@@ -92,6 +98,7 @@ def test_prompts_are_what_the_template_writes(name: str, tmp_path: Path) -> None
     for around in ("{}", " {}\n ") if kind != "llama2" else ("{}",):
         roles = ("system", "user", "assistant", "user")
         talk = [{"role": role, "content": around.format(role.title())} for role in roles]
+        talk[2]["content"] = around.format("<think>So.</think>Assistant")
         for messages in (talk[1:2], talk[1:], talk[:2], talk):
             expected = render(messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=True)
             found = "".join(dialog.render(messages, tokenizer))
@@ -131,7 +138,12 @@ class _Spelling:
         # its own behind each turn; its system prompt is made of parts
         CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif"),
         CHATML.replace("+ message['role'] +", "+ message['role'].replace('assistant', 'model') +"),
-        CHATML.replace("message['content']", "message['content'].split('</think>')[-1]"),
+        CHATML.replace("message['content']", "message['content'].split('</think>')[-1].upper()"),
+        # seen to write another prompt before it goes beyond what is followed
+        CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif").replace(
+            "{{'<|im_start|>'",
+            "{% if message['role'] == 'assistant' %}{% set x = message | tojson %}{% endif %}{{'<|im_start|>'",
+        ),
         CHATML.replace("'<|im_end|>'", "'<|im_end|>' + eos_token"),
         "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are ' + 'Sam.<|im_end|>\\n' }}{% endif %}"
         + CHATML,
@@ -145,7 +157,7 @@ class _Spelling:
 def test_a_template_that_is_refused(template: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     write_json(tmp_path / "tokenizer_config.json", {"chat_template": template})
-    with pytest.raises(MinisaError, match=r"its chat template is none of chatml, llama2, .*: pass --raw"):
+    with pytest.raises(MinisaError, match=r"its chat template (is none of chatml, .*|looks like .*): pass --raw"):
         find_dialog(tmp_path, load_tokenizer(tmp_path))
 
 
@@ -157,7 +169,18 @@ def test_a_template_that_is_refused(template: str, tmp_path: Path) -> None:
         ("{{ messages.__class__.__mro__ }}", "__mro__ of nothing"),
         ("{{ 'a' * 1000000000 }}", "Mul"),
         ("{% set x = 'aaaaaaaa' %}" + "{% set x = x + x %}" * 60, "it takes too long"),
-        ("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", "it takes too long"),
+        ("{% for a in range(999) %}{% for b in range(999) %}{% endfor %}{% endfor %}", "it takes too long"),
+        ("".join(f"{{% set a{i}=1 %}}" for i in range(3000)) + "{% for i in range(999) %}{% endfor %}", "too long"),
+        ("{% for a in range(999) %}{{ '" + "x" * 999 + "' }}{% endfor %}", "it writes too much"),
+        ("{{ range(1, 5000) }}", "a long range"),
+        ("{% set x = 0x" + "f" * 9999 + " %}{{ x % 7 }}", "a number of so many digits"),
+        ("{% set x = 0x7fffffffffffffff %}{{ x + x }}", "a number of so many digits"),
+        ("{{ 'x%s' % 7 }}", "a text's remainder"),
+        ("{{ 'x'.strip('" + "y" * 99 + "') }}", "strip"),
+        ("{{ 'x'.replace('x', '" + "y" * 9999 + "').replace('y', '" + "z" * 9999 + "') }}", "replace"),
+        ("{{ ' x '|trim(chars=' x') }}", "arguments by name"),
+        ("{{ 'a,b'.split(sep=',')[0] }}", "arguments by name"),
+        ("{{ 'a,b'.split(*[',']) }}", "arguments in a list"),
         ("{% set x = [1] %}" + "{% set x = [x, x] %}" * 60 + "{{ x }}", "a list of lists"),
         ("{% set x = namespace(a=1) %}{% set x.a = x %}{{ x }}", "a list of lists"),
         ("{{ messages }}", "a list as text"),

@@ -25,8 +25,8 @@ LOOKED_FOR = (
     "consolidated.*.pth or consolidated.safetensors, or one .gguf file"
 )
 BESIDE_THE_WEIGHTS = (
-    "config.json", "params.json", "generation_config.json", "added_tokens.json", "tekken.json", "tokenizer*",
-    "original/tokenizer.model",
+    "config.json", "params.json", "generation_config.json", "added_tokens.json", "tekken.json", "tokenizer.json",
+    "tokenizer.model*", "tokenizer_config.json", "chat_template.jinja", "original/tokenizer.model",
 )  # fmt: skip
 
 _PIECE = 1 << 20  # bytes compared at once
