@@ -20,7 +20,7 @@ from minisa.costs import kv_bytes
 from minisa.decode import TorchRunner, prefill_chunks
 from minisa.errors import MinisaError
 from minisa.model import Transformer
-from minisa.rope import apply_rope, rope_angles
+from minisa.rope import apply_rope
 from minisa.sharing import SharingPlan
 from minisa.study import cheapest as cheapest_module
 from minisa.study.cheapest import Step, cheapest, extensions
@@ -50,7 +50,7 @@ def written_out(model: Transformer, tokens: Tensor, rival: Rival) -> Tensor:
     """Logits [T, vocab_size] of tokens [T], from the definition of each rival."""
     config = model.config
     x, length = model.tok_embeddings.weight[tokens], len(tokens)
-    angles = rope_angles(model.rope_frequencies, torch.arange(length)[None])
+    angles = model.angles(torch.arange(length)[None])
     visible = torch.ones(length, length, dtype=torch.bool).tril()
     if config.sliding_window:
         visible &= ~torch.ones(length, length, dtype=torch.bool).tril(-config.sliding_window)
