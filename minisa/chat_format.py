@@ -24,11 +24,8 @@ _MAKERS_MARKS = ("<|start_header_id|>", "[MODEL_SETTINGS]", "[SYSTEM_PROMPT]", "
 
 _TALK = (*zip(ROLES, ("Be brief.", "Hi!", "<think>\nHm.\n</think>\n\nHello."), strict=True), ("user", "2+2?"))
 # What Meta's own code leaves out: the date, and with it a system prompt that says no more.
-_NO_PART = re.compile(
-    r"Cutting Knowledge Date: [^\n]{0,99}\nToday Date: [^\n]{0,99}\n\n"
-    r"|<\|start_header_id\|>system<\|end_header_id\|>\n\n"
-    r"(?:Cutting Knowledge Date: [^\n]{0,99}\nToday Date: [^\n]{0,99}\n\n)?<\|eot_id\|>"
-)
+_DATE = r"Cutting Knowledge Date: [^\n]{0,99}\nToday Date: [^\n]{0,99}\n\n"
+_NO_PART = re.compile(rf"{_DATE}|<\|start_header_id\|>system<\|end_header_id\|>\n\n(?:{_DATE})?<\|eot_id\|>")
 _TRIMS = [frozenset(roles) for count in range(4) for roles in itertools.combinations(ROLES, count)]
 
 
@@ -36,7 +33,7 @@ def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
     """The chat format of the model at a path, by its chat template; `raw` for a model that comes without one.
 
     Meta's and Mistral's own layouts have no place for a template: there the vocabulary's special tokens decide.
-    Raises MinisaError when the template is none of those known here.
+    Raises MinisaError when the template is none of those known here, or only looks like one.
     """
     template, special = tokenizer.chat_template, tokenizer.special
     if template is None:
@@ -71,30 +68,26 @@ def _as_written(template: str, dialog: Dialog, tokenizer: Tokenizer) -> Dialog |
     around = "{}" if mistral or dialog.name == "llama2" else " {} \n"
     talk = [{"role": role, "content": around.format(content)} for role, content in _TALK]
 
+    def compared(text: str) -> str:
+        return "".join(text.split()) if mistral else text
+
     trials = []
     for messages in (talk[1:2], talk[1:], talk[:2], talk):
         system = messages[0]["role"] == "system"
         if mistral and system != (dialog.name == "mistral-v7"):
             continue
         try:
-            found = written(template, messages, bos, eos)
+            trials.append((messages, compared(_NO_PART.sub("", written(template, messages, bos, eos)))))
         except Beyond:
             break
         except Refused:
-            if system:
-                continue
-            return None
-        found = _NO_PART.sub("", found)
-        trials.append((messages, "".join(found.split()) if mistral else found))
+            if not system:
+                return None
     if not trials:
         return dialog
     for trims, forgets in itertools.product(_TRIMS, (False, True)):
         variant = replace(dialog, trims=trims, forgets_thoughts=forgets)
-        spelled = [_spelled(variant, messages, template, bos) for messages, _ in trials]
-        pairs = [
-            (found, "".join(text.split()) if mistral else text)
-            for (_, found), text in zip(trials, spelled, strict=True)
-        ]
+        pairs = [(found, compared(_spelled(variant, messages, template, bos))) for messages, found in trials]
         if all(text in (found, found.removeprefix(bos), bos + found) for found, text in pairs):
             return replace(variant, begins=any(found == bos + text != text for found, text in pairs))
     return None

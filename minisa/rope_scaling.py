@@ -54,8 +54,8 @@ class RopeScaling:
         """
 
         def pair(turns: float) -> float:  # the one that makes so many turns over the original context
-            wavelength = self.original_max_seq_len / (2 * math.pi * turns)
-            return head_dim * math.log(wavelength) / (2 * math.log(max(theta, 1.001)))
+            inverse = self.original_max_seq_len / (2 * math.pi * turns)  # of its frequency
+            return head_dim * math.log(inverse) / (2 * math.log(max(theta, 1.001)))
 
         first, last = max(math.floor(pair(self.beta_fast)), 0), min(math.ceil(pair(self.beta_slow)), head_dim - 1)
         if first >= last:

@@ -203,10 +203,10 @@ class _Writer:
             case nodes.Filter(name="list"):
                 return list(value(node.node))
             case nodes.Filter(name="selectattr" | "rejectattr", args=[key, nodes.Const(value=test), *other]):
-                wanted = node.name == "selectattr"
-                found = [_item(item, value(key)) for item in value(node.node)]
+                wanted, items, name = node.name == "selectattr", value(node.node), value(key)
+                found = [_item(item, name) for item in items]
                 passes = [item == value(other[0]) if test == "equalto" else _TESTS[test](item) for item in found]
-                return [item for item, passed in zip(value(node.node), passes, strict=True) if passed == wanted]
+                return [item for item, passed in zip(items, passes, strict=True) if passed == wanted]
             case nodes.Filter(name="default", args=[other]):
                 given = value(node.node)
                 return value(other) if given is _UNDEFINED else given
