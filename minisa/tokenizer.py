@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os.path import lexists
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -187,15 +188,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             with _naming(file):
                 return _from_gguf(metadata)
         content = read_json(file) if file.suffix == ".json" else read_plain(file, _MAX_MODEL, "tokenizer")
-        settings = {name: read_json(folder / name) if (folder / name).is_file() else {} for name in _SETTINGS}
+        settings = {name: read_json(folder / name) if lexists(folder / name) else {} for name in _SETTINGS}
         template = folder / "chat_template.jinja"
         with _naming(file):
             vocabulary = _vocabulary(content)
         with _naming(folder):
-            chat_template = read_plain(template, _MAX_TEMPLATE, "template").decode() if template.is_file() else None
+            chat_template = read_plain(template, _MAX_TEMPLATE, "template").decode() if lexists(template) else None
             return _with_settings(vocabulary, settings, chat_template)
     except OSError as error:
-        raise MinisaError(f"{error.filename or file}: {error.strerror or error}: expected {_FILES}") from None
+        wrong = Path(error.filename or file)
+        expected = _FILES if wrong == file else "a file, or nothing of that name"
+        raise MinisaError(f"{wrong}: {error.strerror or error}: expected {expected}") from None
 
 
 @contextmanager

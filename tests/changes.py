@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import io
+import itertools
 import json
 import math
 import pickle
@@ -25,12 +26,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from minisa.checkpoint.gguf import read_gguf
 from minisa.errors import MinisaError
 from minisa.spm import _float, _message, _number, varint_at
 from tests.encode import encode_gguf
 
 Parsed = tuple[Any, Callable[[Any], bytes]]  # a tree of lists and dictionaries, and what makes a file of such a tree
+
+_BROKEN = (
+    ValueError, LookupError, RuntimeError, EOFError, struct.error, zipfile.BadZipFile, jinja2.TemplateError, MinisaError
+)  # fmt: skip
 
 
 def changed(content: bytes, chance: random.Random) -> bytes:
@@ -47,11 +54,13 @@ def changed(content: bytes, chance: random.Random) -> bytes:
 
 def parse(content: bytes) -> Parsed | None:
     """The values in a file of a format known here; None for another, and for what has lost its syntax."""
-    formats = {b"GGUF": _gguf, b"PK": _zip, b"\x80\x02": _pickle, b"\n": _sentencepiece}
+    formats = {
+        b"GGUF": _gguf, b"PK": _zip, b"\x80\x02": _pickle, b"\n": _sentencepiece, b"AA==": _tiktoken, b"{%": _template
+    }  # fmt: skip
     known = next((format for start, format in formats.items() if content.startswith(start)), _json)
     try:
         return known(content)
-    except (ValueError, LookupError, RuntimeError, EOFError, struct.error, zipfile.BadZipFile, MinisaError):
+    except _BROKEN:
         return None
 
 
@@ -152,12 +161,33 @@ def _sentencepiece(content: bytes) -> Parsed:
     return fields(content, 1), encode
 
 
+def _tiktoken(content: bytes) -> Parsed:
+    """Tokens and ranks in turn."""
+
+    def encode(tree: Any) -> bytes:
+        words = (word if isinstance(word, bytes) else str(word).encode() for word in tree)
+        return b"".join(word + end for word, end in zip(words, itertools.cycle((b" ", b"\n"))))
+
+    return content.split(), encode
+
+
+def _template(content: bytes) -> Parsed:
+    """The words of a chat template."""
+    words = [word for _, _, word in jinja2.Environment().lex(content.decode())]
+
+    def encode(tree: Any) -> bytes:
+        text = "".join(word if isinstance(word, str) else f" {word} " for word in tree)
+        return text.encode(errors="surrogatepass")
+
+    return words, encode
+
+
 def change_tree(tree: Any, chance: random.Random) -> None:
-    """A value is replaced, removed, taken from elsewhere in the tree or put under a word that minisa looks for."""
+    """A value is replaced, removed, taken from elsewhere in the tree, exchanged or put under a word known to minisa."""
     if not tree or not isinstance(tree, dict | list):
         return
     node, key = place_in(tree, chance)
-    match chance.randrange(4):
+    match chance.randrange(5):
         case 0:
             node[key] = odd_value(chance)
         case 1:
@@ -165,9 +195,12 @@ def change_tree(tree: Any, chance: random.Random) -> None:
         case 2:
             there, place = place_in(tree, chance)
             node[key] = copy.deepcopy(there[place])
-        case 3 if isinstance(node, dict):
-            node[chance.choice(words())] = odd_value(chance)
         case 3:
+            there, place = place_in(tree, chance)
+            node[key], there[place] = copy.deepcopy(there[place]), copy.deepcopy(node[key])
+        case 4 if isinstance(node, dict):
+            node[chance.choice(words())] = odd_value(chance)
+        case 4:
             node.insert(key, odd_value(chance))
 
 

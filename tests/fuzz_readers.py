@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zipfile
@@ -20,6 +21,7 @@ from minisa.study.findings import Findings, read_findings, write_findings
 from minisa.study.results import Results
 from minisa.study.tasks import TASKS, read_questions, read_rows
 from minisa.study.training import Training, read_training, write_training
+from minisa.templates import Beyond, Refused, written
 from minisa.tokenizer import load_tokenizer
 from tests.encode import encode_gguf, repack_zip
 from tests.loadable import N_TOKENS, VOCABULARY, loadable_gguf
@@ -38,6 +40,7 @@ from tests.vocabularies import (
     CHATML,
     byte_level_json,
     gguf_sentencepiece,
+    jinja_writes,
     sentencepiece_model,
     tekken_json,
     tiktoken_model,
@@ -80,7 +83,8 @@ class Reader:
 
 
 def hugging_face(folder: Path, name: str) -> Reader:
-    path = write_hf(folder, CONFIG, random_weights(CONFIG), shards=2 if "index" in name else 1)
+    shards, suffix = (2 if "index" in name else 1), (".bin" if ".bin" in name else ".safetensors")
+    path = write_hf(folder, CONFIG, random_weights(CONFIG), shards, suffix=suffix)
     return Reader(path / name, lambda: load(path), path)
 
 
@@ -155,6 +159,26 @@ def settings(folder: Path) -> Reader:
     return Reader(file, lambda: tokenize(folder), folder)
 
 
+def chat_template(folder: Path) -> Reader:
+    """What is followed must be what Jinja writes."""
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+    file, talk = folder / "chat_template.jinja", [{"role": "user", "content": " Hi!\n"}]
+    file.write_text(
+        "{% set ns = namespace(system='') %}{% if messages[0].role == 'system' %}{% set talk = messages[1:] %}"
+        "{% set ns.system = messages[0].content | trim %}{% else %}{% set talk = messages %}{% endif %}"
+        "{% if ns.system|length > 0 %}{{ '<|im_start|>system\\n' ~ ns.system ~ '<|im_end|>\\n' }}{% endif %}"
+        + CHATML.replace("messages", "talk")
+    )
+
+    def read() -> None:
+        tokenize(folder)
+        template = load_tokenizer(folder).chat_template
+        with contextlib.suppress(Beyond, Refused, NameError):  # the last is Jinja's for 1e999
+            assert template is None or written(template, talk, "<s>", "</s>") == jinja_writes(template, talk)
+
+    return Reader(file, read, folder)
+
+
 def plan(folder: Path) -> Reader:
     file = folder / "plan.json"
     delta = write_delta(folder / "plan.safetensors", {"layers.2.attention.wo.weight": torch.ones(64, 64)})
@@ -225,6 +249,7 @@ def models_toml(folder: Path) -> Reader:
 READERS: dict[str, Callable[[Path], Reader]] = {
     "safetensors": lambda folder: hugging_face(folder, "model.safetensors"),
     "index": lambda folder: hugging_face(folder, "model.safetensors.index.json"),
+    "pytorch index": lambda folder: hugging_face(folder, "pytorch_model.bin.index.json"),
     "config.json": lambda folder: hugging_face(folder, "config.json"),
     "params.json": lambda folder: described(folder, write_meta, "params.json"),
     "mistral": lambda folder: described(folder, write_mistral, "consolidated.safetensors"),
@@ -242,6 +267,7 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "sentencepiece.gguf": sentencepiece_in_gguf,
     "chat": chat,
     "tokenizer_config.json": settings,
+    "chat template": chat_template,
     "plan": plan,
     "delta": delta,
     "search state": search_state,

@@ -7,14 +7,17 @@ import functools
 import io
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minisa.bytelevel import TEKKEN_SPLIT
+from minisa.dialog import Message
 from minisa.tokenizer import Tokenizer, load_tokenizer
 
 SPLIT_LLAMA3 = "|".join(
@@ -51,6 +54,15 @@ CHATML = (
     "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+
+def jinja_writes(template: str, messages: Sequence[Message]) -> str:
+    """What Jinja makes of a chat template, as transformers has it do so."""
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    sandbox.globals["strftime_now"] = lambda form: form
+    return sandbox.from_string(template).render(
+        messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=True, tools=None
+    )
 
 
 def gpt2_letters() -> list[str]:
