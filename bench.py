@@ -9,6 +9,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from minisa.interrupts import end_without_traceback
+
+if __name__ == "__main__":
+    end_without_traceback()
+
 from minisa.benchmark import table
 from minisa.benchmark.peers import PEERS
 from minisa.benchmark.plot import check_matplotlib, plot

@@ -12,6 +12,11 @@ from typing import Any
 
 import click
 
+from minisa.interrupts import end_without_traceback
+
+if __name__ == "__main__":
+    end_without_traceback()
+
 from minisa import MinisaError
 from minisa.console import banner, mebibytes, model_options, open_model, run
 from minisa.conversation import Conversation

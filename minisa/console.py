@@ -22,6 +22,7 @@ from minisa.device import DTYPES, KV_DTYPES, dtype_name
 from minisa.download import pull
 from minisa.engine import LLM, load
 from minisa.errors import MinisaError
+from minisa.interrupts import raise_interrupts
 from minisa.quantize import QUANTIZATIONS
 from minisa.registry import DEFAULT_MODEL, ModelEntry, find, local_path, weights_dir
 from minisa.untrusted import write_whole
@@ -140,6 +141,7 @@ def run(command: click.Command) -> NoReturn:
     with contextlib.suppress(AttributeError):  # a stream that is closed, or somebody else's
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a character that it has not is a "?"
     try:
+        raise_interrupts()
         status = command.main(prog_name=name, standalone_mode=False)
     except (MinisaError, click.ClickException) as error:
         _fail(name, error.format_message() if isinstance(error, click.ClickException) else str(error))

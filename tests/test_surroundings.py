@@ -112,6 +112,21 @@ def test_an_output_that_takes_nothing(tiny: Path) -> None:
     assert ran.stderr.splitlines()[1:] == [b"chat.py: no space left on the disk while writing the output"]
 
 
+@pytest.mark.parametrize("command", [["chat.py"], ["bench.py"], ["-m", "minisa", "models"]], ids=" ".join)
+def test_ctrl_c_while_pytorch_loads(command: list[str], tmp_path: Path) -> None:
+    """That takes seconds; here it takes a minute."""
+    (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"loading\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (-signal.SIGINT, b"")
+
+
 @pytest.mark.parametrize("ignored", [False, True], ids=["hangup ends it", "as under nohup"])
 def test_a_terminal_that_is_closed(ignored: bool, tiny: Path, tmp_path: Path) -> None:
     """While an answer is on its way: nobody is left, no process stays behind and nothing is said."""
