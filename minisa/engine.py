@@ -67,8 +67,8 @@ def load(
     quantize: None, "int8" or "int4": the matrices' format, as in quantize.py.
     kv_dtype: what keys and values are kept in: auto for the weights' dtype, fp32, bf16, fp16, or fp8 (e4m3).
     compile: True, False or None for what is ready now, as in `choose_runner`.
-    backend: None for the fastest attention there is for the device, "torch", "kernels" (Triton's), or "reference" for
-        attention written out, which runs eager.
+    backend: None for the fastest attention there is for the device, "torch", "kernels" (Triton's, on CUDA), or
+        "reference" for attention written out, which runs eager.
     progress: called with (bytes done, bytes in all) while weights load.
     Raises MinisaError for whatever the caller can put right.
     """
