@@ -56,6 +56,8 @@ def compile_layers(model: Transformer) -> None:
     length, stay as they are.
     """
     on_gpu = model.norm.weight.is_cuda
+    limits = torch._dynamo.config  # every number of rows is compiled by itself: beyond 8 torch would raise an error
+    limits.recompile_limit = max(limits.recompile_limit, limits.accumulated_recompile_limit)
     for name in ("project", "project_values", "finish"):
         # Tuned along every axis, products of one row become reductions, which read their weights faster than cuBLAS.
         compiled = torch.compile(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -25,6 +26,7 @@ from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_na
 from minisa.dialog import DIALOGS, Dialog, Message
 from minisa.errors import MinisaError, shown
 from minisa.generate import compute_prefix, generate
+from minisa.interrupts import uninterrupted
 from minisa.loop import DecodingLoop
 from minisa.model import Transformer
 from minisa.prompts import Prompt, as_ids, as_list, check_names, is_dialog
@@ -65,8 +67,8 @@ def load(
     quantize: None, "int8" or "int4": the matrices' format, as in quantize.py.
     kv_dtype: what keys and values are kept in: auto for the weights' dtype, fp32, bf16, fp16, or fp8 (e4m3).
     compile: True, False or None for what is ready now, as in `choose_runner`.
-    backend: None for the fastest attention there is for the device, "torch", "kernels" (Triton's), or "reference" for
-        attention written out, which runs eager.
+    backend: None for the fastest attention there is for the device, "torch", "kernels" (Triton's, on CUDA), or
+        "reference" for attention written out, which runs eager.
     progress: called with (bytes done, bytes in all) while weights load.
     Raises MinisaError for whatever the caller can put right.
     """
@@ -83,6 +85,8 @@ def load(
         check_number("max_seq_len", max_seq_len, 1, limit, f"1 to {limit}, the model's own context", Integral)
         max_seq_len = int(max_seq_len)  # numpy's would be multiplied in so many bits
     max_batch = int(max_batch)
+    if backend == "kernels" and target.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise MinisaError(f"backend 'kernels' is for CUDA, the device is {target}: leave it out, or take 'torch'")
     tokenizer = load_tokenizer(path)
     with torch.device("meta"):
         transformer = Transformer(config, plan, backend or fastest_backend(target))
@@ -90,9 +94,9 @@ def load(
     blocks = check_quantization(quantize)
     native = native_step(config, target, compile=compile, quantized=blocks is not None) is not None
     number_format = choose_dtype(dtype, target, native=native)
+    kept = choose_kv_dtype(kv_dtype, number_format)
     load_weights(transformer, checkpoint, device=target, dtype=number_format, quantize=blocks, progress=progress)
     transformer.to(target)  # the buffers; the weights are there already
-    kept = choose_kv_dtype(kv_dtype, number_format)
     length = max_seq_len or _affordable_length(config, plan, max_batch, kept, target)
     cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=length, device=target, dtype=kept)
 
@@ -109,7 +113,7 @@ def _affordable_length(
     affordable = free_memory(device) // 2 // per_slot
     if affordable >= cache_slots(config, config.max_seq_len):
         return config.max_seq_len
-    return max(256, affordable // 256 * 256)
+    return min(max(256, affordable // 256 * 256), config.max_seq_len)
 
 
 class LLM:
@@ -219,6 +223,7 @@ class LLM:
             `prefix`: what a prompt has in common with it is not computed again.
         Raises MinisaError for an empty or too long prompt or an option out of range, before anything is computed.
         """
+        check_names(options, GenerationOptions, "generate")
         return self._start([self._prompt_ids(prompt) for prompt in as_list(prompts)], mid_text=True, **options)
 
     def chat(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> Iterator[Chunk]:
@@ -226,6 +231,7 @@ class LLM:
 
         What the dialog has in common with the cache, usually everything but the last message, is not computed again.
         """
+        check_names(options, GenerationOptions, "chat")
         if options.get("stop_ids") is None:
             options["stop_ids"] = self.dialog.stop_ids(self.tokenizer)
         return self._start([self._prompt_ids(self.dialog.render(messages, self.tokenizer))], mid_text=False, **options)
@@ -286,7 +292,6 @@ class LLM:
         speculate: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[Chunk]:
-        check_names(sampling, GenerationOptions, "generate")
         if not rows:
             raise MinisaError("generate: no prompt; give text or token ids")
         if len(rows) > self.cache.batch:
@@ -316,7 +321,8 @@ class LLM:
         """Take the cache for a generation, with the fastest runner by now."""
         with self._turns.alone:
             if may_become_native(self.runner, self._compile):
-                self.runner = choose_runner(self.model, self._compile)
+                with uninterrupted():  # half of the weights packed would leave no model
+                    self.runner = choose_runner(self.model, self._compile)
             return self._turns.begin()
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:

@@ -30,6 +30,7 @@ def uninterrupted() -> Iterator[None]:
         before = {
             waiting: signal.signal(waiting, lambda number, _: caught.append(number))
             for waiting in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(waiting) is not None  # one that is not Python's could not be put back
         }
     except ValueError:  # not in the main thread, where nobody gets a signal anyway
         yield

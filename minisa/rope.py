@@ -18,7 +18,8 @@ from minisa.rope_scaling import RopeScaling
 def rope_frequencies(config: ModelConfig) -> Tensor:
     """Radians a position for each pair of dimensions: [head_dim / 2], fp32, on the CPU.
 
-    In fp32 throughout, as the makers trained it. Raises MinisaError if a GGUF file's own factors do not fit.
+    In fp32 throughout, as the makers trained it. Raises MinisaError if a GGUF file's own factors do not fit, or YaRN's
+    numbers leave no pairs to go from one rule to the other in.
     """
     even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)

@@ -58,9 +58,9 @@ def choose_runner(model: Transformer, compile: bool | None = None) -> Runner:
     Weights move out of the model into a C++ step's own layout.
     """
     weight = model.norm.weight
-    if model.backend.name == "kernels":
-        use_kernels(model)
-        if weight.is_cuda and compile is not False:
+    if model.backend.name == "kernels" and weight.is_cuda:
+        use_kernels(model)  # whose int4 the C++ step could not pack
+        if compile is not False:
             return GraphRunner(model)
     if weight.dtype == torch.bfloat16:
         quantized = isinstance(model.tok_embeddings, QuantizedEmbedding)

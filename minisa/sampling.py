@@ -203,8 +203,17 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     total = sums[:, -1]
     # Strictly under the total, so that rounding never picks a refused token behind the last allowed one.
     target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(sums, target[:, None], right=True).squeeze(-1)
-    return tokens.clamp(max=sums.shape[-1] - 1).masked_fill(total.isnan(), NO_TOKEN)
+    tokens = torch.searchsorted(sums, target[:, None], right=True).squeeze(-1).clamp(max=sums.shape[-1] - 1)
+    if not probabilities.is_cpu:
+        tokens = none_refused(tokens, probabilities)
+    return tokens.masked_fill(total.isnan(), NO_TOKEN)
+
+
+def none_refused(tokens: Tensor, probabilities: Tensor) -> Tensor:
+    """Tokens [B], the likeliest in place of one of probability 0: a GPU sums in parallel, and its running sums, not
+    quite in order, may lead to one (https://github.com/pytorch/pytorch/issues/21780)."""
+    refused = probabilities.gather(-1, tokens[:, None])[:, 0] == 0
+    return torch.where(refused, probabilities.argmax(dim=-1), tokens)
 
 
 def check_number(option: str, value: object, least: float, most: float, expected: str, kind: type = Real) -> None:

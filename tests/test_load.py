@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from minisa import MinisaError, load
-from tests.loadable import chat_model
+from tests.loadable import N_TOKENS, chat_model, loadable_hf
+from tests.tiny import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -24,11 +25,26 @@ from tests.loadable import chat_model
         ({"max_batch": 1.5}, "max_batch is 1.5: expected 1 or more"),
         ({"max_batch": True}, "max_batch is True: expected 1 or more"),
         ({"max_seq_len": True}, "max_seq_len is True: expected 1 to 256"),
+        ({"kv_dtype": "fp4"}, "--kv-dtype 'fp4' is not supported"),
+        ({"backend": "kernels"}, "backend 'kernels' is for CUDA, the device is cpu: leave it out, or take 'torch'"),
     ],
 )
-def test_arguments_of_the_wrong_kind(options: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_arguments_of_the_wrong_kind(
+    options: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before weights are read, which may take minutes."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("minisa.engine.load_weights", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(MinisaError, match=says):
         load(chat_model(tmp_path), **{"device": "cpu", **options})
+
+
+def test_no_context_beyond_the_models_own_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minisa.engine.free_memory", lambda _: 0)
+    config = tiny_config(vocab_size=N_TOKENS, max_seq_len=100)
+    assert load(loadable_hf(tmp_path, config), device="cpu").cache.length == 100
 
 
 def test_whole_numbers_of_numpy_s_are_python_s(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,10 +23,12 @@ from minisa.errors import MinisaError
 from minisa.model import Linear, Transformer
 from minisa.native import build
 from minisa.native.build import open_library
+from minisa.native.packing import Packed, pack_bf16
 from minisa.native.runner import NativeRunner, supports
 from minisa.runners import choose_runner, may_become_native, native_step
 from minisa.sharing import SharingPlan
 from minisa.speculate import LONGEST
+from tests.engines import byte_llm
 from tests.families import FAMILIES
 from tests.models import build_model, random_tokens
 from tests.tiny import tiny_config
@@ -304,6 +307,29 @@ def test_eager_first_and_native_once_it_is_built(bf16_model: Transformer, nothin
         time.sleep(0.2)
     assert not list(nothing_built.rglob("*.part"))
     assert choose_runner(bf16_model).name == "C++ step"
+
+
+def test_an_interrupt_leaves_no_model_half_packed(
+    bf16_model: Transformer, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits until the weights have moved into the step that has been built meanwhile."""
+    cache = StaticCache.allocate(bf16_model.config, bf16_model.plan, max_seq_len=32)
+    monkeypatch.setattr("minisa.runners.open_library", lambda wait: None)
+    llm = byte_llm(bf16_model, cache)
+    monkeypatch.setattr("minisa.runners.open_library", lambda wait: library)
+    packing = []
+
+    def interrupted(weight: Tensor) -> Packed:
+        packing.append(weight)
+        if len(packing) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return pack_bf16(weight)
+
+    monkeypatch.setattr("minisa.native.runner.pack_bf16", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(llm.generate("a"))
+    assert llm.runner.name == "C++ step"
+    assert llm.logits([1, 2]).isfinite().all()
 
 
 def test_auto_is_bf16_on_any_cpu_once_the_step_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from minisa.model import Transformer
 from minisa.native.build import open_library
 from minisa.native.runner import NativeRunner
 from minisa.quantize import BLOCK, Blocks, check_quantization, quantize
+from minisa.runners import choose_runner
 from minisa.sharing import SharingPlan
 from tests.models import in_one_go, random_tokens
 from tests.tiny import random_weights, tiny_config, write_gguf, write_hf
@@ -25,9 +26,9 @@ CONFIG = tiny_config(n_layers=4, dim=64, n_heads=4, n_kv_heads=2, head_dim=32, h
 PLAN = SharingPlan.parse("2", 4)
 
 
-def read(path: Path, format: Any, dtype: torch.dtype = torch.float32) -> Transformer:
+def read(path: Path, format: Any, dtype: torch.dtype = torch.float32, backend: str = "torch") -> Transformer:
     with torch.device("meta"):
-        model = Transformer(CONFIG, PLAN)
+        model = Transformer(CONFIG, PLAN, backend)
     load_weights(model, open_checkpoint(path), device="cpu", dtype=dtype, quantize=format)
     return model.requires_grad_(False)
 
@@ -115,6 +116,32 @@ def test_the_cpp_step_computes_with_the_blocks(format: Any, extreme: bool, tmp_p
     plain_bytes = sum(weight.nbytes for weight in read(tmp_path, format).state_dict().values())
     assert native.weight_bytes <= plain_bytes + 32 * 4 * CONFIG.dim * CONFIG.n_layers
     assert not any(buffer.numel() for name, buffer in native.model.named_buffers() if name.endswith("quants"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("module", ["attention.wv", "feed_forward.w1"])
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_damaged_scale_is_not_rounded_away(format: Any, module: str, tmp_path: Path) -> None:
+    """Activations of eight bits have no NaN: their scale has it."""
+    library = open_library(wait=True)
+    assert library is not None
+    write_hf(tmp_path, CONFIG, random_weights(CONFIG, 0))
+    model = read(tmp_path, format)
+    model.get_submodule(f"layers.1.{module}").get_buffer("scales")[5] = float("nan")
+    cache = StaticCache.allocate(CONFIG, PLAN, max_seq_len=40)
+    assert NativeRunner(model, library).prefill(random_tokens(CONFIG, 1, 20), 0, cache).isnan().any()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_cpp_step_finds_int4_as_it_was_whatever_the_backend(tmp_path: Path) -> None:
+    """What is packed into half the bytes for Triton would be read as half as many columns."""
+    write_hf(tmp_path, CONFIG, random_weights(CONFIG, 0))
+    tokens, logits = random_tokens(CONFIG, 1, 20), []
+    for backend in ("torch", "kernels"):
+        runner = choose_runner(read(tmp_path, "int4", torch.bfloat16, backend), compile=True)
+        assert runner.name == "C++ step"
+        logits.append(runner.prefill(tokens, 0, StaticCache.allocate(CONFIG, PLAN, max_seq_len=20)))
+    assert torch.equal(*logits)
 
 
 def test_unknown_formats_and_unfit_widths_are_named(tmp_path: Path) -> None:

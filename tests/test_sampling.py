@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minisa.errors import MinisaError
-from minisa.sampling import NO_TOKEN, Sampling, draw, keep_min_p, keep_top_k, keep_top_p, penalize
+from minisa.sampling import NO_TOKEN, Sampling, draw, keep_min_p, keep_top_k, keep_top_p, none_refused, penalize
 
 PROBABILITIES = torch.tensor([[0.05, 0.5, 0.25, 0.15, 0.05]])
 LOGITS = PROBABILITIES.log() + 3.0  # logits know no absolute level
@@ -48,6 +48,11 @@ def test_draw_is_the_inverse_of_the_running_sum() -> None:
     largest = 1 - 2**-24
     drawn = [draw(p, torch.tensor([u])).item() for u in (0.0, 0.2499, 0.2501, 0.9, largest)]
     assert drawn == [1, 1, 3, 3, 3]
+
+
+def test_a_gpus_sums_lead_to_no_refused_token() -> None:
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0], [0.0, 0.25, 0.0, 0.75, 0.0]])
+    assert none_refused(torch.tensor([1, 2]), p).tolist() == [1, 3]
 
 
 def test_frequencies_follow_the_distribution() -> None:

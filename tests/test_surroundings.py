@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from minisa.interrupts import uninterrupted
 from tests.loadable import chat_model
 
 ROOT = Path(__file__).parents[1]
@@ -186,6 +187,16 @@ def test_parent_and_child_go_on_after_a_fork(when: str, compiled: bool, tmp_path
     assert one == other
     assert len(one) > 24
     assert one.startswith("C++ step" if compiled else "eager")
+
+
+def test_a_signal_handler_that_is_not_pythons_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a program that Python is embedded in: Python, which knows it as None, could not put it back."""
+    set_for: list[int] = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGHUP else signal.SIG_DFL)
+    monkeypatch.setattr(signal, "signal", lambda number, _: set_for.append(number))
+    with uninterrupted():
+        pass
+    assert set_for == [signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGINT]
 
 
 COMPILES = """

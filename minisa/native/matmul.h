@@ -28,9 +28,9 @@ struct Activations {
             return;
         }
         for (int b = 0; b < cols / kBlock; ++b, values += kBlock) {
-            f32s most = {};
-            for (int i = 0; i < kBlock; i += kLanes) most = max(most, max(load(values + i), -load(values + i)));
-            float scale = max_of(most) / 127.f, inverse = scale > 0 ? 1.f / scale : 0.f;
+            i32s most = {};  // absolute values by their bits, of which NaN's are the largest: it stays one, in the scale
+            for (int i = 0; i < kBlock; i += kLanes) most = max(most, (i32s)load(values + i) & 0x7fffffff);
+            float scale = std::bit_cast<float>(max_of(most)) / 127.f, inverse = scale > 0 ? 1.f / scale : 0.f;
             i32s total = {};
             for (int i = 0; i < kBlock; i += kLanes) {
                 i32s q = __builtin_convertvector(round(load(values + i) * inverse), i32s);

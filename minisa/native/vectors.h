@@ -91,7 +91,8 @@ static inline void store(bf16* p, f32s v) {
     memcpy(p, &rounded, sizeof rounded);
 }
 
-static inline f32s max(f32s a, f32s b) { return a > b ? a : b; }
+template <class V>
+static inline V max(V a, V b) { return a > b ? a : b; }
 static inline f32s min(f32s a, f32s b) { return a < b ? a : b; }
 static inline f32s round(f32s v) {  // adding 1.5 * 2^23 leaves no bits for the fraction; for |v| < 2^22
     return (v + 12582912.f) - 12582912.f;
@@ -121,8 +122,9 @@ static inline float sum_of(f32s v) {
     for (int i = 0; i < kLanes; ++i) sum += v[i];
     return sum;
 }
-static inline float max_of(f32s v) {
-    float most = v[0];
+template <class V>
+static inline auto max_of(V v) {
+    auto most = v[0];
     for (int i = 1; i < kLanes; ++i) most = std::max(most, v[i]);
     return most;
 }
