@@ -140,7 +140,7 @@ def run(command: click.Command) -> NoReturn:
     with contextlib.suppress(AttributeError):  # a stream that is closed, or somebody else's
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a character that it has not is a "?"
     try:
-        status = command.main(prog_name=name, standalone_mode=False)
+        status = command.main(prog_name=name, standalone_mode=False, help_option_names=["-h", "--help"])
     except (MinisaError, click.ClickException) as error:
         _fail(name, error.format_message() if isinstance(error, click.ClickException) else str(error))
     except (KeyboardInterrupt, click.Abort):
