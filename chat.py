@@ -22,6 +22,8 @@ from minisa.console import banner, mebibytes, model_options, open_model, run
 from minisa.conversation import Conversation
 from minisa.costs import kv_bytes
 from minisa.registry import choose_plan, resolve
+from minisa.row import Options
+from minisa.sampling import Sampling, SamplingOptions
 
 HELP = """\
 /reset         forget the conversation
@@ -95,17 +97,16 @@ def main(
         check_utf8("--stop", text)
     if raw and system:
         raise MinisaError("--raw continues the text as it stands: leave out --system")
-    options = {
-        "max_new_tokens": max_new_tokens,
+    sampling: SamplingOptions = {
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
-        "stop": stop,
-        "speculate": speculate,
     }
+    Options(Sampling(**sampling), max_new_tokens, stop)  # what is out of range is told before a model loads
+    options = {"max_new_tokens": max_new_tokens, "stop": stop, "speculate": speculate}
     loading = {
         "device": device,
         "dtype": dtype,
@@ -114,7 +115,7 @@ def main(
         "max_seq_len": max_seq_len,
         "compile": compiled,
     }
-    conversation = Conversation(open_model(model, sa=sa, **loading), system, raw, **options)
+    conversation = Conversation(open_model(model, sa=sa, **loading), system, raw, **sampling, **options)
     click.echo(banner(conversation.llm, model), err=True)
     if prompt is not None:
         answer(conversation, prompt)

@@ -70,7 +70,10 @@ class Batch:
             return self._loop.add(ids, options, prefix=prefix)
 
     def cancel(self, row: int) -> None:
-        """End a row, by the number `add` returned: no chunk of it follows. One that has ended stays as it is."""
+        """End a row, by the number `add` returned: no chunk of it follows. One that has ended stays as it is.
+
+        Raises MinisaError for a number that `add` never returned.
+        """
         with self._alone:
             self._loop.cancel(row)
 
@@ -78,7 +81,8 @@ class Batch:
         return self
 
     def __next__(self) -> Chunk:
-        """Raises MinisaError once another generation has begun on the model, and after an interrupted step."""
+        """Raises MinisaError once another generation has begun on the model, after an interrupted step, and for logits
+        that are no numbers."""
         with self._turn():
             chunk = next(self._loop, None)
         if chunk is None:

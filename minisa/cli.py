@@ -22,9 +22,12 @@ from minisa.study.rivals_command import rivals
 from minisa.study.search_command import search
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def main() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def main(context: click.Context) -> None:
     """Fetch models, look at sharing plans, check a machine. To talk to a model: chat.py; to measure one: bench.py."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @main.command()

@@ -142,7 +142,7 @@ def run(command: click.Command) -> NoReturn:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a character that it has not is a "?"
     try:
         raise_interrupts()
-        status = command.main(prog_name=name, standalone_mode=False)
+        status = command.main(prog_name=name, standalone_mode=False, help_option_names=["-h", "--help"])
     except (MinisaError, click.ClickException) as error:
         _fail(name, error.format_message() if isinstance(error, click.ClickException) else str(error))
     except (KeyboardInterrupt, click.Abort):

@@ -221,7 +221,9 @@ class LLM:
         options: max_new_tokens, stop (a string or several), stop_ids (the model's own by default) and speculate, as in
             `Options`; temperature, top_k, top_p, min_p, repetition_penalty and seed, as in `Sampling`; prefix, from
             `prefix`: what a prompt has in common with it is not computed again.
-        Raises MinisaError for an empty or too long prompt or an option out of range, before anything is computed.
+        Raises MinisaError for an empty or too long prompt or an option out of range, before anything is computed; on
+        the way once another generation has begun on the model, after an interrupted step, and for logits that are no
+        numbers.
         """
         check_names(options, GenerationOptions, "generate")
         return self._start([self._prompt_ids(prompt) for prompt in as_list(prompts)], mid_text=True, **options)
@@ -230,6 +232,8 @@ class LLM:
         """Answer the last of messages, [{"role": "user", "content": ...}, ...]; options as in `generate`.
 
         What the dialog has in common with the cache, usually everything but the last message, is not computed again.
+        Raises MinisaError as `generate` does, for messages that the chat format has no place for, and where it is not
+        known.
         """
         check_names(options, GenerationOptions, "chat")
         if options.get("stop_ids") is None:

@@ -34,7 +34,7 @@ class Stats:
     prompt_tokens: int
     reused_tokens: int  # of the prompt, found in the cache or in a prefix
     new_tokens: int
-    time_to_first_token: float  # seconds from the call, or from the row's own `add`
+    time_to_first_token: float  # seconds since the first chunk was asked for, or since the row's own `add`
     prompt_tokens_per_second: float  # of the tokens that were not reused, in that time
     tokens_per_second: float  # after the first token; 0 when there was only one
     peak_memory: int  # bytes: the device's allocator on a GPU, the process on the CPU

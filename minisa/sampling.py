@@ -19,6 +19,7 @@ from torch import Tensor
 from minisa.errors import MinisaError, shown
 
 NO_TOKEN = -1  # chosen where the logits are no numbers: the host finds it among the tokens it reads
+NUCLEUS = 1024  # of the likeliest tokens, which mostly reach top_p
 
 LogitsFilter = Callable[[Tensor], Tensor]  # [B, vocab_size] fp32 → the same, refused tokens at -inf
 
@@ -181,12 +182,19 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The fewest most likely tokens whose probabilities reach p (Holtzman et al., arXiv 1904.09751)."""
-    ordered, order = logits.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # what the more likely tokens already reach
-    refused = (before >= p) & (before > 0)  # never the likeliest
-    return logits.masked_fill(refused.gather(-1, order.argsort(dim=-1)), float("-inf"))
+    """The fewest most likely tokens whose probabilities reach p (Holtzman et al., arXiv 1904.09751), and those equal
+    to the last of them."""
+    n_tokens = logits.shape[-1]
+    # A CPU sorts a vocabulary in as long as a small model's step takes; a GPU's graph cannot wait to see if it must.
+    for count in (min(NUCLEUS, n_tokens), n_tokens) if logits.is_cpu else (n_tokens,):
+        ordered = logits.topk(count, dim=-1).values if count < n_tokens else logits.sort(dim=-1, descending=True).values
+        probabilities = (ordered - logits.logsumexp(dim=-1, keepdim=True)).exp()
+        before = probabilities.cumsum(dim=-1) - probabilities  # what the more likely tokens already reach
+        refused = (before >= p) & (before > 0)  # never the likeliest
+        if logits.is_cpu and refused[:, -1].all():
+            break
+    threshold = ordered.masked_fill(refused, float("inf")).amin(dim=-1, keepdim=True)
+    return logits.masked_fill(logits < threshold, float("-inf"))
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:

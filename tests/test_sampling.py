@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from minisa.errors import MinisaError
-from minisa.sampling import NO_TOKEN, Sampling, draw, keep_min_p, keep_top_k, keep_top_p, none_refused, penalize
+from minisa.sampling import (
+    NO_TOKEN,
+    NUCLEUS,
+    Sampling,
+    draw,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    none_refused,
+    penalize,
+)
 
 PROBABILITIES = torch.tensor([[0.05, 0.5, 0.25, 0.15, 0.05]])
 LOGITS = PROBABILITIES.log() + 3.0  # logits know no absolute level
@@ -26,10 +36,27 @@ def test_filters_keep_what_their_definitions_say() -> None:
     assert kept(keep_top_p(LOGITS, 0.5)) == [1]
     assert kept(keep_top_p(LOGITS, 0.51)) == [1, 2]
     assert kept(keep_top_p(LOGITS, 0.8)) == [1, 2, 3]
+    assert kept(keep_top_p(LOGITS, 0.94)) == [0, 1, 2, 3, 4]  # two are alike
     for tiny in (1e-9, 1e-50):
         assert kept(keep_top_p(LOGITS, tiny)) == [1]  # the likeliest always stays
     assert kept(keep_min_p(LOGITS, 0.25)) == [1, 2, 3]
     assert kept(keep_min_p(LOGITS, 1.0)) == [1]
+
+
+def test_top_p_of_a_large_vocabulary() -> None:
+    """Rows of which a few tokens, some thousands or nearly all are kept, each as it is alone."""
+    logits = torch.randn(3, 6 * NUCLEUS, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[9.0], [2.0], [0.1]]
+    )
+    found = keep_top_p(logits, 0.9)
+    for row, filtered in zip(logits, found, strict=True):
+        assert torch.equal(keep_top_p(row[None], 0.9)[0], filtered)
+        probabilities = row.double().softmax(-1)
+        chosen = probabilities[filtered.isfinite()]
+        assert probabilities[filtered.isinf()].max() < chosen.min()
+        assert chosen.sum() - chosen.min() < 0.9 <= chosen.sum()
+    counts = found.isfinite().sum(-1).tolist()
+    assert counts[0] < 100 and NUCLEUS < counts[1] < counts[2]
 
 
 def test_penalty_moves_seen_tokens_down_whatever_their_sign() -> None:

@@ -23,7 +23,7 @@ from minisa.model import Transformer
 from minisa.rope import apply_rope
 from minisa.sharing import SharingPlan
 from minisa.study import cheapest as cheapest_module
-from minisa.study.cheapest import Step, cheapest, extensions
+from minisa.study.cheapest import KEPT, Step, cheapest, extensions
 from minisa.study.loss import token_losses
 from minisa.study.rivals import Rival, altered, round_to_int8, slot_bytes
 from minisa.study.variants import parse_variants
@@ -276,6 +276,11 @@ def test_the_command_prints_and_writes_what_is_chosen(
     assert (found["settings"]["dtype"], found["settings"]["quantize"]) == ("bf16", "int8")
     plain, first = cheapest(llm.model, ids, "drop", 1)
     assert found["steps"][0]["ratio"] != pytest.approx(math.exp(first.loss - plain.loss), rel=1e-6)
+    status, _, err = run("drop", 5, "--text", text, "--length", 40, "--limit", 1)
+    assert status == 0 and "5 layers were asked for, no more than 4 can be chosen" in err
+    status, _, err = run("drop", KEPT + 1, "--text", text)
+    assert status == 2 and f"not in the range 1<=x<={KEPT}" in err
+    assert f"{KEPT} at most" in run("--help")[1]
     steps = [Step(Rival(), 1.0), Step(Rival.parse("drop:2", 4), 1000.0)]
     monkeypatch.setattr("minisa.study.rivals_command.cheapest", lambda *_, **__: iter(steps))
     status, out, err = run("drop", 1, "--text", text, "--length", 40, "--json", tmp_path / "r.json")

@@ -9,7 +9,7 @@ import click
 from minisa.console import OutputFile, keep_apart, open_model, weights_options, write_json
 from minisa.device import dtype_name
 from minisa.registry import resolve
-from minisa.study.cheapest import cheapest
+from minisa.study.cheapest import KEPT, cheapest
 from minisa.study.compare import exp
 from minisa.study.evaluation_report import finite
 from minisa.study.options import LENGTH
@@ -21,7 +21,7 @@ from minisa.study.variants import parse_variants
 @click.command()
 @weights_options
 @click.argument("kind", type=click.Choice(["drop", "cla"]))
-@click.argument("layers", type=click.IntRange(1))
+@click.argument("layers", type=click.IntRange(1, KEPT))
 @click.option("--text", required=True, metavar="FILE", help="UTF-8 text to choose by; not the one to be tested on.")
 @LENGTH
 @click.option("--limit", type=click.IntRange(1), default=4, show_default=True, help="Only so many windows.")
@@ -29,7 +29,8 @@ from minisa.study.variants import parse_variants
 def rivals(
     model: str, kind: str, layers: int, text: str, length: int, limit: int, json_file: str | None, **load: Any
 ) -> None:
-    """Choose the LAYERS layers that cost least without their attention (drop), or with another's keys and values (cla).
+    """Choose the LAYERS layers, 12 at most, that cost least without their attention (drop), or with another's keys and
+    values (cla).
 
     Greedily, by the loss on a text. Each line is a --rival that eval takes, with what it saves and its perplexity.
     """
@@ -59,6 +60,8 @@ def rivals(
     finally:
         if bar:
             bar[0].close()
+    if len(steps) < layers:
+        click.echo(f"rivals {kind}: {layers} layers were asked for, no more than {len(steps)} can be chosen", err=True)
     if json_file is not None:
         path, entry = resolve(model)
         settings = {
