@@ -1,12 +1,15 @@
-"""Which device and dtype to run on, how many threads after a fork, and how much memory was used."""
+"""Which device and dtype to run on, how many threads at what times, and how much memory was used."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,6 +33,33 @@ def _do_without_threads() -> None:
     torch.set_num_threads(1)
     if inductor := sys.modules.get("torch._inductor.config"):  # torch.compile, whose pool of threads stayed behind too
         inductor.compile_threads = 1  # type: ignore[attr-defined]
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """PyTorch computes in the calling thread alone, on a CPU where its threads are libgomp's, as they are on Linux.
+
+    For milliseconds after an operation that they share they spin on cores that a C++ step's threads need by then.
+    """
+    threads, openmp = torch.get_num_threads(), _openmp()
+    if openmp is None or threads == 1:
+        yield
+        return
+    openmp.omp_set_num_threads(1)  # torch.set_num_threads would change what other threads begin with too
+    try:
+        yield
+    finally:
+        openmp.omp_set_num_threads(threads)
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """The libgomp that PyTorch has loaded, its own or the system's; None where it has another library."""
+    bundled = (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")
+    try:
+        return ctypes.CDLL(str(next(bundled, "libgomp.so.1")))
+    except OSError:
+        return None
 
 
 def choose_device(name: str = "auto") -> torch.device:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TypedDict
@@ -16,6 +17,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from minisa.device import one_torch_thread
 from minisa.errors import MinisaError, shown
 
 NO_TOKEN = -1  # chosen where the logits are no numbers: the host finds it among the tokens it reads
@@ -147,8 +149,9 @@ class Chooser:
     def __call__(self, logits: Tensor, positions: Tensor) -> Tensor:
         """The tokens [B] to follow those at positions [B], which logits [B, vocab_size] were computed for."""
         uniforms = None if self.uniforms is None else self.uniforms.gather(1, positions[:, None])[:, 0]
-        tokens = self.sampling.choose(logits, uniforms, self.seen)
-        self.note(tokens)
+        with one_torch_thread() if logits.is_cpu else nullcontext():
+            tokens = self.sampling.choose(logits, uniforms, self.seen)
+            self.note(tokens)
         return tokens
 
     def note(self, tokens: Tensor) -> None:
@@ -184,17 +187,16 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """The fewest most likely tokens whose probabilities reach p (Holtzman et al., arXiv 1904.09751), and those equal
     to the last of them."""
-    n_tokens = logits.shape[-1]
+    probabilities, n_tokens = logits.softmax(dim=-1), logits.shape[-1]
     # A CPU sorts a vocabulary in as long as a small model's step takes; a GPU's graph cannot wait to see if it must.
     for count in (min(NUCLEUS, n_tokens), n_tokens) if logits.is_cpu else (n_tokens,):
-        ordered = logits.topk(count, dim=-1).values if count < n_tokens else logits.sort(dim=-1, descending=True).values
-        probabilities = (ordered - logits.logsumexp(dim=-1, keepdim=True)).exp()
-        before = probabilities.cumsum(dim=-1) - probabilities  # what the more likely tokens already reach
+        ordered = (probabilities.topk(count) if count < n_tokens else probabilities.sort(descending=True)).values
+        before = ordered.cumsum(dim=-1) - ordered  # what the more likely tokens already reach
         refused = (before >= p) & (before > 0)  # never the likeliest
         if logits.is_cpu and refused[:, -1].all():
             break
     threshold = ordered.masked_fill(refused, float("inf")).amin(dim=-1, keepdim=True)
-    return logits.masked_fill(logits < threshold, float("-inf"))
+    return logits.masked_fill(probabilities < threshold, float("-inf"))
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from fractions import Fraction
 from typing import Any
 
@@ -13,6 +14,7 @@ from minisa.errors import MinisaError
 from minisa.sampling import (
     NO_TOKEN,
     NUCLEUS,
+    Chooser,
     Sampling,
     draw,
     keep_min_p,
@@ -80,6 +82,19 @@ def test_draw_is_the_inverse_of_the_running_sum() -> None:
 def test_a_gpus_sums_lead_to_no_refused_token() -> None:
     p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0], [0.0, 0.25, 0.0, 0.75, 0.0]])
     assert none_refused(torch.tensor([1, 2]), p).tolist() == [1, 3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's threads are libgomp's on Linux")
+def test_a_choice_leaves_the_other_cores_to_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's threads would spin there while the next step's begin."""
+    seen, choose, threads = [], Sampling.choose, torch.get_num_threads()
+    monkeypatch.setattr(Sampling, "choose", lambda *given: seen.append(torch.get_num_threads()) or choose(*given))
+    torch.set_num_threads(3)
+    try:
+        Chooser.greedy(1)(LOGITS, torch.tensor([0]))
+        assert (seen, torch.get_num_threads()) == ([1], 3)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_frequencies_follow_the_distribution() -> None:
