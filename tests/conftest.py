@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +52,16 @@ def one_thread() -> Iterator[None]:
 def native_library() -> None:
     """The C++ step is built before anything is compared: a run that found it ready half way would change its text."""
     open_library(wait=True)
+
+
+@pytest.fixture(scope="session")
+def library(native_library: None) -> ctypes.CDLL:
+    """The C++ step's."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    opened = open_library(wait=True)
+    assert opened is not None
+    return opened
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from minisa.cache import StaticCache
 from minisa.checkpoint import load_weights, open_checkpoint
 from minisa.errors import MinisaError
 from minisa.model import Transformer
-from minisa.native.build import open_library
 from minisa.native.runner import NativeRunner
 from minisa.quantize import BLOCK, Blocks, check_quantization, quantize
 from minisa.runners import choose_runner
@@ -88,13 +88,12 @@ def rounded_to_blocks(x: Tensor) -> Tensor:
     return ((blocks / scales.clamp_min(1e-30)).round() * scales).flatten(-2)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("extreme", [False, True], ids=["random", "extreme"])
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_the_cpp_step_computes_with_the_blocks(format: Any, extreme: bool, tmp_path: Path) -> None:
+def test_the_cpp_step_computes_with_the_blocks(
+    format: Any, extreme: bool, tmp_path: Path, library: ctypes.CDLL
+) -> None:
     """extreme: every integer is the largest there is or the smallest, and the sums the largest that can be."""
-    library = open_library(wait=True)
-    assert library is not None
     weights = random_weights(CONFIG, 0)
     if extreme:
         for weight in weights.values():
@@ -118,13 +117,10 @@ def test_the_cpp_step_computes_with_the_blocks(format: Any, extreme: bool, tmp_p
     assert not any(buffer.numel() for name, buffer in native.model.named_buffers() if name.endswith("quants"))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("module", ["attention.wv", "feed_forward.w1"])
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_a_damaged_scale_is_not_rounded_away(format: Any, module: str, tmp_path: Path) -> None:
+def test_a_damaged_scale_is_not_rounded_away(format: Any, module: str, tmp_path: Path, library: ctypes.CDLL) -> None:
     """Activations of eight bits have no NaN: their scale has it."""
-    library = open_library(wait=True)
-    assert library is not None
     write_hf(tmp_path, CONFIG, random_weights(CONFIG, 0))
     model = read(tmp_path, format)
     model.get_submodule(f"layers.1.{module}").get_buffer("scales")[5] = float("nan")
