@@ -62,6 +62,11 @@ def _openmp() -> ctypes.CDLL | None:
         return None
 
 
+def runs_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels run there: on CUDA, and anywhere in its interpreter."""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def choose_device(name: str = "auto") -> torch.device:
     """ "auto" is CUDA where there is one, else Apple's GPU, else the CPU. MinisaError if the one named is absent."""
     if name == "auto":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -22,7 +21,15 @@ from minisa.chat_format import find_dialog
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta
 from minisa.config import ModelConfig
 from minisa.costs import cache_slots, kv_bytes
-from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_name, free_memory, keep_forks_running
+from minisa.device import (
+    choose_device,
+    choose_dtype,
+    choose_kv_dtype,
+    dtype_name,
+    free_memory,
+    keep_forks_running,
+    runs_kernels,
+)
 from minisa.dialog import DIALOGS, Dialog, Message
 from minisa.errors import MinisaError, shown
 from minisa.generate import compute_prefix, generate
@@ -85,7 +92,7 @@ def load(
         check_number("max_seq_len", max_seq_len, 1, limit, f"1 to {limit}, the model's own context", Integral)
         max_seq_len = int(max_seq_len)  # numpy's would be multiplied in so many bits
     max_batch = int(max_batch)
-    if backend == "kernels" and target.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if backend == "kernels" and not runs_kernels(target):
         raise MinisaError(f"backend 'kernels' is for CUDA, the device is {target}: leave it out, or take 'torch'")
     tokenizer = load_tokenizer(path)
     with torch.device("meta"):

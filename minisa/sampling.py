@@ -187,14 +187,14 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """The fewest most likely tokens whose probabilities reach p (Holtzman et al., arXiv 1904.09751), and those equal
     to the last of them."""
-    probabilities, n_tokens = logits.softmax(dim=-1), logits.shape[-1]
+    probabilities = logits.softmax(dim=-1)
     # A CPU sorts a vocabulary in as long as a small model's step takes; a GPU's graph cannot wait to see if it must.
-    for count in (min(NUCLEUS, n_tokens), n_tokens) if logits.is_cpu else (n_tokens,):
-        ordered = (probabilities.topk(count) if count < n_tokens else probabilities.sort(descending=True)).values
-        before = ordered.cumsum(dim=-1) - ordered  # what the more likely tokens already reach
-        refused = (before >= p) & (before > 0)  # never the likeliest
-        if logits.is_cpu and refused[:, -1].all():
-            break
+    few = logits.is_cpu and logits.shape[-1] > NUCLEUS
+    ordered = probabilities.topk(NUCLEUS).values if few else probabilities.sort(descending=True).values
+    if few and (ordered.sum(dim=-1) < p).any():
+        ordered = probabilities.sort(descending=True).values
+    before = ordered.cumsum(dim=-1) - ordered  # what the more likely tokens already reach
+    refused = (before >= p) & (before > 0)  # never the likeliest
     threshold = ordered.masked_fill(refused, float("inf")).amin(dim=-1, keepdim=True)
     return logits.masked_fill(probabilities < threshold, float("-inf"))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from minisa.attention import REFERENCE, HeadMap, find_backend, visible_slots
 from minisa.config import ModelConfig
 from minisa.decode import plain_step
+from minisa.device import runs_kernels
 from minisa.engine import LLM, load
 from minisa.quantize import QUANTIZATIONS, quantize
 from minisa.registry import DEFAULT_MODEL, find, local_path
@@ -234,5 +235,5 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 def _need_triton(device: torch.device) -> None:
     if importlib.util.find_spec("triton") is None:
         raise LeftOutError("Triton is not installed")
-    if device.type != "cuda" and not INTERPRETED:
+    if not runs_kernels(device):
         raise LeftOutError("no GPU here; with TRITON_INTERPRET=1 set they run on the CPU")

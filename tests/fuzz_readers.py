@@ -22,7 +22,7 @@ from minisa.study.results import Results
 from minisa.study.tasks import TASKS, read_questions, read_rows
 from minisa.study.training import Training, read_training, write_training
 from minisa.templates import Beyond, Refused, written
-from minisa.tokenizer import load_tokenizer
+from minisa.tokenizer import Tokenizer, load_tokenizer
 from tests.encode import encode_gguf, repack_zip
 from tests.loadable import N_TOKENS, VOCABULARY, loadable_gguf
 from tests.study_rows import ROWS, write_rows
@@ -56,10 +56,11 @@ def load(path: Path) -> None:
         load_weights(empty_model(checkpoint.config), checkpoint, device="cpu", dtype=torch.float32)
 
 
-def tokenize(path: Path) -> None:
+def tokenize(path: Path) -> Tokenizer:
     tokenizer = load_tokenizer(path)
     tokenizer.decode(tokenizer.encode("Hello world, 1234  é\n\n"))
     find_dialog(path, tokenizer)
+    return tokenizer
 
 
 def answer(path: Path) -> None:
@@ -171,8 +172,7 @@ def chat_template(folder: Path) -> Reader:
     )
 
     def read() -> None:
-        tokenize(folder)
-        template = load_tokenizer(folder).chat_template
+        template = tokenize(folder).chat_template
         with contextlib.suppress(Beyond, Refused, NameError):  # the last is Jinja's for 1e999
             assert template is None or written(template, talk, "<s>", "</s>") == jinja_writes(template, talk)
 
