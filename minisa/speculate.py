@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 NGRAM = 3  # tokens that must agree before what followed them is guessed
-LONGEST = 6  # tokens guessed at once: up to 7 rows, with the token before them, the C++ step sums in the order of one
+LONGEST = 6  # tokens guessed at once
 PRICE = 0.3  # of a step, for feeding one token more in it: a little more than one core (0.21) or two (0.28) take
 EARNED = 0.02  # of a step, to be risked on guesses, for every token that comes
 TRIED = 2  # guesses that an answer may risk before it has earned any; right ones soon pay for more

@@ -1,8 +1,9 @@
 """A long session with interrupts, by hand: `python -m tests.soak --turns 1000 --model smollm2-135m`.
 
 Turns go through chat.py's own `answer` and `command`, with Ctrl-C at random: between two chunks, or anywhere at all.
-Every few turns the answer must be the one that a fresh session gives to the same messages, in fp32, and as memory must
-not grow it is printed along the way. Without --model, a tiny random model in a folder of its own.
+Every few turns the answer must be the one that a fresh session gives to the same messages: of eager PyTorch in fp32, or
+with --compile of the C++ step in bf16. As memory must not grow it is printed along the way. Without --model, a tiny
+random model in a folder of its own.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Soak:
     """counts: of what happened. memory: (turns, bytes resident)."""
 
     def __init__(self, model: str, seed: int, every: int, **loading: Any) -> None:
-        self.llm, self.other = (load(model, dtype="fp32", device="cpu", **loading) for _ in range(2))
+        self.llm, self.other = (load(model, device="cpu", **loading) for _ in range(2))
         self.chance = random.Random(seed)
         self.every = every
         self.counts: Counter[str] = Counter()
@@ -137,14 +138,18 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--sa")
     parser.add_argument("--speculate", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--max-seq-len", type=int, default=256)
     parser.add_argument("--every", type=int, default=10, help="Turns from one comparison to the next.")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = flags.model or str(chat_model(Path(folder)))
-        soak = Soak(model, flags.seed, flags.every, sa=flags.sa, max_seq_len=flags.max_seq_len, compile=False)
+        shape = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 32, "hidden_dim": 96}
+        model = flags.model or str(chat_model(Path(folder), **shape))
+        how = {"compile": flags.compile, "dtype": "bf16" if flags.compile else "fp32"}
+        soak = Soak(model, flags.seed, flags.every, sa=flags.sa, max_seq_len=flags.max_seq_len, **how)
+        print(soak.llm.runner.name)
         soak.run(
             flags.turns,
             report=max(flags.turns // 10, 1),

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from minisa.cache import StaticCache, to_dtype
+from minisa.checkpoint import load_weights
 from minisa.config import ModelConfig
 from minisa.costs import SLACK, parameter_count
 from minisa.decode import TorchRunner
 from minisa.errors import MinisaError
 from minisa.model import Linear, Transformer
 from minisa.native.runner import NativeRunner
+from minisa.quantize import Format
 from minisa.sharing import SharingPlan
-from minisa.speculate import LONGEST
+from minisa.synthetic import random_checkpoint
 from tests.families import FAMILIES
 from tests.models import build_model, random_tokens
 from tests.tiny import tiny_config
@@ -125,16 +127,38 @@ def test_the_bound_would_see_one_token_too_few(library: ctypes.CDLL) -> None:
     assert (shorter - expected).norm() / expected.norm() > 0.1
 
 
-def test_guesses_are_checked_to_the_last_bit(library: ctypes.CDLL) -> None:
-    """Or a near tie would go another way with them than without."""
-    config = SHAPES["gqa"]
-    model = build_model(config, plan_of(config, "interleaved", True))
-    native, ids = NativeRunner(model, library, n_threads=2), random_tokens(config, 1, 128)
-    cache, _ = caches(model, 1, 128)
-    native.prefill(ids[:, :120], 0, cache)
-    together = torch.cat(list(native.all_logits(ids[:, 120 : 121 + LONGEST], 120, cache)))
-    for i, logits in enumerate(together, 120):
-        assert torch.equal(native.decode(ids[:, i].clone(), torch.tensor([i]), cache, i + 1)[0], logits)
+@pytest.mark.parametrize(
+    ("shape", "window", "weights"),
+    [("gqa", None, None), ("gqa", 290, None), ("one kv head", None, "int8"), ("mha", None, "int4")],
+)
+def test_a_token_gets_the_same_bits_in_any_company(
+    shape: str, window: int | None, weights: Format | None, library: ctypes.CDLL
+) -> None:
+    """One token at a time, a few, a chunk, beside other rows, by one thread or two: or a near tie between two
+    tokens would go another way after a cached beginning, with guesses, or in a batch."""
+    config = replace(SHAPES[shape], sliding_window=window)
+    with torch.device("meta"):
+        model = Transformer(config, plan_of(config, "interleaved", True), "torch")
+    load_weights(model, random_checkpoint(config), device="cpu", dtype=torch.bfloat16, quantize=weights)
+    native, ids = NativeRunner(model, library, n_threads=2), random_tokens(config, 1, 600)
+    dtype = {None: torch.bfloat16, "int8": torch.float32, "int4": torch.float8_e4m3fn}[weights]
+    text, other = (
+        StaticCache.allocate(config, model.plan, batch=batch, max_seq_len=600, dtype=dtype) for batch in (1, 9)
+    )
+    expected = torch.cat(list(native.all_logits(ids, 0, text)))
+    native.n_threads = 1
+    for row in range(9):
+        start = 250 + row * 34  # in each of three parts, and at their ends
+        found = [native.prefill(ids[:, :start], 0, other.view(rows=slice(row, row + 1)))]
+        found += native.all_logits(ids[:, start : start + row], start, other.view(rows=slice(row, row + 1)))
+        assert torch.equal(torch.cat(found), expected[start - 1 : start + row])
+    positions = torch.tensor([250 + row * 35 for row in range(9)])
+    for n_rows in (9, 7, 3, 1):
+        for _ in range(4):
+            fed, at = ids[0, positions[:n_rows]], positions[:n_rows]
+            found = native.decode(fed, at, other.view(rows=slice(n_rows)), int(at.max()) + 1)
+            assert torch.equal(found, expected[at])
+            positions[:n_rows] += 1
 
 
 @pytest.mark.parametrize("window", [1, 24])

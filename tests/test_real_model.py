@@ -64,6 +64,28 @@ def test_four_questions_in_one_batch_are_four_questions_alone(smollm2: LLM) -> N
         assert [chunk.token for chunk in together if chunk.row == row] == alone
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_an_answer_in_bf16_is_its_own_in_any_company(smollm2_path: Path) -> None:
+    """In the C++ step, to the last token, near ties and all: asked again, after a prefix, with guesses, in a batch."""
+    llm = load(smollm2_path, device="cpu", compile=True, dtype="bf16", max_seq_len=256, max_batch=8)
+    assert llm.runner.name == "C++ step"
+    topics = ["rain", "a sea", "bread", "winter", "a dog", "chess", "music", "trade"]
+    dialogs = [[{"role": "user", "content": f"Explain how {topic} comes about."}] for topic in topics]
+    prompts = [llm.dialog.render(dialog, llm.tokenizer) for dialog in dialogs]
+
+    def tokens(*prompts: list[int], **options: object) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in prompts]
+        for chunk in llm.generate([*prompts], max_new_tokens=24, **options):
+            found[chunk.row].append(chunk.token)
+        return found
+
+    expected = [tokens(prompt)[0] for prompt in prompts]
+    assert tokens(*prompts) == expected
+    prefix = llm.prefix(prompts[0][:-3])
+    for prompt, said in zip(prompts[:2], expected, strict=False):
+        assert tokens(prompt, prefix=prefix) == tokens(prompt) == tokens(prompt, speculate=True) == [said]
+
+
 def test_a_second_turn_computes_new_tokens_only(smollm2: LLM) -> None:
     said = answer(smollm2)
     follow_up = [*QUESTION, {"role": "assistant", "content": said}, {"role": "user", "content": "And of Italy?"}]

@@ -156,16 +156,11 @@ static void matmul(const Matrix& w, const Activations& x, int n_rows, Share shar
     by_format(w.format, [&]<class Panel>(Panel) {
         int n_panels = (w.rows + kPanel - 1) / kPanel;
         for (int panel = share.begin(n_panels); panel < share.end(n_panels); ++panel) {
-            int row = 0;
-            auto by_tiles = [&]<int R>(std::integral_constant<int, R>) {
-                for (; row + R <= n_rows; row += R) {
-                    Products<R> out = {};
-                    Panel::template multiply<R>(w.data + panel * Panel::bytes(w.cols), x, row, out);
-                    for (int r = 0; r < R; ++r) emit(row + r, panel, out[r]);
-                }
-            };
-            by_tiles(std::integral_constant<int, Panel::kTile>{});
-            by_tiles(std::integral_constant<int, 1>{});
+            by_tiles<Panel::kTile>(n_rows, [&]<int R>(std::integral_constant<int, R>, int row) {
+                Products<R> out = {};
+                Panel::template multiply<R>(w.data + panel * Panel::bytes(w.cols), x, row, out);
+                for (int r = 0; r < R; ++r) emit(row + r, panel, out[r]);
+            });
         }
     });
 }

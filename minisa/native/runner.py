@@ -65,7 +65,8 @@ class NativeRunner:
     """Runs a model in the C++ step. Its matrices, bf16 or quantized, move out of `model` and into panels, one by one.
 
     The caches it is given are fp32, bf16 or fp8, on the CPU. Before each product activations are rounded to bf16, or
-    for quantized weights to eight bits and a scale for every 32; sums and attention are fp32.
+    for quantized weights to eight bits and a scale for every 32; sums and attention are fp32. A token's logits are the
+    same to the bit whatever rows it is fed with and however many threads there are.
     """
 
     asynchronous = False

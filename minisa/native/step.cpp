@@ -11,21 +11,41 @@
 #include "threads.h"
 #include "vectors.h"
 
+template <class T>
+struct Scratch {  // grows with the text; what is not used yet takes no memory
+    std::unique_ptr<T[]> data;
+    size_t size = 0;
+    void need(size_t n) {
+        if (n <= size) return;
+        data.reset();
+        data.reset(new T[size = n + n / 4]);
+    }
+};
+
+struct Own {  // what each thread works with by itself
+    Activations activations;           // a row
+    std::vector<float> normed;         // a row
+    std::vector<float> panel;          // [kPanel, head_dim] or its transpose
+    std::vector<float> weights, sums;  // of queries that attend at once: [queries, kOwnWeights], [queries, head_dim]
+};
+
 class Engine {
    public:
     Engine(const Model& model, int n_threads, int max_rows)
         : m(model), n_threads(n_threads), max_rows(max_rows), barrier(n_threads) {
         size_t width = std::max({m.dim, m.hidden_dim, m.n_heads * m.head_dim});
+        size_t n_queries = kMostTogether * (m.n_heads / m.n_kv_heads);
         own.resize(n_threads);
-        panels.assign(n_threads, std::vector<float>(kPanel * m.head_dim));
-        for (auto& activations : own) activations.reserve(width);
+        for (Own& of : own) {
+            of.activations.reserve(width), of.normed.resize(width), of.panel.resize(kPanel * m.head_dim);
+            of.weights.resize(n_queries * kOwnWeights), of.sums.resize(n_queries * m.head_dim);
+        }
         shared.reserve(width * max_rows);
-        normed.resize(n_threads * width);
         x.resize((size_t)max_rows * m.dim);
         qkv.resize((size_t)max_rows * (m.n_heads + 2 * m.n_kv_heads) * m.head_dim);
         hidden.resize((size_t)max_rows * m.hidden_dim);
-        parts.resize((size_t)max_parts() * m.n_heads * m.head_dim);
-        softmax.resize((size_t)(m.n_spans + 1) * max_parts() * m.n_heads);
+        attended.resize((size_t)max_rows * m.n_heads * m.head_dim);
+        totals.resize((size_t)max_rows * m.n_heads);
         team = std::make_unique<Team>(n_threads, [this](int thread) {
             Share share{thread, this->n_threads};
             m.cache_format == 0 ? run<float>(share) : m.cache_format == 1 ? run<bf16>(share) : run<fp8>(share);
@@ -38,18 +58,14 @@ class Engine {
               const float* sin, int n_rows, int n_logits, float* logits) {
         this->tokens = tokens, this->positions = positions, this->sequences = sequences;
         this->cos = cos, this->sin = sin, this->n_rows = n_rows, this->n_logits = n_logits, this->logits = logits;
-        n_splits = n_rows < kFewRows ? n_threads : 1;
         int longest = 0;
-        for (int row = 0; row < n_rows; ++row) longest = std::max(longest, positions[row] + 1 - first_seen(row));
+        for (int row = 0; row < n_rows; ++row) longest = std::max(longest, length_of(row));
+        n_parts = (longest + kPart - 1) / kPart;
         row_size = ((longest + kPanel - 1) / kPanel | 1) * kPanel;  // odd: at powers of two rows collide in the cache
-        int group = m.n_heads / m.n_kv_heads;
-        together = std::clamp(kAtHand / (group * row_size), 1, kMostTogether);
-        n_own = std::max(kHeads, together * group);
-        size_t needed = ((size_t)m.n_spans * n_rows * m.n_heads + n_threads * n_own) * row_size;
-        if (needed > n_weights) {  // what is not used yet takes no memory
-            weights.reset();
-            weights.reset(new float[n_weights = needed + needed / 4]);
-        }
+        size_t n_heads = (size_t)n_rows * m.n_heads;
+        weights.need(m.n_spans * n_heads * row_size);
+        softmax.need((m.n_spans + 1) * n_heads * n_parts);
+        if (is_few()) parts.need(n_heads * n_parts * m.head_dim);
         team->run();
     }
 
@@ -66,10 +82,9 @@ class Engine {
             barrier.wait();
             append<Cache>(layer, share);
             barrier.wait();
-            if (is_one_text()) attend_together<Cache>(layer, share);
-            else attend<Cache>(layer, share);
+            attend<Cache>(layer, share);
             barrier.wait();
-            matmul(layer.wo, merge(layer, share), n_rows, share, add_to_x());
+            matmul(layer.wo, normalize(layer.wo, share), n_rows, share, add_to_x());
             barrier.wait();
             matmul(layer.w13, norm(layer.ffn_norm, layer.w13, 0, share), n_rows, share,
                    [&](int row, int panel, auto& out) {
@@ -108,7 +123,7 @@ class Engine {
     // Rounds rows for a matmul. Of a single row every thread makes a copy, which is quicker than to wait for another's.
     template <class Row>
     const Activations& prepare(const Matrix& w, int count, Share share, Row row_of) {
-        Activations& out = count == 1 ? own[share.thread] : shared;
+        Activations& out = count == 1 ? own[share.thread].activations : shared;
         if (count == 1) {
             out.cols = w.cols;
             out.set(0, row_of(0), w.format);
@@ -122,7 +137,7 @@ class Engine {
     }
 
     const Activations& norm(const float* weight, const Matrix& w, int first_row, Share share) {
-        float* out = &normed[(size_t)share.thread * (normed.size() / n_threads)];
+        float* out = own[share.thread].normed.data();
         return prepare(w, n_rows - first_row, share, [&, out](int row) {
             const float* in = x_of(first_row + row);
             f32s squares = {};
@@ -133,16 +148,20 @@ class Engine {
         });
     }
 
-    // Turns queries and keys by their position, and appends keys and values to the cache.
+    // Turns queries and keys by their position, scales queries, and appends keys and values to the cache.
     template <class Cache>
     void append(const Layer& layer, Share share) {
         int hd = m.head_dim, n_queries = layer.keys ? m.n_heads : 0, n_keys = layer.keys ? m.n_kv_heads : 0;
         int n_heads = n_queries + n_keys + m.n_kv_heads;
+        float scale = 1.f / std::sqrt((float)hd);
         for (int item = share.thread; item < n_rows * n_heads; item += n_threads) {
             int row = item / n_heads, head = item % n_heads;
             float* in = &qkv[((size_t)row * n_heads + head) * hd];
             if (head < n_queries + n_keys) turn(in, row);
-            if (head < n_queries) continue;
+            if (head < n_queries) {
+                for (int d = 0; d < hd; d += kLanes) store(in + d, load(in + d) * scale);
+                continue;
+            }
             int kv_head = (head - n_queries) % m.n_kv_heads;
             Cache* out = cached<Cache>(head < n_queries + n_keys ? layer.keys : layer.values, row, kv_head);
             out += (size_t)(positions[row] % m.cache_slots) * hd;
@@ -164,160 +183,188 @@ class Engine {
         return (Cache*)tensor + ((size_t)sequences[row] * m.n_kv_heads + kv_head) * m.cache_slots * m.head_dim;
     }
     template <class Cache>
-    Seen<Cache> seen(void* tensor, int row, int kv_head) {
-        return {cached<Cache>(tensor, row, kv_head), first_seen(row) % m.cache_slots, m.cache_slots, m.head_dim};
+    Seen<Cache> seen(void* tensor, int row, int kv_head, int from) {
+        int first = (first_seen(row) + from) % m.cache_slots;
+        return {cached<Cache>(tensor, row, kv_head), first, m.cache_slots, m.head_dim};
     }
 
-    // A few rows: each is split by positions between the threads; many: every thread has rows of its own.
     // A part of a row leaves its unnormalized weights and its Softmax to the span's followers, if it has any.
     template <class Cache>
     void attend(const Layer& layer, Share share) {
-        int hd = m.head_dim, group = m.n_heads / m.n_kv_heads, n_values = layer.keys ? m.n_heads + 2 * m.n_kv_heads : 0;
-        for (int item = share.thread; item < n_rows * n_splits; item += n_threads) {
-            int row = item / n_splits, length = positions[row] + 1 - first_seen(row);
-            Share part{item % n_splits, n_splits};  // in whole vectors, whose last lanes may lie beyond `length`
-            int n_vectors = (length + kLanes - 1) / kLanes;
-            int begin = part.begin(n_vectors) * kLanes, end = std::min(length, part.end(n_vectors) * kLanes);
-            for (int kv_head = 0; kv_head < m.n_kv_heads; ++kv_head) {
-                by_heads(group, [&]<int H>(std::integral_constant<int, H>, int offset) {
-                    int head = kv_head * group + offset;
-                    float* rows[H];
-                    for (int h = 0; h < H; ++h) {
-                        rows[h] = layer.span < 0 ? own_weights(share.thread, h)
-                                                 : weights_of(layer.span, row, layer.head_map[head + h]);
-                    }
-                    if (layer.keys) {
-                        Softmax* softmax = &softmax_of(layer.span, item, head);
-                        const float* q = &qkv[(size_t)row * n_values * hd + head * hd];
-                        score<H>(q, seen<Cache>(layer.keys, row, kv_head), begin, end, 1.f / std::sqrt((float)hd), rows,
-                                 softmax);
-                        for (int h = 0; h < H; ++h) softmax[h].sum = exponentiate(rows[h], begin, end, softmax[h].max);
-                    }
-                    weigh<H>(rows, seen<Cache>(layer.values, row, kv_head), begin, end, part_of(item, head));
-                });
-            }
+        if (is_few()) {
+            attend_parts<Cache>(layer, share);
+            barrier.wait();
+            for (int item = share.thread; item < n_rows * m.n_heads; item += n_threads)
+                for (int part = 0, row = item / m.n_heads, head = item % m.n_heads; part < parts_of(row); ++part)
+                    add_part(layer, row, head, part, part_of(row, part, head));
+        } else if (is_one_text()) {
+            int n_blocks = (n_rows + kMostTogether - 1) / kMostTogether;
+            for (int item = share.thread; item < m.n_kv_heads * n_blocks; item += n_threads)
+                attend_block<Cache>(layer, item / n_blocks, item % n_blocks * kMostTogether, own[share.thread]);
+        } else {
+            for (int row = share.thread; row < n_rows; row += n_threads)
+                attend_row<Cache>(layer, row, own[share.thread]);
         }
     }
 
-    bool is_one_text() const {  // many rows that follow each other, see everything before them, and attend in company
-        if (n_rows < kFewRows || n_own < kWorthwhile || first_seen(n_rows - 1) > 0) return false;
+    // Few rows: their parts go round the threads.
+    template <class Cache>
+    void attend_parts(const Layer& layer, Share share) {
+        int group = m.n_heads / m.n_kv_heads;
+        for (int item = share.thread; item < n_rows * n_parts * m.n_kv_heads; item += n_threads) {
+            int row = item / m.n_kv_heads / n_parts, part = item / m.n_kv_heads % n_parts;
+            if (part >= parts_of(row)) continue;
+            by_heads(group, [&]<int H>(std::integral_constant<int, H>, int offset) {
+                int head = item % m.n_kv_heads * group + offset;
+                attend_part<H, Cache>(layer, row, head, part, own[share.thread], part_of(row, part, head));
+            });
+        }
+    }
+
+    // More of them, each of a sequence of its own or with a window of its own.
+    template <class Cache>
+    void attend_row(const Layer& layer, int row, Own& of) {
+        int group = m.n_heads / m.n_kv_heads;
+        for (int kv_head = 0; kv_head < m.n_kv_heads; ++kv_head) {
+            by_heads(group, [&]<int H>(std::integral_constant<int, H>, int offset) {
+                int head = kv_head * group + offset;
+                for (int part = 0; part < parts_of(row); ++part) {
+                    attend_part<H, Cache>(layer, row, head, part, of, of.sums.data());
+                    for (int h = 0; h < H; ++h) add_part(layer, row, head + h, part, &of.sums[h * m.head_dim]);
+                }
+            });
+        }
+    }
+
+    template <int H, class Cache>  // sums [H, head_dim]: what H heads that share keys see in one part of a row
+    void attend_part(const Layer& layer, int row, int head, int part, Own& of, float* sums) {
+        int kv_head = head / (m.n_heads / m.n_kv_heads);
+        int begin = part * kPart, n = std::min(kPart, length_of(row) - begin);
+        float* rows[H];
+        for (int h = 0; h < H; ++h) rows[h] = weights_at(layer, row, head + h, part, of, h);
+        if (layer.keys) {
+            float most[H];
+            score<H>(query_of(row, head), seen<Cache>(layer.keys, row, kv_head, begin), n, rows, most);
+            for (int h = 0; h < H; ++h)
+                softmax_of(layer.span, row, head + h, part) = {most[h], exponentiate(rows[h], n, most[h])};
+        }
+        weigh<H>(rows, seen<Cache>(layer.values, row, kv_head, begin), n, sums);
+    }
+
+    bool is_few() const { return n_rows < kFewRows; }
+    bool is_one_text() const {  // rows that follow each other and see everything before them
+        if (first_seen(n_rows - 1) > 0) return false;
         for (int row = 1; row < n_rows; ++row)
             if (sequences[row] != sequences[0] || positions[row] != positions[0] + row) return false;
         return true;
     }
 
-    // A thread takes a key and value head and a few rows: all the queries that meet them.
+    // A key and value head, and all the queries of a few rows that meet them.
     template <class Cache>
-    void attend_together(const Layer& layer, Share share) {
-        int n_blocks = (n_rows + together - 1) / together;
-        for (int item = share.thread; item < m.n_kv_heads * n_blocks; item += n_threads) {
-            int first = item % n_blocks * together;
-            attend_block<Cache>(layer, item / n_blocks, first, std::min(together, n_rows - first), share.thread);
-        }
-    }
-
-    template <class Cache>
-    void attend_block(const Layer& layer, int kv_head, int first, int count, int thread) {
-        int hd = m.head_dim, group = m.n_heads / m.n_kv_heads, n = count * group, width = m.n_heads + 2 * m.n_kv_heads;
-        int length = positions[first + count - 1] + 1, padded = (length + kPanel - 1) / kPanel * kPanel;
+    void attend_block(const Layer& layer, int kv_head, int first, Own& of) {
+        int hd = m.head_dim, group = m.n_heads / m.n_kv_heads, n = std::min(kMostTogether, n_rows - first) * group;
+        int length = length_of(first + n / group - 1);
         auto row_of = [=](int i) { return first + i / group; };
         auto head_of = [=](int i) { return kv_head * group + i % group; };
-        auto query_of = [=, this](int i) { return &qkv[((size_t)row_of(i) * width + head_of(i)) * hd]; };
-        auto sums_of = [=, this](int i) { return part_of(row_of(i), head_of(i)); };
-        auto weights_at = [=, this](int i) {
-            return layer.span < 0 ? own_weights(thread, i)
-                                  : weights_of(layer.span, row_of(i), layer.head_map[head_of(i)]);
-        };
-        float* panel = panels[thread].data();
-        if (layer.keys) {
-            float scale = 1.f / std::sqrt((float)hd);
-            for (int p = 0; p < length; p += kPanel) {
-                lay_out_keys(seen<Cache>(layer.keys, first, kv_head), p, length, panel);
-                by_panel(n, query_of, panel, hd, kPanel, [&](int i, auto& products) {
-                    for (int v = 0; v < kVectors; ++v) store(weights_at(i) + p + v * kLanes, products[v] * scale);
-                });
+        float* panel = of.panel.data();
+        for (int part = 0; part * kPart < length; ++part) {
+            int begin = part * kPart, size = std::min(kPart, length - begin);
+            int padded = (size + kPanel - 1) / kPanel * kPanel;
+            auto weights = [&](int i) { return weights_at(layer, row_of(i), head_of(i), part, of, i); };
+            auto sums = [&](int i) { return &of.sums[i * hd]; };
+            if (layer.keys) {
+                for (int p = 0; p < size; p += kPanel) {
+                    lay_out_keys(seen<Cache>(layer.keys, first, kv_head, begin + p), size - p, panel);
+                    score_panel(n, [&](int i) { return query_of(row_of(i), head_of(i)); }, panel, hd,
+                                [&](int i) { return weights(i) + p; });
+                }
+                for (int i = 0; i < n; ++i) {
+                    float* row = weights(i);
+                    int n_seen = std::clamp(length_of(row_of(i)) - begin, 0, size);
+                    std::fill(row + n_seen, row + padded, -INFINITY);
+                    float most = largest(row, n_seen);
+                    softmax_of(layer.span, row_of(i), head_of(i), part) = {most, exponentiate(row, n_seen, most)};
+                    std::fill(row + n_seen, row + padded, 0.f);
+                }
             }
-            for (int i = 0; i < n; ++i) {
-                float* weights = weights_at(i);
-                int end = positions[row_of(i)] + 1;
-                std::fill(weights + end, weights + padded, -INFINITY);
-                float most = largest(weights, end);
-                softmax_of(layer.span, row_of(i), head_of(i)) = {most, exponentiate(weights, 0, end, most)};
-                std::fill(weights + end, weights + padded, 0.f);
+            memset(of.sums.data(), 0, sizeof(float) * n * hd);
+            for (int p = 0; p < size; p += kPanel) {
+                lay_out_values(seen<Cache>(layer.values, first, kv_head, begin + p), size - p, panel);
+                weigh_panel(n, [&](int i) { return weights(i) + p; }, panel, hd, sums);
             }
-        }
-        for (int i = 0; i < n; ++i) memset(sums_of(i), 0, sizeof(float) * hd);
-        for (int p = 0; p < length; p += kPanel) {
-            lay_out_values(seen<Cache>(layer.values, first, kv_head), p, length, panel);
-            for (int d = 0; d < hd; d += kPanel) {
-                by_panel(n, [&](int i) { return weights_at(i) + p; }, panel + d, kPanel, hd, [&](int i, auto& products) {
-                    float* sums = sums_of(i) + d;
-                    for (int v = 0; v < kVectors; ++v) store(sums + v * kLanes, load(sums + v * kLanes) + products[v]);
-                });
-            }
+            for (int i = 0; i < n; ++i)
+                if (part < parts_of(row_of(i))) add_part(layer, row_of(i), head_of(i), part, sums(i));
         }
     }
 
-    // What attention hands to wo: the parts of each row put together, and normalized.
-    const Activations& merge(const Layer& layer, Share share) {
-        float* out = &normed[(size_t)share.thread * (normed.size() / n_threads)];
-        return prepare(layer.wo, n_rows, share, [&, out](int row) {
+    // Puts a part's sums [head_dim] to those of the parts before it. Not inlined, so that it rounds alike everywhere.
+    __attribute__((noinline)) void add_part(const Layer& layer, int row, int head, int part, const float* sums) {
+        Softmax more = softmax_of(layer.span, row, layer.head_map[head], part), &total = total_of(row, head);
+        float* to = attended_of(row, head);
+        if (part == 0) {
+            total = more;
+            memcpy(to, sums, sizeof(float) * m.head_dim);
+            return;
+        }
+        float most = std::max(total.max, more.max);
+        float before = std::exp(total.max - most), now = std::exp(more.max - most);
+        total = {most, total.sum * before + more.sum * now};
+        for (int d = 0; d < m.head_dim; d += kLanes) store(to + d, load(to + d) * before + load(sums + d) * now);
+    }
+
+    const Activations& normalize(const Matrix& w, Share share) {  // what attention hands to wo
+        float* out = own[share.thread].normed.data();
+        return prepare(w, n_rows, share, [&, out](int row) {
             for (int head = 0; head < m.n_heads; ++head) {
-                int source = layer.head_map[head];
-                float most = -INFINITY, sum = 0;
-                for (int i = 0; i < n_splits; ++i)
-                    most = std::max(most, softmax_of(layer.span, row * n_splits + i, source).max);
-                for (int i = 0; i < n_splits; ++i) {
-                    Softmax part = softmax_of(layer.span, row * n_splits + i, source);
-                    sum += part.sum * std::exp(part.max - most);
-                }
-                float* to = out + head * m.head_dim;
-                memset(to, 0, sizeof(float) * m.head_dim);
-                for (int i = 0; i < n_splits; ++i) {
-                    float factor = std::exp(softmax_of(layer.span, row * n_splits + i, source).max - most) / sum;
-                    const float* from = part_of(row * n_splits + i, head);
-                    for (int d = 0; d < m.head_dim; d += kLanes) store(to + d, load(to + d) + load(from + d) * factor);
-                }
+                float factor = 1.f / total_of(row, head).sum;
+                float *from = attended_of(row, head), *to = out + head * m.head_dim;
+                for (int d = 0; d < m.head_dim; d += kLanes) store(to + d, load(from + d) * factor);
             }
             return out;
         });
     }
 
-    static constexpr int kWorthwhile = 16;      // queries that meet a panel: fewer do not pay for laying it out
-    static constexpr int kMostTogether = 16;    // rows: more would leave threads without work
-    static constexpr int kAtHand = 1 << 19;     // attention weights of a thread's own, for one token at least
-    // More than a step with guesses feeds (speculate.py): its sums are to be those of one row.
-    static constexpr int kFewRows = 8;
+    static constexpr int kFewRows = 8;        // fewer rows than this share the threads
+    static constexpr int kMostTogether = 16;  // rows of a text that attend at once; more would leave threads idle
+    static constexpr int kOwnWeights = kPart + kPanel;  // an odd number of panels, as row_size
+
     int first_seen(int row) const { return m.sliding_window ? std::max(0, positions[row] + 1 - m.sliding_window) : 0; }
-    int max_parts() const { return std::max(max_rows, kFewRows * n_threads); }
-    float* weights_of(int span, int row, int head) {
-        return &weights[(((size_t)span * n_rows + row) * m.n_heads + head) * row_size];
+    int length_of(int row) const { return positions[row] + 1 - first_seen(row); }
+    int parts_of(int row) const { return (length_of(row) + kPart - 1) / kPart; }
+
+    const float* query_of(int row, int head) const {  // in a layer that leads
+        return &qkv[((size_t)row * (m.n_heads + 2 * m.n_kv_heads) + head) * m.head_dim];
     }
-    float* own_weights(int thread, int i) { return weights_of(m.n_spans, 0, 0) + ((size_t)thread * n_own + i) * row_size; }
-    Softmax& softmax_of(int span, int part, int head) {
-        return softmax[((size_t)(span + 1) * max_parts() + part) * m.n_heads + head];
+    // Of one part: in the span's memory, or, where nobody follows, the i-th of the thread's own.
+    float* weights_at(const Layer& layer, int row, int head, int part, Own& of, int i) {
+        if (layer.span < 0) return &of.weights[(size_t)i * kOwnWeights];
+        size_t at = ((size_t)layer.span * n_rows + row) * m.n_heads + layer.head_map[head];
+        return &weights.data[at * row_size + part * kPart];
     }
-    float* part_of(int part, int head) { return &parts[((size_t)part * m.n_heads + head) * m.head_dim]; }
+    Softmax& softmax_of(int span, int row, int head, int part) {
+        return softmax.data[(((size_t)(span + 1) * n_rows + row) * m.n_heads + head) * n_parts + part];
+    }
+    float* part_of(int row, int part, int head) {
+        return &parts.data[(((size_t)row * n_parts + part) * m.n_heads + head) * m.head_dim];
+    }
+    float* attended_of(int row, int head) { return &attended[((size_t)row * m.n_heads + head) * m.head_dim]; }
+    Softmax& total_of(int row, int head) { return totals[(size_t)row * m.n_heads + head]; }
 
     const Model m;
     const int n_threads, max_rows;
     const int32_t *tokens, *positions, *sequences;
     const float *cos, *sin;
-    int n_rows, n_logits, n_splits;
+    int n_rows, n_logits;
+    int n_parts, row_size;  // of the longest row: its parts, and the room for its weights
     float* logits;
 
     std::vector<float> x, qkv, hidden;  // [rows, dim], [rows, heads * head_dim], [rows, hidden_dim]
-    std::vector<float> parts;           // [row parts, n_heads * head_dim]: attention's unnormalized sums
-    // Unnormalized attention weights of what a row sees: [spans, n_rows, n_heads, row_size], then those of layers that
-    // lead nobody, for each thread those at hand: [n_threads, n_own, row_size].
-    std::unique_ptr<float[]> weights;
-    size_t n_weights = 0;               // allocated
-    int row_size = 0, n_own = 0;
-    int together = 0;                   // rows of a text that attend at once
-    std::vector<Softmax> softmax;       // [spans + 1, row parts, n_heads]
-    std::vector<float> normed;          // a row for each thread
-    std::vector<std::vector<float>> panels;  // one for each thread
-    std::vector<Activations> own;       // one for each thread
+    std::vector<float> attended;        // [rows, n_heads * head_dim]: unnormalized
+    std::vector<Softmax> totals;        // [rows, n_heads]: what normalizes them
+    Scratch<float> weights;             // unnormalized attention weights: [spans, n_rows, n_heads, row_size]
+    Scratch<Softmax> softmax;           // theirs: [spans + 1, n_rows, n_heads, n_parts]
+    Scratch<float> parts;               // few rows' sums: [n_rows, n_parts, n_heads, head_dim]
+    std::vector<Own> own;
     Activations shared;
     Barrier barrier;
     std::unique_ptr<Team> team;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -159,6 +160,14 @@ static inline void transpose(f32s (&v)[kLanes]) {  // by swapping squares of kHa
         v[i] = __builtin_shuffle(upper, lower, low), v[i + kHalf] = __builtin_shuffle(upper, lower, high);
     }
     if constexpr (kHalf > 1) transpose<kHalf / 2>(v);
+}
+
+// call(integral_constant<R>, first) for n rows, kTile at a time and the rest one by one.
+template <int kTile, class Call>
+static inline void by_tiles(int n, Call call) {
+    int first = 0;
+    for (; first + kTile <= n; first += kTile) call(std::integral_constant<int, kTile>{}, first);
+    for (; first < n; ++first) call(std::integral_constant<int, 1>{}, first);
 }
 
 // Each lane of w holds two bf16 weights of its own row; x holds the two activations they meet, rounded to bf16 too.
