@@ -36,9 +36,9 @@ class Engine {
         size_t width = std::max({m.dim, m.hidden_dim, m.n_heads * m.head_dim});
         size_t n_queries = kMostTogether * (m.n_heads / m.n_kv_heads);
         own.resize(n_threads);
-        for (Own& of : own) {
-            of.activations.reserve(width), of.normed.resize(width), of.panel.resize(kPanel * m.head_dim);
-            of.weights.resize(n_queries * kOwnWeights), of.sums.resize(n_queries * m.head_dim);
+        for (Own& mine : own) {
+            mine.activations.reserve(width), mine.normed.resize(width), mine.panel.resize(kPanel * m.head_dim);
+            mine.weights.resize(n_queries * kOwnWeights), mine.sums.resize(n_queries * m.head_dim);
         }
         shared.reserve(width * max_rows);
         x.resize((size_t)max_rows * m.dim);
@@ -223,25 +223,25 @@ class Engine {
 
     // More of them, each of a sequence of its own or with a window of its own.
     template <class Cache>
-    void attend_row(const Layer& layer, int row, Own& of) {
+    void attend_row(const Layer& layer, int row, Own& mine) {
         int group = m.n_heads / m.n_kv_heads;
         for (int kv_head = 0; kv_head < m.n_kv_heads; ++kv_head) {
             by_heads(group, [&]<int H>(std::integral_constant<int, H>, int offset) {
                 int head = kv_head * group + offset;
                 for (int part = 0; part < parts_of(row); ++part) {
-                    attend_part<H, Cache>(layer, row, head, part, of, of.sums.data());
-                    for (int h = 0; h < H; ++h) add_part(layer, row, head + h, part, &of.sums[h * m.head_dim]);
+                    attend_part<H, Cache>(layer, row, head, part, mine, mine.sums.data());
+                    for (int h = 0; h < H; ++h) add_part(layer, row, head + h, part, &mine.sums[h * m.head_dim]);
                 }
             });
         }
     }
 
     template <int H, class Cache>  // sums [H, head_dim]: what H heads that share keys see in one part of a row
-    void attend_part(const Layer& layer, int row, int head, int part, Own& of, float* sums) {
+    void attend_part(const Layer& layer, int row, int head, int part, Own& mine, float* sums) {
         int kv_head = head / (m.n_heads / m.n_kv_heads);
         int begin = part * kPart, n = std::min(kPart, length_of(row) - begin);
         float* rows[H];
-        for (int h = 0; h < H; ++h) rows[h] = weights_at(layer, row, head + h, part, of, h);
+        for (int h = 0; h < H; ++h) rows[h] = weights_at(layer, row, head + h, part, mine, h);
         if (layer.keys) {
             float most[H];
             score<H>(query_of(row, head), seen<Cache>(layer.keys, row, kv_head, begin), n, rows, most);
@@ -261,17 +261,17 @@ class Engine {
 
     // A key and value head, and all the queries of a few rows that meet them.
     template <class Cache>
-    void attend_block(const Layer& layer, int kv_head, int first, Own& of) {
+    void attend_block(const Layer& layer, int kv_head, int first, Own& mine) {
         int hd = m.head_dim, group = m.n_heads / m.n_kv_heads, n = std::min(kMostTogether, n_rows - first) * group;
         int length = length_of(first + n / group - 1);
         auto row_of = [=](int i) { return first + i / group; };
         auto head_of = [=](int i) { return kv_head * group + i % group; };
-        float* panel = of.panel.data();
+        float* panel = mine.panel.data();
         for (int part = 0; part * kPart < length; ++part) {
             int begin = part * kPart, size = std::min(kPart, length - begin);
             int padded = (size + kPanel - 1) / kPanel * kPanel;
-            auto weights = [&](int i) { return weights_at(layer, row_of(i), head_of(i), part, of, i); };
-            auto sums = [&](int i) { return &of.sums[i * hd]; };
+            auto weights = [&](int i) { return weights_at(layer, row_of(i), head_of(i), part, mine, i); };
+            auto sums = [&](int i) { return &mine.sums[i * hd]; };
             if (layer.keys) {
                 for (int p = 0; p < size; p += kPanel) {
                     lay_out_keys(seen<Cache>(layer.keys, first, kv_head, begin + p), size - p, panel);
@@ -287,7 +287,7 @@ class Engine {
                     std::fill(row + n_seen, row + padded, 0.f);
                 }
             }
-            memset(of.sums.data(), 0, sizeof(float) * n * hd);
+            memset(mine.sums.data(), 0, sizeof(float) * n * hd);
             for (int p = 0; p < size; p += kPanel) {
                 lay_out_values(seen<Cache>(layer.values, first, kv_head, begin + p), size - p, panel);
                 weigh_panel(n, [&](int i) { return weights(i) + p; }, panel, hd, sums);
@@ -336,8 +336,8 @@ class Engine {
         return &qkv[((size_t)row * (m.n_heads + 2 * m.n_kv_heads) + head) * m.head_dim];
     }
     // Of one part: in the span's memory, or, where nobody follows, the i-th of the thread's own.
-    float* weights_at(const Layer& layer, int row, int head, int part, Own& of, int i) {
-        if (layer.span < 0) return &of.weights[(size_t)i * kOwnWeights];
+    float* weights_at(const Layer& layer, int row, int head, int part, Own& mine, int i) {
+        if (layer.span < 0) return &mine.weights[(size_t)i * kOwnWeights];
         size_t at = ((size_t)layer.span * n_rows + row) * m.n_heads + layer.head_map[head];
         return &weights.data[at * row_size + part * kPart];
     }
