@@ -140,19 +140,19 @@ def test_a_token_gets_the_same_bits_in_any_company(
     with torch.device("meta"):
         model = Transformer(config, plan_of(config, "interleaved", True), "torch")
     load_weights(model, random_checkpoint(config), device="cpu", dtype=torch.bfloat16, quantize=weights)
-    native, ids = NativeRunner(model, library, n_threads=2), random_tokens(config, 1, 600)
+    native, ids = NativeRunner(model, library, n_threads=1), random_tokens(config, 1, 600)
     dtype = {None: torch.bfloat16, "int8": torch.float32, "int4": torch.float8_e4m3fn}[weights]
     text, other = (
         StaticCache.allocate(config, model.plan, batch=batch, max_seq_len=600, dtype=dtype) for batch in (1, 9)
     )
     expected = torch.cat(list(native.all_logits(ids, 0, text)))
-    native.n_threads = 1
-    for row in range(9):
-        start = 250 + row * 34  # in each of three parts, and at their ends
+    native.n_threads = 2
+    starts = [522 - row * 34 for row in range(9)]  # in each of three parts, and at their ends
+    for row, start in enumerate(starts):
         found = [native.prefill(ids[:, :start], 0, other.view(rows=slice(row, row + 1)))]
         found += native.all_logits(ids[:, start : start + row], start, other.view(rows=slice(row, row + 1)))
         assert torch.equal(torch.cat(found), expected[start - 1 : start + row])
-    positions = torch.tensor([250 + row * 35 for row in range(9)])
+    positions = torch.tensor(starts) + torch.arange(9)
     for n_rows in (9, 7, 3, 1):
         for _ in range(4):
             fed, at = ids[0, positions[:n_rows]], positions[:n_rows]
