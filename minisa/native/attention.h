@@ -139,19 +139,18 @@ static void lay_out_values(Seen<Cache> values, int n, float* out) {
             store(out, i < n ? load(values[i] + d) : f32s{});
 }
 
-// rows[i][begin + k] = queries[i] . key k of a panel, for n queries [head_dim]
-static void score_panel(int n, const float* const* queries, const float* panel, int head_dim, float* const* rows,
-                        int begin) {
+template <class Query, class Weights>  // weights_at(i) [kPanel] = query_of(i) . each key of a panel
+static void score_panel(int n, Query query_of, const float* panel, int head_dim, Weights weights_at) {
     by_tiles<kTogether>(n, [&]<int R>(std::integral_constant<int, R>, int first) {
-        const float *query[R], *column = panel;
+        const float *queries[R], *column = panel;
         f32s waiting[kLevels + 1][R][kVectors];
-        for (int r = 0; r < R; ++r) query[r] = queries[first + r];
+        for (int r = 0; r < R; ++r) queries[r] = query_of(first + r);
         for (int i = 0; i < kLanes; ++i) {
             f32s sums[R][kVectors] = {};
             for (int d = reversed(i); d < head_dim; d += kLanes, column += kPanel) {
                 for (int v = 0; v < kVectors; ++v) {
                     f32s keys = load(column + v * kLanes);
-                    for (int r = 0; r < R; ++r) sums[r][v] += keys * query[r][d];
+                    for (int r = 0; r < R; ++r) sums[r][v] += keys * queries[r][d];
                 }
             }
             int level = 0;
@@ -162,29 +161,28 @@ static void score_panel(int n, const float* const* queries, const float* panel, 
                 for (int v = 0; v < kVectors; ++v) waiting[level][r][v] = sums[r][v];
         }
         for (int r = 0; r < R; ++r)
-            for (int v = 0; v < kVectors; ++v) store(rows[first + r] + begin + v * kLanes, waiting[kLevels][r][v]);
+            for (int v = 0; v < kVectors; ++v) store(weights_at(first + r) + v * kLanes, waiting[kLevels][r][v]);
     });
 }
 
-// sums [n, head_dim]: sums[i] += rows[i][begin + k] * value k of a panel
-static void weigh_panel(int n, const float* const* rows, int begin, const float* panel, int head_dim, float* sums) {
+template <class Weights, class Sums>  // sums_of(i) [head_dim] += weights_at(i) [kPanel] of a panel's values
+static void weigh_panel(int n, Weights weights_at, const float* panel, int head_dim, Sums sums_of) {
     for (int d = 0; d < head_dim; d += kPanel) {
         by_tiles<kTogether>(n, [&]<int R>(std::integral_constant<int, R>, int first) {
             const float* weights[R];
-            float* to = sums + (size_t)first * head_dim + d;
-            f32s own[R][kVectors];
+            f32s sums[R][kVectors];
             for (int r = 0; r < R; ++r) {
-                weights[r] = rows[first + r] + begin;
-                for (int v = 0; v < kVectors; ++v) own[r][v] = load(to + r * head_dim + v * kLanes);
+                weights[r] = weights_at(first + r);
+                for (int v = 0; v < kVectors; ++v) sums[r][v] = load(sums_of(first + r) + d + v * kLanes);
             }
             for (int i = 0; i < kPanel; ++i) {
                 for (int v = 0; v < kVectors; ++v) {
                     f32s value = load(panel + i * head_dim + d + v * kLanes);
-                    for (int r = 0; r < R; ++r) own[r][v] += value * weights[r][i];
+                    for (int r = 0; r < R; ++r) sums[r][v] += value * weights[r][i];
                 }
             }
             for (int r = 0; r < R; ++r)
-                for (int v = 0; v < kVectors; ++v) store(to + r * head_dim + v * kLanes, own[r][v]);
+                for (int v = 0; v < kVectors; ++v) store(sums_of(first + r) + d + v * kLanes, sums[r][v]);
         });
     }
 }

@@ -27,8 +27,6 @@ struct Own {  // what each thread works with by itself
     std::vector<float> normed;         // a row
     std::vector<float> panel;          // keys or values: kPanel * head_dim
     std::vector<float> weights, sums;  // of queries that attend at once: [queries, kOwnWeights], [queries, head_dim]
-    std::vector<const float*> queries;
-    std::vector<float*> rows;          // of weights, the span's or these
 };
 
 class Engine {
@@ -41,7 +39,6 @@ class Engine {
         for (Own& mine : own) {
             mine.activations.reserve(width), mine.normed.resize(width), mine.panel.resize(kPanel * m.head_dim);
             mine.weights.resize(n_queries * kOwnWeights), mine.sums.resize(n_queries * m.head_dim);
-            mine.queries.resize(n_queries), mine.rows.resize(n_queries);
         }
         shared.reserve(width * max_rows);
         x.resize((size_t)max_rows * m.dim);
@@ -269,34 +266,34 @@ class Engine {
         int length = length_of(first + n / group - 1);
         auto row_of = [=](int i) { return first + i / group; };
         auto head_of = [=](int i) { return kv_head * group + i % group; };
-        const float** queries = mine.queries.data();
-        float *panel = mine.panel.data(), *sums = mine.sums.data(), **rows = mine.rows.data();
-        if (layer.keys)
-            for (int i = 0; i < n; ++i) queries[i] = query_of(row_of(i), head_of(i));
+        float* panel = mine.panel.data();
         for (int part = 0; part * kPart < length; ++part) {
             int begin = part * kPart, size = std::min(kPart, length - begin);
             int padded = (size + kPanel - 1) / kPanel * kPanel;
-            for (int i = 0; i < n; ++i) rows[i] = weights_at(layer, row_of(i), head_of(i), part, mine, i);
+            auto weights = [&](int i) { return weights_at(layer, row_of(i), head_of(i), part, mine, i); };
+            auto sums = [&](int i) { return &mine.sums[i * hd]; };
             if (layer.keys) {
                 for (int p = 0; p < size; p += kPanel) {
                     lay_out_keys(seen<Cache>(layer.keys, first, kv_head, begin + p), size - p, panel);
-                    score_panel(n, queries, panel, hd, rows, p);
+                    score_panel(n, [&](int i) { return query_of(row_of(i), head_of(i)); }, panel, hd,
+                                [&](int i) { return weights(i) + p; });
                 }
                 for (int i = 0; i < n; ++i) {
+                    float* row = weights(i);
                     int n_seen = std::clamp(length_of(row_of(i)) - begin, 0, size);
-                    std::fill(rows[i] + n_seen, rows[i] + padded, -INFINITY);
-                    float most = largest(rows[i], n_seen);
-                    softmax_of(layer.span, row_of(i), head_of(i), part) = {most, exponentiate(rows[i], n_seen, most)};
-                    std::fill(rows[i] + n_seen, rows[i] + padded, 0.f);
+                    std::fill(row + n_seen, row + padded, -INFINITY);
+                    float most = largest(row, n_seen);
+                    softmax_of(layer.span, row_of(i), head_of(i), part) = {most, exponentiate(row, n_seen, most)};
+                    std::fill(row + n_seen, row + padded, 0.f);
                 }
             }
-            memset(sums, 0, sizeof(float) * n * hd);
+            memset(mine.sums.data(), 0, sizeof(float) * n * hd);
             for (int p = 0; p < size; p += kPanel) {
                 lay_out_values(seen<Cache>(layer.values, first, kv_head, begin + p), size - p, panel);
-                weigh_panel(n, rows, p, panel, hd, sums);
+                weigh_panel(n, [&](int i) { return weights(i) + p; }, panel, hd, sums);
             }
             for (int i = 0; i < n; ++i)
-                if (part < parts_of(row_of(i))) add_part(layer, row_of(i), head_of(i), part, sums + i * hd);
+                if (part < parts_of(row_of(i))) add_part(layer, row_of(i), head_of(i), part, sums(i));
         }
     }
 
