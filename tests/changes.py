@@ -13,6 +13,7 @@ import functools
 import io
 import itertools
 import json
+import lzma
 import math
 import pickle
 import pickletools
@@ -22,6 +23,7 @@ import struct
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,8 @@ from tests.encode import encode_gguf
 Parsed = tuple[Any, Callable[[Any], bytes]]  # a tree of lists and dictionaries, and what makes a file of such a tree
 
 _BROKEN = (
-    ValueError, LookupError, RuntimeError, EOFError, struct.error, zipfile.BadZipFile, jinja2.TemplateError, MinisaError
+    ValueError, LookupError, RuntimeError, OSError, EOFError, struct.error, zipfile.BadZipFile, zlib.error,
+    lzma.LZMAError, jinja2.TemplateError, MinisaError,
 )  # fmt: skip
 
 
