@@ -49,27 +49,27 @@ def decode_one_token(model: Transformer, tokens: Tensor, positions: Tensor, cach
 
 
 def compile_layers(model: Transformer) -> None:
-    """Let torch.compile fuse what surrounds the attention of a decode step.
+    """Let torch.compile fuse what surrounds the attention of a decode step, and on a GPU of a prompt.
 
-    Three functions are compiled, once for all layers, in place of a step of n_layers: that takes seconds and not
-    minutes, and the compiler sees neither the cache, whose length changes, nor the kernels. Prompts, each of another
-    length, stay as they are.
+    A layer's few functions are compiled, once for all layers, in place of a step of n_layers: that takes seconds and
+    not minutes, and the compiler sees neither the cache, whose length changes, nor the kernels. A prompt's are
+    compiled for any length; a CPU's time goes into its products, and its prompts stay as they are.
     """
     on_gpu = model.norm.weight.is_cuda
     limits = torch._dynamo.config  # every number of rows is compiled by itself: beyond 8 torch would raise an error
     limits.recompile_limit = max(limits.recompile_limit, limits.accumulated_recompile_limit)
-    for name in ("project", "project_values", "finish"):
+    for name in ("project", "project_values", "up", "down"):
+        eager = getattr(Layer, name)
         # Tuned along every axis, products of one row become reductions, which read their weights faster than cuBLAS.
-        compiled = torch.compile(
-            getattr(Layer, name), fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": on_gpu}
-        )
+        one = torch.compile(eager, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": on_gpu})
+        many = torch.compile(eager, fullgraph=True, dynamic=True) if on_gpu else eager
         for layer in model.layers:
-            setattr(layer, name, _for_one_token(compiled, getattr(Layer, name), layer))
+            setattr(layer, name, _by_length(one, many, layer))
 
 
-def _for_one_token(compiled: Callable[..., Any], eager: Callable[..., Any], layer: Any) -> Callable[..., Any]:
+def _by_length(one: Callable[..., Any], many: Callable[..., Any], layer: Any) -> Callable[..., Any]:
     def function(x: Tensor, *rest: Any) -> Any:  # x [B, T, dim]
-        return (compiled if x.shape[1] == 1 else eager)(layer, x, *rest)
+        return (one if x.shape[1] == 1 else many)(layer, x, *rest)
 
     return function
 
@@ -114,6 +114,10 @@ class TorchRunner:
         """Logits [≤ chunk, vocab_size] of every one of tokens [1, T], fed at positions start, start + 1, …"""
         for hidden in prefill_chunks(self.model, tokens, start, cache):
             yield self.model.head(hidden)[0]
+
+    def verify(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
+        """Logits [T, vocab_size] of each of a few tokens [1, T], the last one chosen and guesses after it."""
+        return torch.cat(list(self.all_logits(tokens, start, cache)))
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: StaticCache, in_use: int) -> Tensor:
         """`decode_one_token` over the first in_use slots of the cache, which positions [B] lie in.

@@ -1,4 +1,4 @@
-"""GraphRunner: a decode step and the choice after it as one CUDA graph.
+"""GraphRunner: a decode step and the choice after it as one CUDA graph; a step that guesses ahead as another.
 
 A step of a small batch is hundreds of short kernels, which the host would launch more slowly than the device runs them.
 Recorded once, they are launched as one. A graph replays the same kernels on the same memory, so whatever changes from
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ from minisa.cache import StaticCache
 from minisa.decode import Step, TorchRunner, decode_one_token
 from minisa.model import Transformer
 from minisa.sampling import Chooser
+from minisa.speculate import LONGEST
 
 MOST_GRAPHS = 16  # kept at once, each for a number of rows and a way of sampling; the oldest goes first
+AHEAD = 1 + LONGEST  # tokens of a step that guesses ahead
 WARM_UP = 3  # runs before recording: compilers, tuners and libraries set themselves up in them
 
+Graph = TypeVar("Graph")
 Body = Callable[[], None]
 Record = Callable[[Body], Body]  # runs a body a few times and returns what replays it
 
@@ -43,7 +46,7 @@ class GraphRunner(TorchRunner):
         self.asynchronous = True
         self.fixed_batch = True
         self._record = record or CudaGraphs()
-        self._graphs: dict[object, _Graph] = {}
+        self._graphs: dict[object, Any] = {}
 
     def stepper(self, cache: StaticCache, choose: Chooser) -> Step:
         """As TorchRunner.stepper. The graph is recorded at the first step."""
@@ -58,15 +61,26 @@ class GraphRunner(TorchRunner):
 
         return step
 
+    def verify(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
+        """As TorchRunner.verify. A ring, and the last slots of a cache, go without a graph."""
+        if cache.wraps or start + AHEAD > cache.length:
+            return super().verify(tokens, start, cache)
+        key = (cache.values.data_ptr(), cache.values.stride(), "guesses")
+        graph = self._kept(key, lambda: _Verification(self.model, cache, tokens, start, self._record))
+        return graph.verify(tokens, start)
+
     def _graph(self, cache: StaticCache, tokens: Tensor, positions: Tensor, choose: Chooser) -> _Graph:
         bucket = min(1 << (choose.batch - 1).bit_length(), cache.batch)
         sampling = replace(choose.sampling, seed=None)  # the seed is in the uniforms
         key = (cache.values.data_ptr(), cache.values.stride(), bucket, sampling)
+        rows = cache.view(rows=slice(bucket))
+        return self._kept(key, lambda: _Graph(self.model, rows, tokens, positions, choose, self._record))
+
+    def _kept(self, key: object, make: Callable[[], Graph]) -> Graph:
         if key not in self._graphs:
             if len(self._graphs) >= MOST_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            rows = cache.view(rows=slice(bucket))
-            self._graphs[key] = _Graph(self.model, rows, tokens, positions, choose, self._record)
+            self._graphs[key] = make()
         return self._graphs[key]
 
 
@@ -124,6 +138,32 @@ class _Graph:
         """Tokens [batch] of their own, since the next step writes over the graph's, and positions [batch]."""
         self._replay()
         return self._state.tokens[:batch].clone(), self._state.positions[:batch]
+
+
+class _Verification:
+    """The logits after each of AHEAD tokens of the first row, recorded. With fewer, the rest is noise behind them,
+    which is written over before anything sees it."""
+
+    def __init__(self, model: Transformer, cache: StaticCache, tokens: Tensor, start: int, record: Record) -> None:
+        self._tokens = torch.zeros(1, AHEAD, dtype=torch.int64, device=cache.values.device)
+        self._positions = torch.zeros_like(self._tokens)
+        self._logits = tokens  # the body puts them here; while recording, where a replay will
+        self._set(tokens, start)
+
+        def body() -> None:
+            self._logits = model(self._tokens, self._positions, cache)[0]
+
+        self._replay = record(body)
+
+    def verify(self, tokens: Tensor, start: int) -> Tensor:
+        """Logits [T, vocab_size] of tokens [1, T] at positions start, start + 1, …; the next call writes over them."""
+        self._set(tokens, start)
+        self._replay()
+        return self._logits[: tokens.shape[1]]
+
+    def _set(self, tokens: Tensor, start: int) -> None:
+        self._tokens[:, : tokens.shape[1]].copy_(tokens)
+        self._positions.copy_(torch.arange(start, start + AHEAD, device=tokens.device))
 
 
 def _widened(choose: Chooser, bucket: int) -> Chooser:

@@ -114,7 +114,7 @@ class Layer(nn.Module):
         values = cache.update_values(i, positions, self.project_values(x))
         return self.finish(x, self.backend.follow(shared, values, self.attention.head_map))
 
-    # The three parts of a layer that touch no cache: pure functions of x, which decode.py compiles.
+    # The parts of a layer that touch no cache: pure functions of x, which decode.py compiles.
 
     def project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """A leader's q [B, H, T, D], k and v [B, Hkv, T, D], q and k turned by their positions."""
@@ -127,8 +127,18 @@ class Layer(nn.Module):
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """x [B, T, dim] after the layer, for attention's output [B, H, T, D]."""
+        return self.down(*self.up(x, mixed))
+
+    # In two, since a compiler that saw both would work out the hidden activations again for every row of w2.
+
+    def up(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, dim] after attention, and the feed-forward's activations [B, T, hidden_dim]."""
         x = x + self.attention.wo(mixed.transpose(1, 2).flatten(2))  # [B, H, T, D] → [B, T, H·D] → [B, T, dim]
-        return x + self.feed_forward(self.ffn_norm(x))
+        return x, self.feed_forward.hidden(self.ffn_norm(x))
+
+    def down(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """x [B, T, dim] after the layer."""
+        return x + self.feed_forward.w2(hidden)
 
 
 class Attention(nn.Module):
@@ -204,7 +214,11 @@ class FeedForward(nn.Module):
         self.w3 = Linear(config.dim, config.hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """[..., dim] → [..., hidden_dim]."""
+        return F.silu(self.w1(x)) * self.w3(x)
 
 
 class RMSNorm(nn.Module):

@@ -155,14 +155,25 @@ class Chooser:
         return tokens
 
     def note(self, tokens: Tensor) -> None:
-        """Tokens [B] have come to the rows' texts."""
+        """Tokens [B], or several a row [B, N], have come to the rows' texts."""
         if self.seen is not None:
-            self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)  # NO_TOKEN ends its row
+            self.seen.scatter_(1, tokens.clamp(min=0).view(self.batch, -1), True)  # NO_TOKEN ends its row
 
     def rows(self, rows: slice) -> Chooser:
         """Some of the rows; the memory is shared."""
         uniforms, seen = (None if state is None else state[rows] for state in (self.uniforms, self.seen))
         return replace(self, batch=len(range(self.batch)[rows]), uniforms=uniforms, seen=seen)
+
+    def ahead(self, guesses: Tensor) -> Chooser:
+        """Of one row: what chooses a token after its text, after that and guesses[0], and so on for guesses [N], all
+        at once; a state of its own, 1 + N rows."""
+        n_rows = 1 + len(guesses)
+        uniforms = None if self.uniforms is None else self.uniforms.expand(n_rows, -1)
+        seen = None if self.seen is None else self.seen.repeat(n_rows, 1)
+        if seen is not None:
+            row, guess = torch.tril_indices(n_rows, n_rows - 1, -1, device=guesses.device)
+            seen[row, guesses[guess]] = True
+        return replace(self, batch=n_rows, uniforms=uniforms, seen=seen)
 
     def begin(self, prompt: Sequence[int], sampling: Sampling) -> None:
         """A prompt comes into these rows, which are one, with the seed of `sampling`."""

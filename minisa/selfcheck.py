@@ -173,12 +173,13 @@ def attention_errors(
     q: Tensor, k: Tensor, v: Tensor, v_own: Tensor, positions: Tensor, head_map: HeadMap | None, window: int | None,
     ring: bool = False,
 ) -> tuple[float, float]:  # fmt: skip
-    """Of a leader's output and of a follower's, by the kernels, at positions [B]."""
+    """Of a leader's output and of a follower's, by the kernels, for q [B, H, T, D] at positions [B, T], or [B]."""
     kernels, slots = find_backend("kernels"), k.shape[2]
-    mixed, shared = kernels.lead(q, k, v, kernels.visible(positions[:, None], slots, window, ring))
+    positions = positions.view(len(q), -1)
+    mixed, shared = kernels.lead(q, k, v, kernels.visible(positions, slots, window, ring))
     followed = kernels.follow(shared, v_own, head_map)
     q, k, v, v_own = (x.to(q.dtype).double() for x in (q, k, v, v_own))
-    expected, weights = REFERENCE.lead(q, k, v, visible_slots(positions[:, None], slots, window, ring))
+    expected, weights = REFERENCE.lead(q, k, v, visible_slots(positions, slots, window, ring))
     return _relative(mixed, expected), _relative(followed, REFERENCE.follow(weights, v_own, head_map))
 
 

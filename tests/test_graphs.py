@@ -98,6 +98,27 @@ def test_a_ring_decodes_the_tokens_of_a_full_cache(backend: str, recorder: Recor
         assert tokens_of(ring.generate(prompt)) == tokens_of(windowed_llm(ring=False).generate(prompt))
 
 
+@pytest.mark.parametrize("plan", ["none", "head maps"])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "seed": 3, "repetition_penalty": 0.5}], ids=["greedy", "sampled"]
+)
+def test_guesses_are_verified_in_one_graph(options: dict[str, Any], plan: str, recorder: Recorder) -> None:
+    """To the end of the context, whose last slots are too few for it."""
+    llm = graph_llm(recorder, PLANS[plan])
+    for prompt in ("to be or not to be or not to be or", "y" * 24):
+        found = tokens_of(llm.generate(prompt, speculate=True, **options))
+        assert found == tokens_of(llm_of(PLANS[plan]).generate(prompt, **options))
+    assert recorder.recorded == 2  # steps and guesses
+
+
+def test_a_ring_verifies_guesses_without_a_graph(recorder: Recorder) -> None:
+    ring = graph_llm(recorder, WINDOWED_PLANS["head maps"], CONTEXT, config=WINDOWED)
+    prompt = "to be or not to be or " * 3
+    found = tokens_of(ring.generate(prompt, speculate=True, max_new_tokens=60))
+    assert found == tokens_of(windowed_llm(ring=False).generate(prompt, max_new_tokens=60))
+    assert recorder.recorded == 1
+
+
 def test_an_answer_broken_off_and_another_begun(recorder: Recorder) -> None:
     plain, graphs = llm_of(), graph_llm(recorder)
     for llm in (plain, graphs):
@@ -131,7 +152,7 @@ def compare_compiled_with_eager(quantized: Format | None) -> None:
     llm.runner = GraphRunner(llm.model, record=Recorder())
     llm._cached.clear()
     assert text_of(llm.generate("compiled", max_new_tokens=4)) == expected
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
 @pytest.mark.parametrize("quantized", [None, "int4"])

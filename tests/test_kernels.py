@@ -64,6 +64,17 @@ def test_a_ring_gives_what_slots_in_order_give(kv_dtype: torch.dtype) -> None:
     assert (found[0] - found[1]).norm() / found[1].norm() < BOUNDS[torch.float32]
 
 
+@pytest.mark.parametrize("mapped", [False, True], ids=["identity", "head map"])
+@pytest.mark.parametrize("window", [None, BLOCK + 3])
+def test_several_queries_of_a_row(window: int | None, mapped: bool) -> None:
+    """Guesses ahead: each sees what a query of its own row would."""
+    _, *kv = attention_tensors(2, 6, 2, 64, torch.float32, DEVICE)
+    q = torch.randn(2, 6, 5, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    positions = torch.tensor([[BLOCK - 2], [2 * BLOCK]], device=DEVICE) + torch.arange(5, device=DEVICE)
+    head_map = HeadMap.of([5, 0, 3, 3, 1, 2], 2, DEVICE) if mapped else None
+    assert max(attention_errors(q, *kv, positions, head_map, window)) < BOUNDS[torch.float32]
+
+
 def test_slots_beyond_the_position_are_never_seen() -> None:
     """Whatever an earlier text left there, NaN included."""
     q, k, v, v_own = attention_tensors(2, 6, 2, 64, torch.float32, DEVICE)

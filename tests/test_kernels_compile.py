@@ -24,7 +24,7 @@ def compile_for(capability: int) -> None:
 
     from minisa.kernels import decode_attention, quantized_product
 
-    sizes = {"GROUP": 4, "ROWS": 16, "HEAD_DIM": 128, "DIMS": 128}
+    sizes = {"GROUP": 4, "ROWS": 16, "HEAD_DIM": 128, "DIMS": 128, "QUERIES": 8}
     types = {"bf16": triton.language.bfloat16, "fp16": triton.language.float16, "fp32": triton.language.float32}
     block = decode_attention.BLOCK
     cases = []
@@ -46,15 +46,17 @@ def compile_for(capability: int) -> None:
         merge = {"HEAD_DIM": 128, "DIMS": 128, "PARTS": 64, "NORMALIZED": normalized}
         cases.append((decode_attention._merge, merge, "bf16", False))
     for int4 in (False, True):
-        for rows in (1, 16):
-            options = {"ROWS": rows, "INT4": int4, "BLOCK_N": 16, "BLOCKS": 8}
-            cases.append((quantized_product._multiply.fn, options, "bf16", int4))
+        sizes_of_rows, sizes_of_row = {"BLOCK_N": 16, "BLOCKS": 8}, {"BLOCK_N": 8, "BLOCKS": 128}
+        cases.append((quantized_product._multiply_rows.fn, {"ROWS": 16, "INT4": int4, **sizes_of_rows}, "bf16", int4))
+        cases.append((quantized_product._multiply_row.fn, {"BITS": 4 if int4 else 8, **sizes_of_row}, "fp32", int4))
     for function, constants, dtype, bytes_ in cases:
         pointers = {"positions": "i64", "head_map": "i64", "quants": "u8" if bytes_ else "i8"}
+        if function is quantized_product._multiply_row.fn:
+            pointers["quants"] = "i64"
         pointers |= dict.fromkeys(("keys", "values"), "u8" if bytes_ else dtype)
         pointers |= dict.fromkeys(("scales", "minimums"), "fp16") | dict.fromkeys(("q", "x", "out"), dtype)
         numbers = {"scale": "fp32", "row_stride": "i64", "head_stride": "i64"}
-        numbers |= dict.fromkeys(("length", "n_parts", "n_rows", "n", "k"), "i32")
+        numbers |= dict.fromkeys(("length", "n_parts", "n_rows", "n_blocks", "n", "k"), "i32")
         signature, aligned = {}, {}
         for i, name in enumerate(function.arg_names):
             if name in constants:

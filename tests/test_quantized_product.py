@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux')
 
-from minisa.kernels.quantized_product import MOST_ROWS, quantized_product
+from minisa.kernels.quantized_product import MOST_ROWS, multiply_row, multiply_rows, quantized_product
 from minisa.quantize import Format, quantize
 from minisa.selfcheck import BOUNDS, product_error
 from tests.engines import DEVICE
@@ -41,4 +41,5 @@ def test_packed_blocks_are_the_same_in_half_the_bytes() -> None:
 def test_the_compiler_sees_one_operation() -> None:
     """With a shape it can reason about, so that a layer compiles whole around it."""
     blocks = quantize(torch.randn(64, 64), "int8")
-    torch.library.opcheck(quantized_product, (torch.randn(1, 1, 64), blocks.quants, blocks.scales, None))
+    torch.library.opcheck(multiply_row, (torch.randn(32, 2), blocks.quants, blocks.scales, None))
+    torch.library.opcheck(multiply_rows, (torch.randn(3, 64), blocks.quants, blocks.scales, None))

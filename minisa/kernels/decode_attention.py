@@ -1,4 +1,4 @@
-"""Attention of one query a row, in Triton: leaders that leave their scores behind, followers that reuse them.
+"""Attention of a query a row, or a few, in Triton: leaders leave their scores behind, followers reuse them.
 
 Flash decoding (Dao, Haziza, Massa and Sizov, 2023) with Shared Attention (arXiv 2407.12866) in it. The slots of a row
 are split into parts, so that a single row keeps the whole device busy; a program handles one part for all the query
@@ -14,7 +14,10 @@ heads of one key and value head, and so reads every key and value once.
 How many slots a row has is read on the device, from its position: one launch, and so one captured graph, serves every
 length, and stops at the row's own. Scores and the log-sum-exp are fp32 and to the base 2.
 
-Shapes: q [B, H, D]; keys, values [B, Hkv, S, D], slices of a cache; positions [B]; scores [B, H, S]; lse [B, H].
+Several queries of a row, which are guesses ahead, are rows to the kernels, whose keys and values are the same.
+
+Shapes: q [B, T, H, D]; keys, values [B, Hkv, S, D], slices of a cache; positions [B, T]; scores [B · T, H, S]; lse
+[B · T, H].
 """
 
 from __future__ import annotations
@@ -33,11 +36,12 @@ from minisa.kernels.common import LEAST_ROWS, product
 
 BLOCK = 64  # slots a program looks at at once; half of it in fp32, so that a stage of them fits every card
 MAX_PARTS = 64
+MOST_QUERIES = 8  # a row; with more, those that see the same keys are better multiplied by them together
 PROGRAMS_PER_PROCESSOR = 2  # a row's slots are split into parts until there are so many programs
 
 
-class Row(NamedTuple):
-    """What a decoding query sees: the slots up to its position [B], or the last `window` of them.
+class Rows(NamedTuple):
+    """What decoding queries see: the slots up to their positions [B, T], or the last `window` of them.
 
     ring: the slots, where position p lies in slot p % ring; else 0.
     """
@@ -48,14 +52,15 @@ class Row(NamedTuple):
 
 
 class SharedScores(NamedTuple):
-    """What a leader leaves: scores [B, H, S] of the slots its query saw, their log-sum-exp [B, H], and which they are.
+    """What a leader leaves: scores [B · T, H, S] of the slots its queries saw, their log-sum-exp [B · T, H], and which
+    they are.
 
     dtype: of the output.
     """
 
     scores: Tensor
     lse: Tensor
-    row: Row
+    rows: Rows
     dtype: torch.dtype
 
 
@@ -84,7 +89,7 @@ def _load(tensor, offsets, mask, dtype: tl.constexpr, FP8: tl.constexpr):
 @triton.jit
 def _lead(
     q, keys, values, positions, scores, partial, maxima, sums, scale, row_stride, head_stride, length,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, QUERIES: tl.constexpr,
     WINDOW: tl.constexpr, RING: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -94,7 +99,7 @@ def _lead(
     heads = (row * n_kv_heads + kv_head) * GROUP + group  # of all rows
     is_head, is_dim = group < GROUP, dims < HEAD_DIM
     query = tl.load(q + heads[:, None] * HEAD_DIM + dims, mask=is_head[:, None] & is_dim, other=0)  # [ROWS, DIMS]
-    memory = row.to(tl.int64) * row_stride + kv_head.to(tl.int64) * head_stride
+    memory = (row // QUERIES).to(tl.int64) * row_stride + kv_head.to(tl.int64) * head_stride
     scores_of = scores + heads.to(tl.int64)[:, None] * length
 
     most = tl.full([ROWS], float("-inf"), tl.float32)
@@ -126,7 +131,7 @@ def _lead(
 @triton.jit
 def _follow(
     scores, lse, head_map, values, positions, partial, row_stride, head_stride, length,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, QUERIES: tl.constexpr,
     MAPPED: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -140,7 +145,7 @@ def _follow(
         source = tl.load(head_map + source, mask=is_head, other=0).to(tl.int32)
     sources = row * n_kv_heads * GROUP + source
     base = tl.load(lse + sources, mask=is_head, other=0)
-    memory = row.to(tl.int64) * row_stride + kv_head.to(tl.int64) * head_stride
+    memory = (row // QUERIES).to(tl.int64) * row_stride + kv_head.to(tl.int64) * head_stride
     scores_of = scores + sources.to(tl.int64)[:, None] * length
 
     mixed = tl.zeros([ROWS, DIMS], tl.float32)
@@ -178,68 +183,77 @@ def _merge(
     tl.store(out + head * HEAD_DIM + dims, tl.sum(mixed, 0).to(out.dtype.element_ty), mask=is_dim)
 
 
-def lead(q: Tensor, keys: Tensor, values: Tensor, row: Row) -> tuple[Tensor, SharedScores]:
-    """q [B, H, 1, D], keys and values [B, Hkv, S, D] → (output [B, H, 1, D], what followers need).
+def lead(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> tuple[Tensor, SharedScores]:
+    """q [B, H, T, D], keys and values [B, Hkv, S, D] → (output [B, H, T, D], what followers need).
 
     keys and values are fp32, fp16, bf16 or fp8 (e4m3), with whole slots of D numbers behind each other.
     """
-    batch, n_heads, _, head_dim = q.shape
-    length = keys.shape[2]
-    n_parts, sizes = _launch(q, keys)
-    scores = torch.empty(batch, n_heads, length, device=q.device)
-    lse = torch.empty(batch, n_heads, device=q.device)
-    partial = torch.empty(batch, n_heads, n_parts, head_dim, device=q.device)
-    maxima, sums = torch.empty(2, batch, n_heads, n_parts, device=q.device)
+    _, n_heads, n_queries, head_dim = q.shape
+    by_row = q.transpose(1, 2).contiguous().flatten(0, 1)  # [B · T, H, D]
+    n_rows, length = len(by_row), keys.shape[2]
+    n_parts, sizes = _launch(by_row, keys, n_queries)
+    scores = torch.empty(n_rows, n_heads, length, device=q.device)
+    lse = torch.empty(n_rows, n_heads, device=q.device)
+    partial = torch.empty(n_rows, n_heads, n_parts, head_dim, device=q.device)
+    maxima, sums = torch.empty(2, n_rows, n_heads, n_parts, device=q.device)
     scale = math.log2(math.e) / head_dim**0.5
-    _lead[batch, keys.shape[1], n_parts](
-        q.contiguous(), _bytes(keys), _bytes(values), row.positions, scores, partial, maxima, sums, scale,
-        keys.stride(0), keys.stride(1), length, WINDOW=row.window or 0, RING=row.ring, FP8=_is_fp8(keys),
+    _lead[n_rows, keys.shape[1], n_parts](
+        by_row, _bytes(keys), _bytes(values), rows.positions, scores, partial, maxima, sums, scale,
+        keys.stride(0), keys.stride(1), length, WINDOW=rows.window or 0, RING=rows.ring, FP8=_is_fp8(keys),
         **sizes,
     )  # fmt: skip
-    out = _merged(q, partial, maxima, sums, lse)
-    return out, SharedScores(scores, lse, row, q.dtype)
+    out = _merged(by_row, partial, maxima, sums, lse)
+    return _by_head(out, n_queries), SharedScores(scores, lse, rows, q.dtype)
 
 
 def follow(shared: SharedScores, values: Tensor, head_map: Tensor | None) -> Tensor:
-    """The leader's weights on values [B, Hkv, S, D] → output [B, H, 1, D]; head_map [H], None for the identity."""
-    scores, lse, row, dtype = shared
-    batch, n_heads, length = scores.shape
-    out = torch.empty(batch, n_heads, 1, values.shape[-1], device=values.device, dtype=dtype)
-    n_parts, sizes = _launch(out, values)
-    partial = torch.empty(batch, n_heads, n_parts, values.shape[-1], device=values.device)
-    _follow[batch, values.shape[1], n_parts](
-        scores, lse, lse if head_map is None else head_map, _bytes(values), row.positions, partial,
-        values.stride(0), values.stride(1), length, MAPPED=head_map is not None, WINDOW=row.window or 0,
-        RING=row.ring, FP8=_is_fp8(values), DTYPE=_TRITON_TYPES[dtype], **sizes,
+    """The leader's weights on values [B, Hkv, S, D] → output [B, H, T, D]; head_map [H], None for the identity."""
+    scores, lse, rows, dtype = shared
+    n_rows, n_heads, length = scores.shape
+    n_queries = rows.positions.shape[1]
+    out = torch.empty(n_rows, n_heads, values.shape[-1], device=values.device, dtype=dtype)
+    n_parts, sizes = _launch(out, values, n_queries)
+    partial = torch.empty(n_rows, n_heads, n_parts, values.shape[-1], device=values.device)
+    _follow[n_rows, values.shape[1], n_parts](
+        scores, lse, lse if head_map is None else head_map, _bytes(values), rows.positions, partial,
+        values.stride(0), values.stride(1), length, MAPPED=head_map is not None, WINDOW=rows.window or 0,
+        RING=rows.ring, FP8=_is_fp8(values), DTYPE=_TRITON_TYPES[dtype], **sizes,
     )  # fmt: skip
-    return _merged(out, partial, partial, partial, None)
+    return _by_head(_merged(out, partial, partial, partial, None), n_queries)
 
 
 def _merged(like: Tensor, partial: Tensor, maxima: Tensor, sums: Tensor, lse: Tensor | None) -> Tensor:
-    """Parts [B, H, n_parts, D] put together; lse None: they have the row's own log-sum-exp in them and only add up."""
-    batch, n_heads, n_parts, head_dim = partial.shape
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    _merge[batch * n_heads,](
+    """Parts [R, H, n_parts, D] put together, [R, H, D]; lse None: they have the row's own log-sum-exp in them and only
+    add up."""
+    n_rows, n_heads, n_parts, head_dim = partial.shape
+    out = torch.empty_like(like)
+    _merge[n_rows * n_heads,](
         partial, maxima, sums, out, partial if lse is None else lse, n_parts, HEAD_DIM=head_dim,
         DIMS=triton.next_power_of_2(head_dim), PARTS=triton.next_power_of_2(n_parts), NORMALIZED=lse is None,
     )  # fmt: skip
     return out
 
 
-def _launch(q: Tensor, kv: Tensor) -> tuple[int, dict[str, int]]:
-    """How many parts a row is split into, and the sizes a kernel is compiled for."""
-    batch, n_heads, _, head_dim = q.shape
+def _by_head(out: Tensor, n_queries: int) -> Tensor:
+    """[B · T, H, D] → [B, H, T, D]."""
+    return out.unflatten(0, (-1, n_queries)).transpose(1, 2)
+
+
+def _launch(out: Tensor, kv: Tensor, n_queries: int) -> tuple[int, dict[str, int]]:
+    """How many parts a row is split into, and the sizes a kernel is compiled for; out [B · T, H, D]."""
+    n_rows, n_heads, head_dim = out.shape
     n_kv_heads, length = kv.shape[1:3]
     if kv.stride()[2:] != (head_dim, 1):
         raise ValueError(f"the numbers of a slot must lie together: strides {kv.stride()} for head_dim {head_dim}")
     group = n_heads // n_kv_heads
-    enough = -(-PROGRAMS_PER_PROCESSOR * _processors(q.device) // (batch * n_kv_heads))
-    block = BLOCK if q.dtype.itemsize < 4 else BLOCK // 2
+    enough = -(-PROGRAMS_PER_PROCESSOR * _processors(out.device) // (n_rows * n_kv_heads))
+    block = BLOCK if out.dtype.itemsize < 4 else BLOCK // 2
     return max(1, min(enough, MAX_PARTS, -(-length // block))), {
         "GROUP": group,
         "ROWS": max(LEAST_ROWS, triton.next_power_of_2(group)),
         "HEAD_DIM": head_dim,
         "DIMS": triton.next_power_of_2(head_dim),
+        "QUERIES": n_queries,
         "BLOCK": block,
     }
 
@@ -263,13 +277,13 @@ _TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfl
 
 
 def _visible(positions: Tensor, length: int, window: int | None, ring: bool = False) -> Visible:
-    if positions.shape[1] == 1:
-        return Row(positions[:, 0].contiguous(), window, length if ring else 0)
+    if positions.shape[1] <= MOST_QUERIES:
+        return Rows(positions.contiguous(), window, length if ring else 0)
     return TORCH.visible(positions, length, window)
 
 
 def _lead_any(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Shared]:
-    return lead(q, k, v, visible) if isinstance(visible, Row) else TORCH.lead(q, k, v, visible)
+    return lead(q, k, v, visible) if isinstance(visible, Rows) else TORCH.lead(q, k, v, visible)
 
 
 def _follow_any(shared: Shared, v: Tensor, head_map: HeadMap | None) -> Tensor:

@@ -97,6 +97,10 @@ class NativeRunner:
         """As TorchRunner.all_logits: logits [T', vocab_size] fp32, chunk by chunk, for tokens [1, T]."""
         return self._chunks(tokens[0], start, cache, 0, every=True)
 
+    def verify(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
+        """As TorchRunner.verify: fp32."""
+        return torch.cat(list(self.all_logits(tokens, start, cache)))
+
     def decode(self, tokens: Tensor, positions: Tensor, cache: StaticCache, in_use: int) -> Tensor:
         """As TorchRunner.decode: logits [B, vocab_size] fp32."""
         return self._step(tokens, positions, torch.arange(len(tokens)), cache.view(in_use), len(tokens))

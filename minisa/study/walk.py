@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minisa.attention import TORCH, Queries, visible_slots
@@ -100,8 +99,7 @@ class Walk:
     def gated(self, i: int, x: Tensor) -> Tensor:
         """What goes into w2 of layer i [N, T, hidden_dim], for x after its attention half."""
         layer = self._layer(i)
-        feed_forward, normed = layer.feed_forward, layer.ffn_norm(x)
-        return F.silu(feed_forward.w1(normed)) * feed_forward.w3(normed)
+        return layer.feed_forward.hidden(layer.ffn_norm(x))
 
     def lead_or_follow(self, i: int, x: Tensor, shared: dict[int, Queries]) -> Queries:
         """The queries layer i uses. A leader's go to `shared` for its followers, which take them from there."""
