@@ -6,6 +6,7 @@ Both take tensors, leave keys and values in the cache and return tensors; neithe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from minisa.cache import StaticCache
 from minisa.model import Layer, Transformer
+from minisa.quantize import QuantizedLinear
 from minisa.sampling import Chooser
+from minisa.speculate import PRICE, Price
 
 # Tokens of a prompt at a time: bounds the memory of activations and masks, however long the prompt. A GPU needs more of
 # them to be busy.
@@ -65,6 +68,9 @@ def compile_layers(model: Transformer) -> None:
         many = torch.compile(eager, fullgraph=True, dynamic=True) if on_gpu else eager
         for layer in model.layers:
             setattr(layer, name, _by_length(one, many, layer))
+    if on_gpu and isinstance(model.output or model.tok_embeddings, QuantizedLinear):
+        # For several rows it is dequantized, in one go if that is compiled.
+        model.head = partial(torch.compile(Transformer.head, fullgraph=True, dynamic=True), model)  # type: ignore[method-assign]
 
 
 def _by_length(one: Callable[..., Any], many: Callable[..., Any], layer: Any) -> Callable[..., Any]:
@@ -114,6 +120,10 @@ class TorchRunner:
         """Logits [≤ chunk, vocab_size] of every one of tokens [1, T], fed at positions start, start + 1, …"""
         for hidden in prefill_chunks(self.model, tokens, start, cache):
             yield self.model.head(hidden)[0]
+
+    def price(self, cache: StaticCache) -> Price | None:
+        """Of guessing ahead in a cache; None where that never pays."""
+        return PRICE
 
     def verify(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
         """Logits [T, vocab_size] of each of a few tokens [1, T], the last one chosen and guesses after it."""

@@ -53,22 +53,21 @@ def generate(
 class SpeculativeLoop(DecodingLoop):
     """A decoding loop of one row. A step may bring several tokens of it: as many as were guessed right, and one."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._asynchronous = False  # what to feed next depends on the token chosen
-
     def add(self, prompt: list[int], *rest: Any) -> int:
         """As DecodingLoop.add."""
-        self._lookup = PromptLookup(prompt)
+        self._lookup = PromptLookup(prompt, self._runner.price(self._cache))
         return super().add(prompt, *rest)
 
     @torch.inference_mode()
     def _advance(self) -> None:
         row = self._rows[0]
         guesses = self._lookup.guess(self._cache.length - row.length) if row.begun else []
-        if guesses:
+        if guesses and not self._stepped:
             self._try(guesses)
         else:
+            # A step queued before there was a guess is waited for, and none queued after it.
+            self._asynchronous = self._runner.asynchronous and not guesses
+            guesses = []
             super()._advance()
         self._lookup.settle(len(guesses), len(self._ready) - 1)
         for _, _, token in self._ready:

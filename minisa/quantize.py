@@ -101,20 +101,20 @@ def _inverse(scales: Tensor) -> Tensor:
 
 
 def use_kernels(model: nn.Module) -> None:
-    """Let the quantized matrices of a model multiply few rows in Triton; int4 goes into half the bytes for it."""
-    from minisa.kernels.quantized_product import MOST_ROWS, quantized_product  # not everybody has Triton
+    """Let the quantized matrices of a model multiply single rows in Triton; int4 goes into half the bytes for it."""
+    from minisa.kernels.quantized_product import quantized_product  # not everybody has Triton
 
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.quants = module.blocks.packed().quants
-            module.multiply_few, module.most_rows = quantized_product, MOST_ROWS
+            module.multiply_row = quantized_product
 
 
 class QuantizedLinear(nn.Module):
     """x @ weight.T with a quantized weight.
 
-    The C++ step computes with the blocks themselves, and so does Triton after `use_kernels`, for few rows. Else the
-    weight is dequantized at each call, which is right everywhere and fast nowhere.
+    The C++ step computes with the blocks themselves, and so does Triton after `use_kernels`, for one row. Else the
+    weight is dequantized at each call, which is right everywhere and fast only where it is compiled and rows are many.
     """
 
     quants: Tensor
@@ -127,8 +127,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scales", blocks.scales)
         self.register_buffer("minimums", blocks.minimums)
         self.dtype = dtype
-        self.multiply_few: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
-        self.most_rows = 0
+        self.multiply_row: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     @property
     def blocks(self) -> Blocks:
@@ -144,8 +143,8 @@ class QuantizedLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., cols] → [..., rows]."""
-        if self.multiply_few is not None and x.shape[:-1].numel() <= self.most_rows:
-            return self.multiply_few(x, self.quants, self.scales, self.minimums)
+        if self.multiply_row is not None and x.shape[:-1].numel() == 1:
+            return self.multiply_row(x, self.quants, self.scales, self.minimums)
         return F.linear(x, self.weight)
 
 

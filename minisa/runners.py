@@ -18,6 +18,7 @@ from minisa.native.build import compiler_works, open_library
 from minisa.native.runner import NativeRunner, supports
 from minisa.quantize import QuantizedEmbedding, use_kernels
 from minisa.sampling import Chooser
+from minisa.speculate import Price
 
 
 class Runner(Protocol):
@@ -28,6 +29,7 @@ class Runner(Protocol):
         weight_bytes: what its weights take.
     prefill: tokens [B, T] at positions start, start + 1, … → logits [B, vocab_size] after the last.
     all_logits: tokens [1, T] likewise → logits [≤ chunk, vocab_size] of every one, chunk by chunk.
+    price: of guessing ahead in a cache; None where that never pays.
     verify: as all_logits, for the few tokens of a step that guesses ahead: [T, vocab_size], until the next call.
     decode: tokens [B] at positions [B], all < in_use slots of the cache → logits [B, vocab_size].
     stepper: what decodes and chooses for a generation on the first rows of the cache; one at a time.
@@ -46,6 +48,7 @@ class Runner(Protocol):
     def weight_bytes(self) -> int: ...
     def prefill(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor: ...
     def all_logits(self, tokens: Tensor, start: int, cache: StaticCache) -> Iterator[Tensor]: ...
+    def price(self, cache: StaticCache) -> Price | None: ...
     def verify(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor: ...
     def decode(self, tokens: Tensor, positions: Tensor, cache: StaticCache, in_use: int) -> Tensor: ...
     def stepper(self, cache: StaticCache, choose: Chooser) -> Step: ...

@@ -8,25 +8,47 @@ the same. After Saxena, https://github.com/apoorvumang/prompt-lookup-decoding
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 NGRAM = 3  # tokens that must agree before what followed them is guessed
 LONGEST = 6  # tokens guessed at once
-PRICE = 0.3  # of a step, for feeding one token more in it: a little more than one core (0.21) or two (0.28) take
 EARNED = 0.02  # of a step, to be risked on guesses, for every token that comes
 TRIED = 2  # guesses that an answer may risk before it has earned any; right ones soon pay for more
+
+
+class Price(NamedTuple):
+    """What a step that guesses ahead costs more than one that does not, in steps: attempt, whatever it guesses, and
+    guess for each token of it."""
+
+    attempt: float
+    guess: float
+
+    def of(self, guesses: int) -> float:
+        return self.attempt + self.guess * guesses if guesses else 0.0
+
+    def affordable(self, credit: float) -> int:
+        """How many guesses that many steps pay for."""
+        if credit < self.attempt:
+            return 0
+        return int((credit - self.attempt) / self.guess) if self.guess else LONGEST
+
+
+PRICE = Price(0.0, 0.3)  # on a CPU: a little more than one core (0.21) or two (0.28) take
 
 
 class PromptLookup:
     """Guesses for one row. What wrong guesses cost is bounded by what the text, and right ones, have earned.
 
-    tried: guesses that may be risked before any have been right.
+    price: None where guesses never pay. tried: guesses that may be risked before any have been right.
     """
 
-    def __init__(self, tokens: Sequence[int], tried: int = TRIED) -> None:
+    def __init__(self, tokens: Sequence[int], price: Price | None = PRICE, tried: int = TRIED) -> None:
         self._tokens: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # where the text went on after its last NGRAM tokens
         self._found: int | None = None
-        self._credit = tried * PRICE  # steps that may be risked now; at most those of LONGEST
+        self._price = price or Price(0.0, 0.0)
+        self._credit = self._price.of(tried)  # steps that may be risked now; at most those of LONGEST
+        self._guesses = price is not None
         for token in tokens:
             self.append(token)
 
@@ -40,9 +62,9 @@ class PromptLookup:
 
     def guess(self, most: int) -> list[int]:
         """At most so many tokens that may come next; none where the text has not been here before."""
-        if self._found is None:
+        if self._found is None or not self._guesses:
             return []
-        affordable = min(most, LONGEST, int(self._credit / PRICE))
+        affordable = min(most, LONGEST, self._price.affordable(self._credit))
         guesses: list[int] = []
         for place in range(self._found, self._found + affordable):
             beyond = place - len(self._tokens)  # a short circle is gone round more than once
@@ -52,4 +74,4 @@ class PromptLookup:
     def settle(self, guessed: int, right: int) -> None:
         """After a step: how many tokens it was fed as guesses, and how many of these were right."""
         earned = right + EARNED * (right + 1)
-        self._credit = min(self._credit + earned - PRICE * guessed, LONGEST * PRICE)
+        self._credit = min(self._credit + earned - self._price.of(guessed), self._price.of(LONGEST))

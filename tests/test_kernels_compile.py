@@ -17,8 +17,8 @@ SHARED_MEMORY = 99 << 10  # bytes a program may take on the cards with least of 
 
 
 def compile_for(capability: int) -> None:
-    """Llama-3-8B's shapes with each value of every option: dtypes, an fp8 cache, a window and its ring, a head map; its
-    first product in int8 and int4, for one row and several."""
+    """Llama-3-8B's shapes with each value of every option: dtypes, an fp8 cache, a window and its ring, a head map; a
+    product in int8 and int4."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -46,24 +46,21 @@ def compile_for(capability: int) -> None:
         merge = {"HEAD_DIM": 128, "DIMS": 128, "PARTS": 64, "NORMALIZED": normalized}
         cases.append((decode_attention._merge, merge, "bf16", False))
     for int4 in (False, True):
-        sizes_of_rows, sizes_of_row = {"BLOCK_N": 16, "BLOCKS": 8}, {"BLOCK_N": 8, "BLOCKS": 128}
-        cases.append((quantized_product._multiply_rows.fn, {"ROWS": 16, "INT4": int4, **sizes_of_rows}, "bf16", int4))
-        cases.append((quantized_product._multiply_row.fn, {"BITS": 4 if int4 else 8, **sizes_of_row}, "fp32", int4))
+        sizes = {"n_blocks": 448, "BLOCK_N": 1, "BLOCKS": 128, "BITS": 4 if int4 else 8}
+        cases.append((quantized_product._multiply_row.fn, sizes, "fp32", int4))
     for function, constants, dtype, bytes_ in cases:
-        pointers = {"positions": "i64", "head_map": "i64", "quants": "u8" if bytes_ else "i8"}
-        if function is quantized_product._multiply_row.fn:
-            pointers["quants"] = "i64"
+        pointers = dict.fromkeys(("positions", "head_map", "quants", "x"), "i64")
         pointers |= dict.fromkeys(("keys", "values"), "u8" if bytes_ else dtype)
-        pointers |= dict.fromkeys(("scales", "minimums"), "fp16") | dict.fromkeys(("q", "x", "out"), dtype)
+        pointers |= dict.fromkeys(("scales", "minimums"), "fp16") | dict.fromkeys(("q", "out"), dtype)
         numbers = {"scale": "fp32", "row_stride": "i64", "head_stride": "i64"}
-        numbers |= dict.fromkeys(("length", "n_parts", "n_rows", "n_blocks", "n", "k"), "i32")
+        numbers |= dict.fromkeys(("length", "n_parts", "raised", "n"), "i32")
         signature, aligned = {}, {}
         for i, name in enumerate(function.arg_names):
             if name in constants:
                 signature[name] = "constexpr"
             else:
                 signature[name] = numbers.get(name) or f"*{pointers.get(name, 'fp32')}"
-                if name not in ("scale", "n_parts", "n_rows"):
+                if name not in ("scale", "n_parts", "raised"):
                     aligned[(i,)] = [["tt.divisibility", 16]]
         values = {(function.arg_names.index(name),): value for name, value in constants.items()}
         source = ASTSource(function, signature, values, aligned)

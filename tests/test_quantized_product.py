@@ -1,4 +1,4 @@
-"""The Triton product of few rows with a quantized matrix, against the matrix dequantized."""
+"""The Triton product of a row with a quantized matrix, against the matrix dequantized."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ import torch
 
 pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux')
 
-from minisa.kernels.quantized_product import MOST_ROWS, multiply_row, multiply_rows, quantized_product
+from minisa.kernels.quantized_product import multiply_row, quantized_product
 from minisa.quantize import Format, quantize
 from minisa.selfcheck import BOUNDS, product_error
 from tests.engines import DEVICE
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("n_rows", [1, 2, 16, MOST_ROWS])
-@pytest.mark.parametrize(("n", "k"), [(64, 256), (33, 32), (70, 416)])
+@pytest.mark.parametrize(("n", "k"), [(64, 256), (33, 32), (70, 416), (5, 2048)])
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_equals_the_dequantized_product(format: Format, n: int, k: int, n_rows: int, dtype: torch.dtype) -> None:
-    assert product_error(format, n, k, n_rows, dtype, DEVICE) < BOUNDS[dtype]
+def test_equals_the_dequantized_product(format: Format, n: int, k: int, dtype: torch.dtype) -> None:
+    assert product_error(format, n, k, dtype, DEVICE) < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_shapes_and_dtypes_come_back(dtype: torch.dtype) -> None:
     blocks = quantize(torch.randn(7, 64).to(DEVICE), "int8")
-    found = quantized_product(torch.randn(2, 3, 64).to(DEVICE, dtype), blocks.quants, blocks.scales, None)
-    assert (found.shape, found.dtype) == ((2, 3, 7), dtype)
+    found = quantized_product(torch.randn(1, 1, 64).to(DEVICE, dtype), blocks.quants, blocks.scales, None)
+    assert (found.shape, found.dtype) == ((1, 1, 7), dtype)
 
 
 def test_packed_blocks_are_the_same_in_half_the_bytes() -> None:
@@ -41,5 +40,4 @@ def test_packed_blocks_are_the_same_in_half_the_bytes() -> None:
 def test_the_compiler_sees_one_operation() -> None:
     """With a shape it can reason about, so that a layer compiles whole around it."""
     blocks = quantize(torch.randn(64, 64), "int8")
-    torch.library.opcheck(multiply_row, (torch.randn(32, 2), blocks.quants, blocks.scales, None))
-    torch.library.opcheck(multiply_rows, (torch.randn(3, 64), blocks.quants, blocks.scales, None))
+    torch.library.opcheck(multiply_row, (torch.randn(16, 2, 2), blocks.quants, blocks.scales, None))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from minisa.errors import MinisaError
-from minisa.speculate import EARNED, LONGEST, NGRAM, PRICE, TRIED, PromptLookup
+from minisa.speculate import EARNED, LONGEST, NGRAM, PRICE, TRIED, Price, PromptLookup
 from tests.engines import llm_of, text_of, tokens_of
 
 CIRCLES = {"repetition_penalty": 0.01}
@@ -35,9 +35,22 @@ def test_wrong_guesses_cost_no_more_than_the_text_earns() -> None:
         guesses = lookup.guess(99)
         fed += len(guesses)
         lookup.settle(len(guesses), 0)
-    assert 0 < PRICE * fed <= EARNED * 1000 + TRIED * PRICE
+    assert 0 < PRICE.of(fed) <= EARNED * 1000 + PRICE.of(TRIED)
     lookup.settle(1, 1)
     assert lookup.guess(99)  # a right one pays for more
+
+
+def test_an_attempt_may_cost_the_same_whatever_it_guesses() -> None:
+    """As where a GPU computes its tokens together: all are guessed or none."""
+    lookup = PromptLookup([1, 2, 3] * 8, Price(1.5, 0.0))
+    attempts = 0
+    for _ in range(1000):
+        guesses = lookup.guess(99)
+        assert len(guesses) in (0, LONGEST)
+        attempts += bool(guesses)
+        lookup.settle(len(guesses), 0)
+    assert 1 < attempts <= 1 + EARNED * 1000 / 1.5
+    assert PromptLookup([1, 2, 3] * 8, price=None).guess(99) == []
 
 
 @pytest.mark.parametrize("queues", [False, True])
@@ -100,7 +113,7 @@ def test_an_answer_begins_with_few_guesses_at_risk(monkeypatch: pytest.MonkeyPat
     )
     found = tokens_of(llm.generate("zzzz", speculate=True, max_new_tokens=40))
     assert found == tokens_of(llm_of().generate("zzzz", max_new_tokens=40))
-    assert 0 < PRICE * sum(fed) <= PRICE * TRIED + EARNED * 40
+    assert 0 < PRICE.of(sum(fed)) <= PRICE.of(TRIED) + EARNED * 40
 
 
 def test_closed_early_the_cache_is_what_it_says() -> None:

@@ -20,6 +20,7 @@ from minisa.model import Layer, Transformer
 from minisa.native.packing import FORMATS, LANES, PANEL, Packed, interleave, pack_bf16, pack_int4, pack_int8
 from minisa.rope import rope_angles
 from minisa.sampling import Chooser
+from minisa.speculate import PRICE, Price
 
 CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # as in tables.h
 CHUNK = 64  # rows of prefill at a time, or as many as have room for their attention weights until their span ends
@@ -96,6 +97,10 @@ class NativeRunner:
     def all_logits(self, tokens: Tensor, start: int, cache: StaticCache) -> Iterator[Tensor]:
         """As TorchRunner.all_logits: logits [T', vocab_size] fp32, chunk by chunk, for tokens [1, T]."""
         return self._chunks(tokens[0], start, cache, 0, every=True)
+
+    def price(self, cache: StaticCache) -> Price:
+        """As TorchRunner.price."""
+        return PRICE
 
     def verify(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
         """As TorchRunner.verify: fp32."""
