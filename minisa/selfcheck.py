@@ -99,8 +99,8 @@ def check_products(device: torch.device) -> tuple[bool, str]:
 def check_steps(device: torch.device) -> tuple[bool, str]:
     """What a device runs by default, with every kind of weights: graphs on a GPU, the C++ step on a CPU.
 
-    Its logits against those of eager PyTorch without kernels, after steps, a prompt in pieces and guesses; and the tokens
-    of its whole steps against those of its logits.
+    Its logits against those of eager PyTorch without kernels, after steps, a prompt in pieces and guesses; and the
+    tokens of its whole steps against those of its logits.
     """
     if device.type == "cpu" and native_step(SMALL, device, compile=True, quantized=False) is None:
         raise LeftOutError("there is no C++ step here: it needs g++")
