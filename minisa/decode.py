@@ -5,6 +5,7 @@ Both take tensors, leave keys and values in the cache and return tensors; neithe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -59,6 +60,7 @@ def compile_layers(model: Transformer) -> None:
     compiled for any length; a CPU's time goes into its products, and its prompts stay as they are.
     """
     on_gpu = model.norm.weight.is_cuda
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # who takes fp32 means it
     limits = torch._dynamo.config  # every number of rows is compiled by itself: beyond 8 torch would raise an error
     limits.recompile_limit = max(limits.recompile_limit, limits.accumulated_recompile_limit)
     for name in ("project", "project_values", "up", "down"):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 NGRAM = 3  # tokens that must agree before what followed them is guessed
 LONGEST = 6  # tokens guessed at once
 EARNED = 0.02  # of a step, to be risked on guesses, for every token that comes
+SPARE = 3  # attempts beside the next that may be paid for
 TRIED = 2  # guesses that an answer may risk before it has earned any; right ones soon pay for more
 
 
@@ -25,6 +26,11 @@ class Price(NamedTuple):
 
     def of(self, guesses: int) -> float:
         return self.attempt + self.guess * guesses if guesses else 0.0
+
+    @property
+    def most(self) -> float:
+        """Steps that right guesses may earn at most: where an attempt has its price, several more."""
+        return self.of(LONGEST) + SPARE * self.attempt
 
     def affordable(self, credit: float) -> int:
         """How many guesses that many steps pay for."""
@@ -46,9 +52,8 @@ class PromptLookup:
         self._tokens: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # where the text went on after its last NGRAM tokens
         self._found: int | None = None
-        self._price = price or Price(0.0, 0.0)
-        self._credit = self._price.of(tried)  # steps that may be risked now; at most those of LONGEST
-        self._guesses = price is not None
+        self._price = price
+        self._credit = 0.0 if price is None else price.of(tried)  # steps that may be risked now
         for token in tokens:
             self.append(token)
 
@@ -62,7 +67,7 @@ class PromptLookup:
 
     def guess(self, most: int) -> list[int]:
         """At most so many tokens that may come next; none where the text has not been here before."""
-        if self._found is None or not self._guesses:
+        if self._price is None or self._found is None:
             return []
         affordable = min(most, LONGEST, self._price.affordable(self._credit))
         guesses: list[int] = []
@@ -73,5 +78,6 @@ class PromptLookup:
 
     def settle(self, guessed: int, right: int) -> None:
         """After a step: how many tokens it was fed as guesses, and how many of these were right."""
-        earned = right + EARNED * (right + 1)
-        self._credit = min(self._credit + earned - self._price.of(guessed), self._price.of(LONGEST))
+        if self._price is not None:
+            earned = right + EARNED * (right + 1)
+            self._credit = min(self._credit + earned - self._price.of(guessed), self._price.most)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from minisa import MinisaError, load
 from tests.loadable import N_TOKENS, chat_model, loadable_hf
@@ -50,3 +51,15 @@ def test_no_context_beyond_the_models_own_where_memory_is_short(
 def test_whole_numbers_of_numpy_s_are_python_s(tmp_path: Path) -> None:
     llm = load(chat_model(tmp_path), device="cpu", max_seq_len=np.uint8(200), max_batch=np.int8(3))
     assert llm.cache.length == 200 and llm.cache.batch == 3
+
+
+def test_in_inference_mode(tmp_path: Path) -> None:
+    """Which is the caller's thread's own: those that read the weights are not in it."""
+    path = chat_model(tmp_path)
+    with torch.inference_mode():
+        inside = load(path, device="cpu")
+    outside = load(path, device="cpu")
+    ids = list(range(9))
+    assert torch.equal(inside.logits(ids), outside.logits(ids))
+    found, expected = ([c.token for c in llm.generate(ids, max_new_tokens=5)] for llm in (inside, outside))
+    assert found == expected

@@ -32,6 +32,7 @@ MAX_LISTED = 6  # names of each kind of misfit in an error
 Read = Callable[[int, int], tuple[Tensor, ...]]  # rows start..stop of a tensor, or of each part of a quantized one
 
 
+@torch.inference_mode(False)  # the mode of the caller's thread, which those that read do not share
 def load_weights(
     model: nn.Module,
     checkpoint: Checkpoint,
