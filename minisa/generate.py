@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -77,14 +76,9 @@ class SpeculativeLoop(DecodingLoop):
         """Feed the last token and guesses after it; what is chosen up to the first wrong one is ready."""
         row, cache = self._rows[0], self._cache.view(rows=slice(1))
         place = row.length - 1
-        fed = torch.tensor([row.last, *guesses], device=self._device)
-        logits = self._runner.verify(fed[None], place, cache)
-        positions = torch.arange(place, place + len(fed), device=self._device)
-        tokens = self._chooser.ahead(fed[1:])(logits, positions)
-        chosen = tokens.tolist()
-        right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, guesses, strict=False)))
-        self._tokens = tokens[right : right + 1]
-        self._chooser.note(tokens[None, : right + 1])
+        fed = torch.tensor([[row.last, *guesses]], device=self._device)
+        tokens = self._chooser.confirm(self._runner.verify(fed, place, cache), guesses, place)
+        self._tokens = tokens[-1:]
+        self._ready.extend((0, row, token) for token in tokens.tolist())
         self._read_at = time.perf_counter()
-        self._ready.extend((0, row, token) for token in chosen[: right + 1])
         self._step = None  # one that goes on by itself has missed these tokens

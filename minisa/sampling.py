@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from numbers import Integral, Real
 from typing import TypedDict
 
@@ -164,9 +165,26 @@ class Chooser:
         uniforms, seen = (None if state is None else state[rows] for state in (self.uniforms, self.seen))
         return replace(self, batch=len(range(self.batch)[rows]), uniforms=uniforms, seen=seen)
 
-    def ahead(self, guesses: Tensor) -> Chooser:
-        """Of one row: what chooses a token after its text, after that and guesses[0], and so on for guesses [N], all
-        at once; a state of its own, 1 + N rows."""
+    def confirm(self, logits: Tensor, guesses: list[int], position: int) -> Tensor:
+        """Of one row: the tokens to follow the one at a position and the guesses after it, which logits [1 + N,
+        vocab_size] were computed for, up to the first that was not guessed: [1 to 1 + N]."""
+        if not logits.is_cpu:
+            positions = torch.arange(position, position + len(logits), device=logits.device)
+            tokens = self._ahead(torch.tensor(guesses, device=logits.device))(logits, positions)
+            pairs = zip(tokens.tolist(), guesses, strict=False)
+            tokens = tokens[: 1 + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
+            self.note(tokens[None])
+            return tokens
+        chosen: list[Tensor] = []  # each takes a CPU as long as the first, and a wrong one saves the rest
+        for i, guess in enumerate([*guesses, None]):
+            chosen.append(self(logits[i : i + 1], torch.tensor([position + i])))
+            if int(chosen[-1]) != guess:
+                break
+        return torch.cat(chosen)
+
+    def _ahead(self, guesses: Tensor) -> Chooser:
+        """Of one row: what chooses a token after its text, after that and guesses[0], and so on for guesses [N]; a
+        state of its own, 1 + N rows."""
         n_rows = 1 + len(guesses)
         uniforms = None if self.uniforms is None else self.uniforms.expand(n_rows, -1)
         seen = None if self.seen is None else self.seen.repeat(n_rows, 1)
