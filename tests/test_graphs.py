@@ -111,12 +111,13 @@ def test_guesses_are_verified_in_one_graph(options: dict[str, Any], plan: str, r
     assert recorder.recorded == 2  # steps and guesses
 
 
-def test_a_ring_verifies_guesses_without_a_graph(recorder: Recorder) -> None:
+def test_a_ring_is_not_guessed_ahead_of(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a graph that would take many times a step."""
     ring = graph_llm(recorder, WINDOWED_PLANS["head maps"], CONTEXT, config=WINDOWED)
+    monkeypatch.setattr(ring.runner, "verify", lambda *_: pytest.fail("guessed"))
     prompt = "to be or not to be or " * 3
-    found = tokens_of(ring.generate(prompt, speculate=True, max_new_tokens=60))
-    assert found == tokens_of(windowed_llm(ring=False).generate(prompt, max_new_tokens=60))
-    assert recorder.recorded == 1
+    found = tokens_of(ring.generate(prompt, speculate=True, max_new_tokens=20))
+    assert found == tokens_of(windowed_llm(ring=False).generate(prompt, max_new_tokens=20))
 
 
 def test_an_answer_broken_off_and_another_begun(recorder: Recorder) -> None:
@@ -152,7 +153,8 @@ def compare_compiled_with_eager(quantized: Format | None) -> None:
     llm.runner = GraphRunner(llm.model, record=Recorder())
     llm._cached.clear()
     assert text_of(llm.generate("compiled", max_new_tokens=4)) == expected
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+    if DEVICE.type == "cpu":  # on a GPU prompts are compiled too
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
 @pytest.mark.parametrize("quantized", [None, "int4"])

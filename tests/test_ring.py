@@ -19,7 +19,7 @@ from minisa.presets import PRESETS
 from minisa.row import WRITTEN_AHEAD
 from minisa.sharing import SharingPlan
 from minisa.speculate import LONGEST
-from tests.engines import text_of, tokens_of
+from tests.engines import DEVICE, text_of, tokens_of
 from tests.models import build_model, random_tokens
 from tests.rings import CONTEXT, SLOTS, WINDOW, WINDOWED, WINDOWED_PLANS, windowed_cache, windowed_llm
 
@@ -82,6 +82,22 @@ def test_chunks_and_steps_across_the_wrap(plan: str, backend: str, chunk: int, m
         found.append(runner.decode(ids[:, i], torch.tensor([i]), cache, i + 1)[:, None])
     found.append(next(runner.all_logits(ids[:, fed + SLOTS :], fed + SLOTS, cache))[None])
     assert (torch.cat(found, 1) - expected[:, : sum(part.shape[1] for part in found)]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("plan", WINDOWED_PLANS)
+def test_a_few_tokens_at_once_across_the_wrap_by_the_kernels(plan: str) -> None:
+    """As guesses come, from slots that are read in the order of their positions."""
+    pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux')
+    ids = random_tokens(WINDOWED, 1, CONTEXT)
+    expected = masked(WINDOWED_PLANS[plan], ids)[0].to(DEVICE)
+    model = build_model(WINDOWED, WINDOWED_PLANS[plan], "kernels").to(DEVICE)
+    runner, cache = TorchRunner(model), windowed_cache(WINDOWED_PLANS[plan], device=DEVICE)
+    ids, fed = ids.to(DEVICE), SLOTS - 9
+    runner.prefill(ids[:, :fed], 0, cache)
+    for n_tokens in (3, 8, 5):
+        found = runner.verify(ids[:, fed : fed + n_tokens], fed, cache)
+        assert (found - expected[fed : fed + n_tokens]).abs().max() < 1e-4
+        fed += n_tokens
 
 
 def test_the_bound_would_see_a_token_that_is_not_there() -> None:
