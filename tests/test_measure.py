@@ -132,10 +132,12 @@ class TestContender:
                 assert right.std() > 0.01
                 assert torch.allclose(left, right, atol=1e-5)
 
+    @pytest.mark.parametrize("queued", [False, True])
     def test_decode_times_the_steps_asked_for_with_the_tokens_before_them_in_sight(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, queued: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         contender = Minisa(opening(batch=2))
+        contender.llm.runner.asynchronous = queued  # type: ignore[misc]
         contender.fill(list(range(20)))
         seen = []
         decode = contender.llm.runner.decode
@@ -145,7 +147,8 @@ class TestContender:
             return decode(tokens, positions, cache, in_use)  # type: ignore[arg-type]
 
         monkeypatch.setattr(contender.llm.runner, "decode", spy)
-        assert len(contender.decode(20, 3)) == 3
+        times = contender.decode(20, 3)
+        assert len(times) == 3 and (len(set(times)) == 1) == queued
         assert seen == [([p, p], p + 1) for p in (20, 20, 20, 21, 22)]  # two lead in
 
     def test_greedy_is_what_generate_does(self) -> None:

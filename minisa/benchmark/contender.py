@@ -96,7 +96,8 @@ class Contender(Protocol):
         """Let every row's context be `tokens`. Each call brings a longer one, which begins with the one before."""
 
     def decode(self, context: int, steps: int) -> list[float]:
-        """Times of single decode steps, one token a row, the first after `context` tokens; fill came before."""
+        """Times of decode steps, one token a row, the first after `context` tokens; fill came before. Of steps that are
+        queued one behind the other, their mean for each."""
 
     def greedy(self, tokens: list[int], new_tokens: int) -> list[int]:
         """The greedy continuation of a prompt; what the cache held is lost."""
@@ -151,10 +152,17 @@ class Minisa:
         for _ in range(LEAD_IN):
             step(tokens, positions, context + 1)
         step = llm.runner.stepper(llm.cache, Chooser.greedy(batch))
-        times = []
-        for i in range(steps):
-            seconds, (tokens, positions) = timed(partial(step, tokens, positions, context + i + 1), llm.device)
-            times.append(seconds)
+        together = steps if llm.runner.asynchronous else 1  # as generation queues them
+
+        def go_on(tokens: Tensor, positions: Tensor, first: int) -> tuple[Tensor, Tensor]:
+            for i in range(first, first + together):
+                tokens, positions = step(tokens, positions, context + i + 1)
+            return tokens, positions
+
+        times: list[float] = []
+        for first in range(0, steps, together):
+            seconds, (tokens, positions) = timed(partial(go_on, tokens, positions, first), llm.device)
+            times += [seconds / together] * together
         return times
 
     @torch.inference_mode()
