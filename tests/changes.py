@@ -13,7 +13,6 @@ import functools
 import io
 import itertools
 import json
-import lzma
 import math
 import pickle
 import pickletools
@@ -23,7 +22,6 @@ import struct
 import tempfile
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,16 +29,10 @@ from typing import Any
 import jinja2
 
 from minisa.checkpoint.gguf import read_gguf
-from minisa.errors import MinisaError
 from minisa.spm import _float, _message, _number, varint_at
 from tests.encode import encode_gguf
 
 Parsed = tuple[Any, Callable[[Any], bytes]]  # a tree of lists and dictionaries, and what makes a file of such a tree
-
-_BROKEN = (
-    ValueError, LookupError, RuntimeError, OSError, EOFError, struct.error, zipfile.BadZipFile, zlib.error,
-    lzma.LZMAError, jinja2.TemplateError, MinisaError,
-)  # fmt: skip
 
 
 def changed(content: bytes, chance: random.Random) -> bytes:
@@ -63,7 +55,7 @@ def parse(content: bytes) -> Parsed | None:
     known = next((format for start, format in formats.items() if content.startswith(start)), _json)
     try:
         return known(content)
-    except _BROKEN:
+    except Exception:  # whatever a format's own library stumbles over
         return None
 
 
