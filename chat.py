@@ -16,8 +16,8 @@ from minisa.interrupts import end_without_traceback
 
 if __name__ == "__main__":
     end_without_traceback()
-    # Threads of PyTorch's that spin while they wait would share their cores with the C++ step's compiler: on two cores an
-    # answer takes ten times as long beside it.
+    # Threads of PyTorch's that spin while they wait take turns with the C++ step's compiler: on two cores an answer
+    # would take eight times as long beside it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from minisa import MinisaError
