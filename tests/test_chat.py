@@ -112,7 +112,7 @@ class TestAnswers:
         self, ask: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         lookups = []
-        monkeypatch.setattr("minisa.generate.PromptLookup", lambda ids: lookups.append(1) or PromptLookup(ids))
+        monkeypatch.setattr("minisa.generate.PromptLookup", lambda *given: lookups.append(1) or PromptLookup(*given))
         flags = ("--prompt", "Say ha 9 times: ha ha ha ha", "--max-new-tokens", 30)
         assert ask(*flags).out == ask(*flags, "--speculate").out
         assert len(lookups) == 1
