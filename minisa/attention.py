@@ -5,8 +5,8 @@
 
 Backends with one signature. `reference` is the authors' algorithm written out: P is a tensor and is shared. `torch`
 gives the same numbers without ever holding a T×T matrix: for several query rows a follower is a fused attention call on
-the leader's q and k and its own v; for one row (decoding) P is a single row and is kept. `kernels` is `torch` with that
-one row in Triton (kernels/decode_attention.py).
+the leader's q and k and its own v; for one row (decoding) P is a single row and is kept. `kernels` is `torch` with one
+query, or a few, in Triton (kernels/decode_attention.py).
 
 Shapes: q [B, H, T, D]; k, v [B, Hkv, S, D], where H is a multiple of Hkv and query head h belongs to key and
 value head h // (H / Hkv); P [B, H, T, S]. k and v may be of a narrower dtype than q: they are widened to it.
