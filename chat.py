@@ -58,7 +58,9 @@ PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 @click.option("--seed", type=int, help="Same seed, same text.")
 @click.option("--stop", multiple=True, help="End the answer at this text; may be given several times.")
 @click.option(
-    "--speculate", is_flag=True, help="Guess ahead from the text so far: the same text, faster if it repeats."
+    "--speculate",
+    is_flag=True,
+    help="Guess ahead: the same text (in bf16 on a GPU but for near ties), faster if it repeats.",
 )
 @click.option("--max-seq-len", type=int, help="Context in tokens; the model's own by default.")
 @click.option("--compile/--no-compile", "compiled", default=None, help="Wait for the compiled step, or do without it.")

@@ -32,9 +32,10 @@ import triton.language as tl
 from torch import Tensor
 
 from minisa.attention import TORCH, AttentionBackend, HeadMap, Shared, Visible
-from minisa.kernels.common import LEAST_ROWS, product
+from minisa.kernels.common import INTERPRETED
 
 BLOCK = 64  # slots a program looks at at once; half of it in fp32, so that a stage of them fits every card
+LEAST_ROWS = 16  # of a matrix product in Triton: fewer are padded
 MAX_PARTS = 64
 MOST_QUERIES = 8  # a row; with more, those that see the same keys are better multiplied by them together
 PROGRAMS_PER_PROCESSOR = 2  # a row's slots are split into parts until there are so many programs
@@ -62,6 +63,14 @@ class SharedScores(NamedTuple):
     lse: Tensor
     rows: Rows
     dtype: torch.dtype
+
+
+@triton.jit
+def _product(a, b):
+    """a · b in fp32; the interpreter does not multiply bf16, and rounded operands widened give the same."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -112,7 +121,7 @@ def _lead(
         here = memory + slot.to(tl.int64)[:, None] * HEAD_DIM + dims  # [BLOCK, DIMS]
         there = seen[:, None] & is_dim
         k = _load(keys, here, there, query.dtype, FP8)
-        s = product(query, tl.trans(k)) * scale
+        s = _product(query, tl.trans(k)) * scale
         s = tl.where(seen, s, float("-inf"))
         tl.store(scores_of + slot, s, mask=is_head[:, None] & seen)
         higher = tl.maximum(most, tl.max(s, 1))
@@ -120,7 +129,7 @@ def _lead(
         shrink = tl.exp2(most - higher)
         total = total * shrink + tl.sum(p, 1)
         v = _load(values, here, there, query.dtype, FP8)
-        mixed = mixed * shrink[:, None] + product(p.to(v.dtype), v)
+        mixed = mixed * shrink[:, None] + _product(p.to(v.dtype), v)
         most = higher
     parts = heads.to(tl.int64) * n_parts + part
     tl.store(maxima + parts, most, mask=is_head)
@@ -157,7 +166,7 @@ def _follow(
         p = tl.exp2(s - base[:, None])
         here = memory + slot.to(tl.int64)[:, None] * HEAD_DIM + dims
         v = _load(values, here, seen[:, None] & is_dim, DTYPE, FP8)
-        mixed += product(p.to(v.dtype), v)
+        mixed += _product(p.to(v.dtype), v)
     heads = (row * n_kv_heads + kv_head) * GROUP + group
     parts = heads.to(tl.int64) * n_parts + part
     tl.store(partial + parts[:, None] * HEAD_DIM + dims, mixed, mask=is_head[:, None] & is_dim)
