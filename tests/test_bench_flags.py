@@ -49,6 +49,7 @@ class TestFlags:
 
     def test_batch(self, quick: Bench, in_this_process: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(contender, "timed", lambda work, device: (0.5, work()))
+        monkeypatch.setattr(contender.Minisa, "decode", lambda _, context, steps: [0.5] * steps)
         ran = quick("--batch", 3)
         assert in_this_process[0].llm.cache.batch == 3
         decode, prefill = ran.configuration("plain")["decode"][0], ran.configuration("plain")["prefill"][0]

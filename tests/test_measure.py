@@ -139,7 +139,7 @@ class TestContender:
         contender = Minisa(opening(batch=2))
         contender.llm.runner.asynchronous = queued  # type: ignore[misc]
         contender.fill(list(range(20)))
-        seen = []
+        seen: list[object] = []
         decode = contender.llm.runner.decode
 
         def spy(tokens: torch.Tensor, positions: torch.Tensor, cache: object, in_use: int) -> torch.Tensor:
@@ -147,9 +147,14 @@ class TestContender:
             return decode(tokens, positions, cache, in_use)  # type: ignore[arg-type]
 
         monkeypatch.setattr(contender.llm.runner, "decode", spy)
-        times = contender.decode(20, 3)
-        assert len(times) == 3 and (len(set(times)) == 1) == queued
-        assert seen == [([p, p], p + 1) for p in (20, 20, 20, 21, 22)]  # two lead in
+        monkeypatch.setattr("minisa.benchmark.contender.begin_reading", lambda tokens: lambda: seen.append("read"))
+        assert len(contender.decode(20, 3)) == 3
+        first, second, third = (([p, p], p + 1) for p in (20, 21, 22))
+        lead_in = [first, first]
+        if queued:
+            assert seen == [*lead_in, first, second, "read", third, "read", "read"]
+        else:
+            assert seen == [*lead_in, first, "read", second, "read", third, "read"]
 
     def test_greedy_is_what_generate_does(self) -> None:
         contender = Minisa(opening(plan=SHARED))

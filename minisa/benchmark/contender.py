@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from minisa.checkpoint import load_weights, open_checkpoint
 from minisa.config import ModelConfig
-from minisa.device import dtype_name, peak_memory
+from minisa.device import begin_reading, dtype_name, peak_memory, synchronize
 from minisa.engine import LLM, load
 from minisa.measure import timed
 from minisa.model import Transformer
@@ -96,8 +95,7 @@ class Contender(Protocol):
         """Let every row's context be `tokens`. Each call brings a longer one, which begins with the one before."""
 
     def decode(self, context: int, steps: int) -> list[float]:
-        """Times of decode steps, one token a row, the first after `context` tokens; fill came before. Of steps that are
-        queued one behind the other, their mean for each."""
+        """Times of decode steps, one token a row, the first after `context` tokens; fill came before."""
 
     def greedy(self, tokens: list[int], new_tokens: int) -> list[int]:
         """The greedy continuation of a prompt; what the cache held is lost."""
@@ -152,17 +150,19 @@ class Minisa:
         for _ in range(LEAD_IN):
             step(tokens, positions, context + 1)
         step = llm.runner.stepper(llm.cache, Chooser.greedy(batch))
-        together = steps if llm.runner.asynchronous else 1  # as generation queues them
-
-        def go_on(tokens: Tensor, positions: Tensor, first: int) -> tuple[Tensor, Tensor]:
-            for i in range(first, first + together):
-                tokens, positions = step(tokens, positions, context + i + 1)
-            return tokens, positions
-
+        synchronize(llm.device)
         times: list[float] = []
-        for first in range(0, steps, together):
-            seconds, (tokens, positions) = timed(partial(go_on, tokens, positions, first), llm.device)
-            times += [seconds / together] * together
+        began, queued = time.perf_counter(), False
+        for i in range(steps):  # as in DecodingLoop: a token is read, and where it can be the next step queued before
+            if not queued:
+                tokens, positions = step(tokens, positions, context + i + 1)
+            wait = begin_reading(tokens)
+            if queued := llm.runner.asynchronous and i + 1 < steps:
+                tokens, positions = step(tokens, positions, context + i + 2)
+            wait()
+            now = time.perf_counter()
+            times.append(now - began)
+            began = now
         return times
 
     @torch.inference_mode()
