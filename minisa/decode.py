@@ -6,12 +6,12 @@ Both take tensors, leave keys and values in the cache and return tensors; neithe
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minisa.cache import StaticCache
 from minisa.model import Layer, Transformer
@@ -52,15 +52,15 @@ def decode_one_token(model: Transformer, tokens: Tensor, positions: Tensor, cach
     return model(tokens[:, None], positions[:, None], cache)[:, 0]
 
 
-def compile_layers(model: Transformer) -> None:
+def compile_layers(model: Transformer, *, on_gpu: bool) -> None:
     """Let torch.compile fuse what surrounds the attention of a decode step, and on a GPU of a prompt.
 
     A layer's few functions are compiled, once for all layers, in place of a step of n_layers: that takes seconds and
     not minutes, and the compiler sees neither the cache, whose length changes, nor the kernels. A prompt's are
     compiled for any length; a CPU's time goes into its products, and its prompts stay as they are.
     """
-    on_gpu = model.norm.weight.is_cuda
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # who takes fp32 means it
+    if on_gpu:
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # who takes fp32 means it
     limits = torch._dynamo.config  # every number of rows is compiled by itself: beyond 8 torch would raise an error
     limits.recompile_limit = max(limits.recompile_limit, limits.accumulated_recompile_limit)
     for name in ("project", "project_values", "up", "down"):
@@ -68,18 +68,27 @@ def compile_layers(model: Transformer) -> None:
         # Tuned along every axis, products of one row become reductions, which read their weights faster than cuBLAS.
         one = torch.compile(eager, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": on_gpu})
         many = torch.compile(eager, fullgraph=True, dynamic=True) if on_gpu else eager
+        compiled = _by_length(one, many)
         for layer in model.layers:
-            setattr(layer, name, _by_length(one, many, layer))
+            setattr(layer, name, _method(layer, compiled))
     if on_gpu and isinstance(model.output or model.tok_embeddings, QuantizedLinear):
         # For several rows it is dequantized, in one go if that is compiled.
-        model.head = partial(torch.compile(Transformer.head, fullgraph=True, dynamic=True), model)  # type: ignore[method-assign]
+        model.head = _method(model, torch.compile(Transformer.head, fullgraph=True, dynamic=True))  # type: ignore[method-assign]
 
 
-def _by_length(one: Callable[..., Any], many: Callable[..., Any], layer: Any) -> Callable[..., Any]:
-    def function(x: Tensor, *rest: Any) -> Any:  # x [B, T, dim]
+def _by_length(one: Callable[..., Any], many: Callable[..., Any]) -> Callable[..., Any]:
+    """For a layer and x [B, T, dim]: `one` where T is 1, else `many`."""
+
+    def function(layer: Layer, x: Tensor, *rest: Any) -> Any:
         return (one if x.shape[1] == 1 else many)(layer, x, *rest)
 
     return function
+
+
+def _method(owner: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of owner's that does not keep it alive: the memory of weights is free once their model is gone."""
+    reference = weakref.ref(owner)
+    return lambda *inputs: function(reference(), *inputs)
 
 
 def plain_step(
@@ -108,7 +117,7 @@ class TorchRunner:
         self.asynchronous = model.norm.weight.is_cuda
         self.fixed_batch = compile
         if compile:
-            compile_layers(model)
+            compile_layers(model, on_gpu=model.norm.weight.is_cuda)
 
     @property
     def weight_bytes(self) -> int:

@@ -93,7 +93,7 @@ def test_steps_take_in_rows_up_to_the_highest_in_use(monkeypatch: pytest.MonkeyP
 
 def test_a_runner_that_prepares_for_a_number_of_rows_meets_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling anew whenever a row comes or goes would take seconds; past a limit of its own the compiler gives up."""
-    monkeypatch.setattr("minisa.decode.compile_layers", lambda model: None)
+    monkeypatch.setattr("minisa.decode.compile_layers", lambda model, on_gpu: None)
     llm = llm_of()
     llm.runner = TorchRunner(llm.model, compile=True)
     widths: list[int] = []

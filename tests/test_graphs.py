@@ -3,8 +3,10 @@ needs (memory that stays, nothing on the host that changes) holds or fails just 
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,14 @@ import torch
 pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux')
 
 from minisa.cache import StaticCache
-from minisa.graphs import GraphRunner
+from minisa.decode import TorchRunner, compile_layers
+from minisa.graphs import AHEAD, GraphRunner
+from minisa.kernels.decode_attention import MOST_QUERIES
+from minisa.model import Transformer
 from minisa.quantize import Format, quantize, replace_matrix, use_kernels
-from tests.engines import DEVICE, PROMPTS, Recorder, graph_llm, llm_of, text_of, tokens_of
-from tests.models import PLANS, SIX_LAYERS
+from minisa.sampling import Chooser
+from tests.engines import DEVICE, PROMPTS, Recorder, byte_llm, graph_llm, llm_of, text_of, tokens_of
+from tests.models import PLANS, SIX_LAYERS, build_model
 from tests.rings import CONTEXT, SLOTS, WINDOWED, WINDOWED_PLANS, windowed_llm
 
 SAMPLED = {"temperature": 0.8, "seed": 5, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3}
@@ -100,14 +106,29 @@ def test_a_ring_decodes_the_tokens_of_a_full_cache(backend: str, recorder: Recor
 
 @pytest.mark.parametrize("plan", ["none", "head maps"])
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.7, "seed": 3, "repetition_penalty": 0.5}], ids=["greedy", "sampled"]
+    "options",
+    [{"repetition_penalty": 0.5}, {"temperature": 0.7, "seed": 1, "repetition_penalty": 0.1}],
+    ids=["greedy", "sampled"],
 )
-def test_guesses_are_verified_in_one_graph(options: dict[str, Any], plan: str, recorder: Recorder) -> None:
-    """To the end of the context, whose last slots are too few for it."""
+def test_guesses_are_verified_in_one_graph(
+    options: dict[str, Any], plan: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the end of the context, whose last slots are too few for it. A penalty below 1 drives the text in circles."""
     llm = graph_llm(recorder, PLANS[plan])
+    confirmed: list[int] = []
+    confirm = Chooser.confirm
+
+    def spy(choose: Chooser, logits: torch.Tensor, *rest: Any) -> list[int]:
+        assert len(logits) == AHEAD
+        tokens = confirm(choose, logits, *rest)
+        confirmed.append(len(tokens))
+        return tokens
+
+    monkeypatch.setattr(Chooser, "confirm", spy)
     for prompt in ("to be or not to be or not to be or", "y" * 24):
         found = tokens_of(llm.generate(prompt, speculate=True, **options))
         assert found == tokens_of(llm_of(PLANS[plan]).generate(prompt, **options))
+    assert min(confirmed) < AHEAD == max(confirmed)  # wrong ones and right ones
     assert recorder.recorded == 2  # steps and guesses
 
 
@@ -118,6 +139,16 @@ def test_a_ring_is_not_guessed_ahead_of(recorder: Recorder, monkeypatch: pytest.
     prompt = "to be or not to be or " * 3
     found = tokens_of(ring.generate(prompt, speculate=True, max_new_tokens=20))
     assert found == tokens_of(windowed_llm(ring=False).generate(prompt, max_new_tokens=20))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_current_one() -> None:
+    plan, device = PLANS["head maps"], torch.device("cuda:1")
+    cache = StaticCache.allocate(SIX_LAYERS, plan, max_seq_len=96, device=device)
+    llm = byte_llm(build_model(SIX_LAYERS, plan, "kernels").to(device), cache)
+    found = tokens_of(llm.generate("x", max_new_tokens=12))
+    assert torch.cuda.current_device() == 0
+    assert found == tokens_of(llm_of(plan).generate("x", max_new_tokens=12))
 
 
 def test_an_answer_broken_off_and_another_begun(recorder: Recorder) -> None:
@@ -141,13 +172,17 @@ def test_another_cache_gets_a_graph_of_its_own(recorder: Recorder) -> None:
     assert recorder.recorded == 2
 
 
+def quantize_model(model: Transformer, format: Format) -> None:
+    for name, weight in list(model.named_parameters()):
+        if weight.ndim == 2:
+            of_name = "int8" if name.startswith("tok_") else format
+            replace_matrix(model, name, quantize(weight, of_name), torch.float32)
+
+
 def compare_compiled_with_eager(quantized: Format | None) -> None:
     llm = graph_llm(Recorder())
     if quantized:
-        for name, weight in list(llm.model.named_parameters()):
-            if weight.ndim == 2:
-                format = "int8" if name.startswith("tok_") else quantized
-                replace_matrix(llm.model, name, quantize(weight, format), torch.float32)
+        quantize_model(llm.model, quantized)
     expected = text_of(llm.generate("compiled", max_new_tokens=4))  # dequantized
     use_kernels(llm.model)
     llm.runner = GraphRunner(llm.model, record=Recorder())
@@ -166,3 +201,38 @@ def test_compiled_layers_inside(quantized: Format | None) -> None:
     """
     script = f"from tests.test_graphs import compare_compiled_with_eager as compare; compare({quantized!r})"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+
+
+def compare_prompts_compiled_with_eager() -> None:
+    plan = PLANS["head maps"]
+    models = [build_model(SIX_LAYERS, plan) for _ in range(2)]
+    for model in models:
+        quantize_model(model, "int4")
+    compile = torch.compile
+    with pytest.MonkeyPatch.context() as patch:  # Dynamo traces as ever; C++ in place of what it found takes minutes
+        patch.setattr(torch, "compile", lambda function, options=None, **how: compile(function, backend="eager", **how))
+        compile_layers(models[0], on_gpu=True)
+    runners = [TorchRunner(model) for model in models]
+    counts = []
+    for length in (24, 2, 40, 7, 3):
+        tokens = torch.randint(250, (1, length))
+        caches = [StaticCache.allocate(SIX_LAYERS, plan, max_seq_len=96) for _ in models]
+        with torch.inference_mode():
+            pairs = [runner.verify(tokens, 0, cache) for runner, cache in zip(runners, caches, strict=True)]
+        torch.testing.assert_close(*pairs)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] > 0 and len(set(counts)) == 1
+    layer = weakref.ref(models[0].layers[0])
+    gc.disable()
+    del model, models, runners
+    assert layer() is None
+
+
+def test_prompts_compiled_once_for_any_length() -> None:
+    """As on a GPU, a quantized head too; and when the model is gone, so are its weights."""
+    script = "from tests.test_graphs import compare_prompts_compiled_with_eager as compare; compare()"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_the_kernels_take_as_many_queries_as_are_verified() -> None:
+    assert MOST_QUERIES >= AHEAD
