@@ -154,8 +154,7 @@ def begin_reading(numbers: Tensor) -> Callable[[], list[int]]:
         return numbers.tolist
     host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     host.copy_(numbers, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
+    arrived = torch.cuda.current_stream(numbers.device).record_event()
 
     def wait() -> list[int]:
         arrived.synchronize()

@@ -49,7 +49,7 @@ class GraphRunner(TorchRunner):
         self.name = "CUDA graph"
         self.asynchronous = True
         self.fixed_batch = True
-        self._record = record or CudaGraphs()
+        self._record = record or CudaGraphs(model.norm.weight.device)
         self._graphs: dict[object, Any] = {}
 
     def stepper(self, cache: StaticCache, choose: Chooser) -> Step:
@@ -72,17 +72,15 @@ class GraphRunner(TorchRunner):
         return QUANTIZED_PRICE if isinstance(self.model.tok_embeddings, QuantizedLinear) else GRAPH_PRICE
 
     def verify(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
-        """As TorchRunner.verify. A ring, and the last slots of a cache, go without a graph."""
-        if cache.wraps or start + AHEAD > cache.length:
-            return super().verify(tokens, start, cache)
-        key = (cache.values.data_ptr(), cache.values.stride(), "guesses")
+        """As TorchRunner.verify, for [1, AHEAD] tokens: by this price, LONGEST are guessed or none. No ring."""
+        key = (cache.values.data_ptr(), cache.values.stride(), cache.length, "guesses")
         graph = self._kept(key, lambda: _Verification(self.model, cache, tokens, start, self._record))
         return graph.verify(tokens, start)
 
     def _graph(self, cache: StaticCache, tokens: Tensor, positions: Tensor, choose: Chooser) -> _Graph:
         bucket = min(1 << (choose.batch - 1).bit_length(), cache.batch)
         sampling = replace(choose.sampling, seed=None)  # the seed is in the uniforms
-        key = (cache.values.data_ptr(), cache.values.stride(), bucket, sampling)
+        key = (cache.values.data_ptr(), cache.values.stride(), cache.length, bucket, sampling)
         rows = cache.view(rows=slice(bucket))
         return self._kept(key, lambda: _Graph(self.model, rows, tokens, positions, choose, self._record))
 
@@ -151,13 +149,12 @@ class _Graph:
 
 
 class _Verification:
-    """The logits after each of AHEAD tokens of the first row, recorded. With fewer, the rest is noise behind them,
-    which is written over before anything sees it."""
+    """The logits after each of AHEAD tokens of the first row, recorded."""
 
     def __init__(self, model: Transformer, cache: StaticCache, tokens: Tensor, start: int, record: Record) -> None:
         self._tokens = torch.zeros(1, AHEAD, dtype=torch.int64, device=cache.values.device)
         self._positions = torch.zeros_like(self._tokens)
-        self._logits = tokens  # the body puts them here; while recording, where a replay will
+        self._logits: Tensor  # where the body leaves them, and a replay
         self._set(tokens, start)
 
         def body() -> None:
@@ -166,13 +163,14 @@ class _Verification:
         self._replay = record(body)
 
     def verify(self, tokens: Tensor, start: int) -> Tensor:
-        """Logits [T, vocab_size] of tokens [1, T] at positions start, start + 1, …; the next call writes over them."""
+        """Logits [AHEAD, vocab_size] of tokens [1, AHEAD] at positions start, start + 1, …; the next call writes over
+        them."""
         self._set(tokens, start)
         self._replay()
-        return self._logits[: tokens.shape[1]]
+        return self._logits
 
     def _set(self, tokens: Tensor, start: int) -> None:
-        self._tokens[:, : tokens.shape[1]].copy_(tokens)
+        self._tokens.copy_(tokens)
         self._positions.copy_(torch.arange(start, start + AHEAD, device=tokens.device))
 
 
@@ -186,18 +184,20 @@ def _widened(choose: Chooser, bucket: int) -> Chooser:
 class CudaGraphs:
     """Records bodies as CUDA graphs, whose scratch memory is one pool: only one of them runs at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool: Any = None
 
     def __call__(self, body: Body) -> Body:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP):
+        with torch.cuda.device(self._device):
+            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP):
+                    body()
+            here.wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
                 body()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            body()
         self._pool = graph.pool()
         return graph.replay

@@ -92,7 +92,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.recorded = 0
-        self._graphs = CudaGraphs() if DEVICE.type == "cuda" else None
+        self._graphs = CudaGraphs(DEVICE) if DEVICE.type == "cuda" else None
 
     def __call__(self, body: Body) -> Body:
         self.recorded += 1

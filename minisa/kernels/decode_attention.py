@@ -201,10 +201,10 @@ def lead(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> tuple[Tensor, S
     by_row = q.transpose(1, 2).contiguous().flatten(0, 1)  # [B · T, H, D]
     n_rows, length = len(by_row), keys.shape[2]
     n_parts, sizes = _launch(by_row, keys, n_queries)
-    scores = torch.empty(n_rows, n_heads, length, device=q.device)
-    lse = torch.empty(n_rows, n_heads, device=q.device)
-    partial = torch.empty(n_rows, n_heads, n_parts, head_dim, device=q.device)
-    maxima, sums = torch.empty(2, n_rows, n_heads, n_parts, device=q.device)
+    scores = _fp32(q.device, n_rows, n_heads, length)
+    lse = _fp32(q.device, n_rows, n_heads)
+    partial = _fp32(q.device, n_rows, n_heads, n_parts, head_dim)
+    maxima, sums = _fp32(q.device, 2, n_rows, n_heads, n_parts)
     scale = math.log2(math.e) / head_dim**0.5
     _lead[n_rows, keys.shape[1], n_parts](
         by_row, _bytes(keys), _bytes(values), rows.positions, scores, partial, maxima, sums, scale,
@@ -222,7 +222,7 @@ def follow(shared: SharedScores, values: Tensor, head_map: Tensor | None) -> Ten
     n_queries = rows.positions.shape[1]
     out = torch.empty(n_rows, n_heads, values.shape[-1], device=values.device, dtype=dtype)
     n_parts, sizes = _launch(out, values, n_queries)
-    partial = torch.empty(n_rows, n_heads, n_parts, values.shape[-1], device=values.device)
+    partial = _fp32(values.device, n_rows, n_heads, n_parts, values.shape[-1])
     _follow[n_rows, values.shape[1], n_parts](
         scores, lse, lse if head_map is None else head_map, _bytes(values), rows.positions, partial,
         values.stride(0), values.stride(1), length, MAPPED=head_map is not None, WINDOW=rows.window or 0,
@@ -241,6 +241,10 @@ def _merged(like: Tensor, partial: Tensor, maxima: Tensor, sums: Tensor, lse: Te
         DIMS=triton.next_power_of_2(head_dim), PARTS=triton.next_power_of_2(n_parts), NORMALIZED=lse is None,
     )  # fmt: skip
     return out
+
+
+def _fp32(device: torch.device, *shape: int) -> Tensor:
+    return torch.empty(shape, device=device, dtype=torch.float32)
 
 
 def _by_head(out: Tensor, n_queries: int) -> Tensor:
@@ -292,13 +296,17 @@ def _visible(positions: Tensor, length: int, window: int | None, ring: bool = Fa
 
 
 def _lead_any(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Shared]:
-    return lead(q, k, v, visible) if isinstance(visible, Rows) else TORCH.lead(q, k, v, visible)
+    if not isinstance(visible, Rows):
+        return TORCH.lead(q, k, v, visible)
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        return lead(q, k, v, visible)
 
 
 def _follow_any(shared: Shared, v: Tensor, head_map: HeadMap | None) -> Tensor:
-    if isinstance(shared, SharedScores):
+    if not isinstance(shared, SharedScores):
+        return TORCH.follow(shared, v, head_map)
+    with torch.cuda.device_of(v):
         return follow(shared, v, None if head_map is None else head_map.heads)
-    return TORCH.follow(shared, v, head_map)
 
 
 KERNELS = AttentionBackend("kernels", _visible, _lead_any, _follow_any)

@@ -102,12 +102,13 @@ def quantized_product(x: Tensor, quants: Tensor, scales: Tensor, minimums: Tenso
 def multiply_row(x: Tensor, quants: Tensor, scales: Tensor, minimums: Tensor | None) -> Tensor:
     """As quantized_product, for x whose columns 32 b + 2 i + j are x[i, b, j], fp32 [16, K / 32, 2]: [N] fp32."""
     n, n_blocks = scales.shape
-    out = torch.empty(n, device=x.device)
+    out = x.new_empty(n)
     int8 = minimums is None
-    _multiply_row[lambda sizes: (triton.cdiv(n, sizes["BLOCK_N"]),)](
-        x.view(torch.int64), quants.view(torch.int64), scales, scales if minimums is None else minimums, out,
-        0x3FC00000 if int8 else 0x3F800000, n, n_blocks, BITS=8 if int8 else 4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        _multiply_row[lambda sizes: (triton.cdiv(n, sizes["BLOCK_N"]),)](
+            x.view(torch.int64), quants.view(torch.int64), scales, scales if minimums is None else minimums, out,
+            0x3FC00000 if int8 else 0x3F800000, n, n_blocks, BITS=8 if int8 else 4,
+        )  # fmt: skip
     return out
 
 
