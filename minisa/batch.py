@@ -24,7 +24,7 @@ class Batch:
                 batch.add(waiting.pop(), max_new_tokens=100)
 
     Iteration ends when no row is left, and can be taken up again once another prompt is added. What a row says is what
-    its prompt says alone with the same options, whatever comes and goes beside it.
+    its prompt says alone with the same options, whatever comes and goes beside it (for near ties see DecodingLoop).
     """
 
     def __init__(

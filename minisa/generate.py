@@ -35,8 +35,7 @@ def generate(
 ) -> Iterator[Chunk]:
     """Yield the chunks of every prompt's continuation, one token of each unfinished row at a time.
 
-    prompts: one row of the cache each, from the first on; each is prefilled by itself, so a row's result is that of the
-        row run alone.
+    prompts: one row of the cache each, from the first on.
     cached: for a single prompt, the tokens that the cache holds; its common prefix with the prompt is not fed again,
         and the list is kept up to date whenever the generator pauses or is closed.
     prefix: what a prompt has in common with it is copied into its row, where the cache does not hold more already.
@@ -60,17 +59,18 @@ class SpeculativeLoop(DecodingLoop):
     @torch.inference_mode()
     def _advance(self) -> None:
         row = self._rows[0]
-        guesses = self._lookup.guess(self._cache.length - row.length) if row.begun else []
-        if guesses and not self._stepped:
-            self._try(guesses)
+        self._guesses = self._lookup.guess(self._cache.length - row.length) if row.begun else []
+        tried = [] if self._stepped else self._guesses  # a step queued before there was a guess is waited for
+        if tried:
+            self._try(tried)
         else:
-            # A step queued before there was a guess is waited for, and none queued after it.
-            self._asynchronous = self._runner.asynchronous and not guesses
-            guesses = []
             super()._advance()
-        self._lookup.settle(len(guesses), len(self._ready) - 1)
+        self._lookup.settle(len(tried), len(self._ready) - 1)
         for _, _, token in self._ready:
             self._lookup.append(token)
+
+    def _may_queue(self) -> bool:
+        return super()._may_queue() and not self._guesses
 
     def _try(self, guesses: list[int]) -> None:
         """Feed the last token and guesses after it; what is chosen up to the first wrong one is ready."""
@@ -78,7 +78,7 @@ class SpeculativeLoop(DecodingLoop):
         place = row.length - 1
         fed = torch.tensor([[row.last, *guesses]], device=self._device)
         tokens = self._chooser.confirm(self._runner.verify(fed, place, cache), guesses, place)
-        self._tokens = tokens[-1:]
-        self._ready.extend((0, row, token) for token in tokens.tolist())
+        self._tokens = torch.tensor(tokens[-1:], device=self._device)
+        self._ready.extend((0, row, token) for token in tokens)
         self._read_at = time.perf_counter()
         self._step = None  # one that goes on by itself has missed these tokens

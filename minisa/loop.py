@@ -27,7 +27,9 @@ from minisa.tokenizer import Tokenizer
 class DecodingLoop:
     """An iterator of chunks, one token of every row at a time, until no row is left; a prompt added starts it again.
 
-    Each prompt is prefilled by itself, in the lowest row that is free, so its tokens are those of the prompt run alone.
+    Each prompt is prefilled by itself, in the lowest row that is free, and its tokens are those of the prompt run
+    alone: in the C++ step to the bit, and in fp32. Where PyTorch or a GPU computes in bf16, several rows, or guesses,
+    are rounded otherwise than one, and a near tie may go the other way.
     A step takes in the rows up to the highest one in use, or all of them where the runner prepares for their number; a
     free row among them is computed too, and read by nobody.
     sampling: of all rows, but for the seed. most_rows: the rows of the cache to use, from the first on.
@@ -47,7 +49,6 @@ class DecodingLoop:
         self._ready: deque[tuple[int, Row, int]] = deque()  # tokens read that are not given out yet
         self._read_at = 0.0
         self._tokens = torch.zeros(most_rows, dtype=torch.int64, device=self._device)  # chosen last, for each row
-        self._asynchronous = runner.asynchronous
         self._stepped = False  # whether the step after the tokens read is queued already
         self._step: Step | None = None
         self._positions = self._tokens  # where that step feeds its tokens
@@ -123,7 +124,7 @@ class DecodingLoop:
         if len(begun) < len(self._rows):
             self._begin_rows()
         chosen_tokens = begin_reading(self._tokens)
-        self._stepped = self._asynchronous and all(row.length < self._cache.length for row in self._rows.values())
+        self._stepped = self._may_queue()
         if self._stepped:
             self._decode(self._rows, unread=1)
         chosen = chosen_tokens()
@@ -131,6 +132,10 @@ class DecodingLoop:
         for place, row in self._rows.items():
             row.first_token_at = row.first_token_at or self._read_at
             self._ready.append((place, row, chosen[place]))
+
+    def _may_queue(self) -> bool:
+        """Whether the step after one whose tokens are still to be read can be queued."""
+        return self._runner.asynchronous and all(row.length < self._cache.length for row in self._rows.values())
 
     def _decode(self, rows: dict[int, Row], unread: int) -> None:
         """Feed the tokens chosen last and choose the next ones.

@@ -74,7 +74,7 @@ class Options:
     max_new_tokens: None goes on to the end of the context. stop: strings that end a row; text from the first of them
     on is not given out. stop_ids: tokens that end a row. mid_text: the text goes on from the prompt's, so that a
     leading space belongs to it; False for an answer, which is a text of its own. speculate: guess tokens from the text
-    so far (speculate.py) and check several in a step: the same text, sooner where it repeats; for a single prompt.
+    so far (speculate.py) and check several in a step: the same text, sooner where it repeats, for one prompt.
     Raises MinisaError, naming the option, for a value out of range.
     """
 

@@ -1,8 +1,8 @@
 """From logits to tokens, on the device, without waiting for it.
 
 A sampler is a composition of small functions of logits [B, vocab_size]. All the randomness of a row is drawn
-up front, one uniform number for each position of each row, so that a step stays a pure function: the same seed gives
-the same text in eager, compiled and graph mode, and a row of a batch the same text as that row run alone.
+up front, one uniform number for each position of each row, so that a step stays a pure function: from the same logits
+the same seed chooses the same text in eager, compiled and graph mode, in a batch and alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from numbers import Integral, Real
 from typing import TypedDict
 
@@ -165,33 +164,36 @@ class Chooser:
         uniforms, seen = (None if state is None else state[rows] for state in (self.uniforms, self.seen))
         return replace(self, batch=len(range(self.batch)[rows]), uniforms=uniforms, seen=seen)
 
-    def confirm(self, logits: Tensor, guesses: list[int], position: int) -> Tensor:
-        """Of one row: the tokens to follow the one at a position and the guesses after it, which logits [1 + N,
-        vocab_size] were computed for, up to the first that was not guessed: [1 to 1 + N]."""
-        if not logits.is_cpu:
-            positions = torch.arange(position, position + len(logits), device=logits.device)
-            tokens = self._ahead(torch.tensor(guesses, device=logits.device))(logits, positions)
-            pairs = zip(tokens.tolist(), guesses, strict=False)
-            tokens = tokens[: 1 + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
-            self.note(tokens[None])
-            return tokens
-        chosen: list[Tensor] = []  # each takes a CPU as long as the first, and a wrong one saves the rest
-        for i, guess in enumerate([*guesses, None]):
-            chosen.append(self(logits[i : i + 1], torch.tensor([position + i])))
-            if int(chosen[-1]) != guess:
-                break
-        return torch.cat(chosen)
+    def confirm(self, logits: Tensor, guesses: list[int], position: int) -> list[int]:
+        """Of one row: the tokens to follow the one at a position and the N guesses after it, which logits [1 + N,
+        vocab_size] were computed for, up to the first that was not guessed: 1 to 1 + N of them."""
+        # On a CPU each takes as long as the first, and a wrong one saves the rest; a GPU is waited for once.
+        confirm = self.confirm_one_by_one if logits.is_cpu else self.confirm_at_once
+        return confirm(logits, guesses, position)
 
-    def _ahead(self, guesses: Tensor) -> Chooser:
-        """Of one row: what chooses a token after its text, after that and guesses[0], and so on for guesses [N]; a
-        state of its own, 1 + N rows."""
-        n_rows = 1 + len(guesses)
+    def confirm_one_by_one(self, logits: Tensor, guesses: list[int], position: int) -> list[int]:
+        """As `confirm`."""
+        tokens: list[int] = []
+        for i, guess in enumerate([*guesses, None]):
+            positions = torch.tensor([position + i], device=logits.device)
+            tokens.append(int(self(logits[i : i + 1], positions)))
+            if tokens[-1] != guess:
+                break
+        return tokens
+
+    def confirm_at_once(self, logits: Tensor, guesses: list[int], position: int) -> list[int]:
+        """As `confirm`: row i of a Chooser of its own has the text and the first i guesses behind it."""
+        n_rows = len(logits)
         uniforms = None if self.uniforms is None else self.uniforms.expand(n_rows, -1)
         seen = None if self.seen is None else self.seen.repeat(n_rows, 1)
         if seen is not None:
-            row, guess = torch.tril_indices(n_rows, n_rows - 1, -1, device=guesses.device)
-            seen[row, guesses[guess]] = True
-        return replace(self, batch=n_rows, uniforms=uniforms, seen=seen)
+            for i, guess in enumerate(guesses, 1):
+                seen[i:, guess] = True
+        positions = torch.arange(position, position + n_rows, device=logits.device)
+        tokens: list[int] = replace(self, batch=n_rows, uniforms=uniforms, seen=seen)(logits, positions).tolist()
+        n_right = next((i for i, guess in enumerate(guesses) if tokens[i] != guess), len(guesses))
+        self.note(torch.tensor([tokens[: n_right + 1]], device=logits.device))
+        return tokens[: n_right + 1]
 
     def begin(self, prompt: Sequence[int], sampling: Sampling) -> None:
         """A prompt comes into these rows, which are one, with the seed of `sampling`."""

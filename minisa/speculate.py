@@ -2,7 +2,7 @@
 
 A step that feeds several guessed tokens at once costs little more than one that feeds one, and tells which of them the
 model would have chosen itself. Text that repeats (code, quotations, lists) comes several tokens a step; the text is
-the same. After Saxena, https://github.com/apoorvumang/prompt-lookup-decoding
+the same (for near ties see DecodingLoop). After Saxena, https://github.com/apoorvumang/prompt-lookup-decoding
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Price(NamedTuple):
         """Steps that right guesses may earn at most: where an attempt has its price, several more."""
         return self.of(LONGEST) + SPARE * self.attempt
 
-    def affordable(self, credit: float) -> int:
-        """How many guesses that many steps pay for."""
-        if credit < self.attempt:
+    def affordable(self, credit: float, most: int) -> int:
+        """How many guesses, at most so many, that many steps pay for; where one more costs nothing, LONGEST or none."""
+        if credit < self.attempt or (not self.guess and most < LONGEST):
             return 0
-        return int((credit - self.attempt) / self.guess) if self.guess else LONGEST
+        return min(most, LONGEST, int((credit - self.attempt) / self.guess)) if self.guess else LONGEST
 
 
 PRICE = Price(0.0, 0.3)  # on a CPU: a little more than one core (0.21) or two (0.28) take
@@ -69,9 +69,8 @@ class PromptLookup:
         """At most so many tokens that may come next; none where the text has not been here before."""
         if self._price is None or self._found is None:
             return []
-        affordable = min(most, LONGEST, self._price.affordable(self._credit))
         guesses: list[int] = []
-        for place in range(self._found, self._found + affordable):
+        for place in range(self._found, self._found + self._price.affordable(self._credit, most)):
             beyond = place - len(self._tokens)  # a short circle is gone round more than once
             guesses.append(guesses[beyond] if beyond >= 0 else self._tokens[place])
         return guesses

@@ -191,21 +191,19 @@ def test_guesses_confirmed_at_once_are_those_confirmed_one_by_one(options: dict[
     """As a GPU does it and as a CPU does it: the same tokens, and the same text remembered."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(4, 12, generator=generator)
-    positions = torch.arange(7, 11)
 
     def chooser() -> Chooser:
         fresh = Chooser.idle(Sampling(**options), 1, 20, 12, torch.device("cpu"))
         fresh.begin([3, 4], Sampling(**options, seed=5))
         return fresh
 
-    right = chooser().confirm(logits, [], 7).tolist()
-    for i in range(1, 4):  # what would be right to guess, token by token
-        right.append(int(chooser().confirm(logits[: i + 1], right, 7)[-1]))
+    right: list[int] = []
+    for i in range(4):  # what would be right to guess, token by token
+        right.append(chooser().confirm(logits[: i + 1], right, 7)[-1])
     for wrong_at in range(4):
         guesses = [token if i != wrong_at else (token + 1) % 12 for i, token in enumerate(right[:3])]
         one_by_one, at_once = chooser(), chooser()
-        found = one_by_one.confirm(logits, guesses, 7).tolist()
-        assert found == right[: wrong_at + 1]
-        assert at_once._ahead(torch.tensor(guesses))(logits, positions)[: len(found)].tolist() == found
-        if one_by_one.seen is not None:
-            assert one_by_one.seen[0].nonzero().flatten().tolist() == sorted({3, 4, *found})
+        for found in (one_by_one.confirm_one_by_one(logits, guesses, 7), at_once.confirm_at_once(logits, guesses, 7)):
+            assert found == right[: wrong_at + 1]
+        for seen in (one_by_one.seen, at_once.seen):
+            assert seen is None or seen[0].nonzero().flatten().tolist() == sorted({3, 4, *right[: wrong_at + 1]})

@@ -47,6 +47,7 @@ def test_an_attempt_may_cost_the_same_whatever_it_guesses() -> None:
     for _ in range(1000):
         guesses = lookup.guess(99)
         assert len(guesses) in (0, LONGEST)
+        assert lookup.guess(LONGEST - 1) == []  # too near the end of the context for all
         attempts += bool(guesses)
         lookup.settle(len(guesses), 0)
     assert 1 < attempts <= 1 + EARNED * 1000 / 1.5
