@@ -119,7 +119,7 @@ class Layer(nn.Module):
     def project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """A leader's q [B, H, T, D], k and v [B, Hkv, T, D], q and k turned by their positions."""
         q, k, v = self.attention(self.attention_norm(x))
-        turned = apply_rope(torch.cat((q, k), dim=1), angles)
+        turned = apply_rope(torch.cat((q, k), dim=1), angles)  # one kernel for both
         return *turned.split((q.shape[1], k.shape[1]), dim=1), v
 
     def project_values(self, x: Tensor) -> Tensor:

@@ -222,11 +222,19 @@ def test_a_fork_that_compiles() -> None:
 @pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
 def test_torch_s_threads_leave_their_cores_to_the_compiler_while_they_wait(given: str | None, expected: str) -> None:
     """Set before PyTorch is loaded, which reads it once; what the user says goes first."""
-    script = (
-        "import atexit, os, runpy, sys; atexit.register(lambda: print(os.environ['OMP_WAIT_POLICY']))\n"
-        "sys.argv = ['chat.py', '--help']; runpy.run_path('chat.py', run_name='__main__')"
-    )
+    script = """
+import os, runpy, sys
+
+class Watch:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+
+sys.meta_path.insert(0, Watch())
+sys.argv = ["chat.py", "--help"]
+runpy.run_path("chat.py", run_name="__main__")
+"""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment |= {"OMP_WAIT_POLICY": given} if given else {}
     ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ran.stdout.splitlines()[-1] == expected, ran.stderr
+    assert ran.stdout.splitlines()[0] == expected, ran.stderr

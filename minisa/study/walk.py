@@ -94,7 +94,7 @@ class Walk:
     def add_feed_forward(self, i: int, x: Tensor) -> Tensor:
         """x after layer i, from x after its attention half."""
         layer = self._layer(i)
-        return x + layer.feed_forward(layer.ffn_norm(x))
+        return layer.down(x, self.gated(i, x))
 
     def gated(self, i: int, x: Tensor) -> Tensor:
         """What goes into w2 of layer i [N, T, hidden_dim], for x after its attention half."""
