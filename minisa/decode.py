@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -50,6 +50,13 @@ def prefill(model: Transformer, tokens: Tensor, start: int, cache: StaticCache) 
 def decode_one_token(model: Transformer, tokens: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
     """Feed one token a row, tokens [B] at positions [B]; logits [B, vocab_size] for the next."""
     return model(tokens[:, None], positions[:, None], cache)[:, 0]
+
+
+def joined(parts: Iterable[Tensor]) -> Tensor:
+    """Their rows in one tensor. A single part is not copied: where logits are many PyTorch's threads would do it, and
+    spin for milliseconds on cores that a C++ step's next threads need."""
+    first, *rest = parts
+    return torch.cat((first, *rest)) if rest else first
 
 
 def compile_layers(model: Transformer, *, on_gpu: bool) -> None:
@@ -138,7 +145,7 @@ class TorchRunner:
 
     def verify(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
         """Logits [T, vocab_size] of each of a few tokens [1, T], the last one chosen and guesses after it."""
-        return torch.cat(list(self.all_logits(tokens, start, cache)))
+        return joined(self.all_logits(tokens, start, cache))
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: StaticCache, in_use: int) -> Tensor:
         """`decode_one_token` over the first in_use slots of the cache, which positions [B] lie in.

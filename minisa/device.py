@@ -45,11 +45,15 @@ def one_torch_thread() -> Iterator[None]:
     if openmp is None or threads == 1:
         yield
         return
+    mkl = _mkl()
     openmp.omp_set_num_threads(1)  # torch.set_num_threads would change what other threads begin with too
+    before = mkl(1) if mkl else 0
     try:
         yield
     finally:
         openmp.omp_set_num_threads(threads)
+        if mkl:
+            mkl(before)
 
 
 @cache
@@ -59,6 +63,16 @@ def _openmp() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(next(bundled, "libgomp.so.1")))
     except OSError:
+        return None
+
+
+@cache
+def _mkl() -> Callable[[int], int] | None:
+    """What sets the calling thread's number of threads of MKL, which heeds that before OpenMP's, and returns the number
+    before; None where PyTorch is built without MKL."""
+    try:
+        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).MKL_Set_Num_Threads_Local
+    except (OSError, AttributeError):
         return None
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,3 +278,37 @@ def test_weights_move_out_of_the_model(library: ctypes.CDLL) -> None:
     assert matrices == []
     padding = 32 * max(config.dim, config.hidden_dim) * 2 * (4 * config.n_layers + 2)  # to whole panels
     assert 0 <= native.weight_bytes - 2 * parameter_count(config, plan) < padding
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_what_comes_between_products_is_one_thread_s() -> None:
+    """PyTorch's others would spin on the cores of the step's. Here they have not begun yet, and would be new to the
+    process."""
+    subprocess.run([sys.executable, "-c", ONE_THREAD], cwd=Path(__file__).parents[1], check=True)
+
+
+ONE_THREAD = """
+import os, torch
+torch.set_num_threads(1)
+from minisa.cache import StaticCache
+from minisa.native.build import open_library
+from minisa.native.runner import NativeRunner
+from minisa.sampling import Chooser, Sampling
+from tests.models import PLANS, build_model
+from tests.tiny import tiny_config
+
+config = tiny_config(n_layers=6, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=64, vocab_size=40_000)
+runner = NativeRunner(build_model(config, PLANS["none"]), open_library(wait=True), n_threads=1)
+cache = StaticCache.allocate(config, PLANS["none"], batch=6, max_seq_len=64)
+choose = Chooser.idle(Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.1), 6, 64, 40_000, torch.device("cpu"))
+torch.set_num_threads(2)
+before = os.listdir("/proc/self/task")
+with torch.inference_mode():
+    tokens, positions = torch.arange(30)[None], torch.arange(30, 36)
+    runner.prefill(tokens, 0, cache)
+    runner.verify(tokens[:, :7], 30, cache)
+    choose(runner.decode(tokens[0, :6], positions, cache, 36), positions)
+assert os.listdir("/proc/self/task") == before, "PyTorch's threads have begun"
+torch.rand(1_000_000).cos()
+assert os.listdir("/proc/self/task") != before, "they would not be seen"
+"""

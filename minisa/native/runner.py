@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
-from minisa.decode import Step, plain_step
+from minisa.decode import Step, joined, plain_step
+from minisa.device import one_torch_thread
 from minisa.model import Layer, Transformer
 from minisa.native.packing import FORMATS, LANES, PANEL, Packed, interleave, pack_bf16, pack_int4, pack_int8
 from minisa.rope import rope_angles
@@ -92,7 +93,7 @@ class NativeRunner:
         for row, ids in enumerate(tokens):
             *_, last = self._chunks(ids, start, cache, row, every=False)
             rows.append(last)
-        return torch.cat(rows)
+        return joined(rows)
 
     def all_logits(self, tokens: Tensor, start: int, cache: StaticCache) -> Iterator[Tensor]:
         """As TorchRunner.all_logits: logits [T', vocab_size] fp32, chunk by chunk, for tokens [1, T]."""
@@ -104,7 +105,7 @@ class NativeRunner:
 
     def verify(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
         """As TorchRunner.verify: fp32."""
-        return torch.cat(list(self.all_logits(tokens, start, cache)))
+        return joined(self.all_logits(tokens, start, cache))
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: StaticCache, in_use: int) -> Tensor:
         """As TorchRunner.decode: logits [B, vocab_size] fp32."""
@@ -268,7 +269,8 @@ class _Bound:
     def step(self, tokens: Tensor, positions: Tensor, rows: Tensor, n_logits: int) -> Tensor:
         logits = torch.empty(n_logits, self._model.vocab_size)
         inputs = [tensor.int().contiguous() for tensor in (tokens, positions, rows)]
-        inputs += self._angles(positions[None])
+        with one_torch_thread():  # from four rows on MKL would share the cosines out
+            inputs += self._angles(positions[None])
         self._library.engine_step(
             self._engine, *(tensor.data_ptr() for tensor in inputs), len(tokens), n_logits, logits.data_ptr()
         )
