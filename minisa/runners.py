@@ -30,7 +30,8 @@ class Runner(Protocol):
     prefill: tokens [B, T] at positions start, start + 1, … → logits [B, vocab_size] after the last.
     all_logits: tokens [1, T] likewise → logits [≤ chunk, vocab_size] of every one, chunk by chunk.
     price: of guessing ahead in a cache; None where that never pays.
-    verify: as all_logits, for the few tokens of a step that guesses ahead: [T, vocab_size], until the next call.
+    verify: as all_logits, for a token and the guesses after it that the price allows: [T, vocab_size], until the next
+        call.
     decode: tokens [B] at positions [B], all < in_use slots of the cache → logits [B, vocab_size].
     stepper: what decodes and chooses for a generation on the first rows of the cache; one at a time.
     Raises MinisaError where the cache is too short.

@@ -27,6 +27,7 @@ from minisa.registry import DEFAULT_MODEL, find, local_path
 from minisa.runners import Runner, native_step
 from minisa.sampling import Chooser
 from minisa.sharing import SharingPlan
+from minisa.speculate import LONGEST
 from minisa.synthetic import random_llm
 
 SMALL = ModelConfig(
@@ -203,9 +204,9 @@ def _logits_of_steps(llm: LLM, runner: Runner) -> Tensor:
 
 @torch.inference_mode()
 def _logits_of_pieces(llm: LLM, runner: Runner) -> Tensor:
-    """Logits [T, vocab_size] of a prompt that comes in two pieces, and of guesses after it."""
+    """Logits [T, vocab_size] of a prompt that comes in two pieces, and of a token and as many guesses as are made."""
     ids, row = _noise(llm), llm.cache.view(rows=slice(1))
-    first, second, guesses = ids[:, :100], ids[:, 100:290], ids[:, 290:295]
+    first, second, guesses = ids[:, :100], ids[:, 100:290], ids[:, 290 : 291 + LONGEST]
     logits = [*runner.all_logits(first, 0, row), *runner.all_logits(second, 100, row)]
     return torch.cat([*logits, runner.verify(guesses, 290, row)])
 

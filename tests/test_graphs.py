@@ -23,6 +23,7 @@ from minisa.kernels.decode_attention import MOST_QUERIES
 from minisa.model import Transformer
 from minisa.quantize import Format, quantize, replace_matrix, use_kernels
 from minisa.sampling import Chooser
+from minisa.selfcheck import _logits_of_pieces
 from tests.engines import DEVICE, PROMPTS, Recorder, byte_llm, graph_llm, llm_of, text_of, tokens_of
 from tests.models import PLANS, SIX_LAYERS, build_model
 from tests.rings import CONTEXT, SLOTS, WINDOWED, WINDOWED_PLANS, windowed_llm
@@ -130,6 +131,14 @@ def test_guesses_are_verified_in_one_graph(
         assert found == tokens_of(llm_of(PLANS[plan]).generate(prompt, **options))
     assert min(confirmed) < AHEAD == max(confirmed)  # wrong ones and right ones
     assert recorder.recorded == 2  # steps and guesses
+
+
+def test_selfcheck_s_pieces(recorder: Recorder) -> None:
+    """What `python -m minisa selfcheck` asks of a GPU's runner."""
+    plain, graphs = llm_of(max_seq_len=300), graph_llm(recorder, max_seq_len=300)
+    expected, found = (_logits_of_pieces(llm, llm.runner) for llm in (plain, graphs))
+    assert recorder.recorded == 1
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=0)
 
 
 def test_a_ring_is_not_guessed_ahead_of(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
