@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TypedDict
@@ -133,7 +132,10 @@ class Chooser:
     uniforms: Tensor | None
     seen: Tensor | None
 
+    # Between the products of a C++ step, whose threads need the cores: in one thread.
+
     @classmethod
+    @one_torch_thread()
     def idle(cls, sampling: Sampling, batch: int, max_seq_len: int, vocab_size: int, device: torch.device) -> Chooser:
         """For rows that no prompt is in yet."""
         uniforms = None if sampling.greedy else torch.zeros(batch, max_seq_len, device=device)
@@ -146,12 +148,12 @@ class Chooser:
         """The likeliest tokens of so many rows."""
         return cls(Sampling(), batch, uniforms=None, seen=None)
 
+    @one_torch_thread()
     def __call__(self, logits: Tensor, positions: Tensor) -> Tensor:
         """The tokens [B] to follow those at positions [B], which logits [B, vocab_size] were computed for."""
         uniforms = None if self.uniforms is None else self.uniforms.gather(1, positions[:, None])[:, 0]
-        with one_torch_thread() if logits.is_cpu else nullcontext():
-            tokens = self.sampling.choose(logits, uniforms, self.seen)
-            self.note(tokens)
+        tokens = self.sampling.choose(logits, uniforms, self.seen)
+        self.note(tokens)
         return tokens
 
     def note(self, tokens: Tensor) -> None:
@@ -195,6 +197,7 @@ class Chooser:
         self.note(torch.tensor([tokens[: n_right + 1]], device=logits.device))
         return tokens[: n_right + 1]
 
+    @one_torch_thread()
     def begin(self, prompt: Sequence[int], sampling: Sampling) -> None:
         """A prompt comes into these rows, which are one, with the seed of `sampling`."""
         if self.uniforms is not None:
