@@ -53,8 +53,8 @@ def decode_one_token(model: Transformer, tokens: Tensor, positions: Tensor, cach
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor:
-    """Their rows in one tensor. A single part is not copied: where logits are many PyTorch's threads would do it, and
-    spin for milliseconds on cores that a C++ step's next threads need."""
+    """Their rows in one tensor. A single part is not copied: PyTorch's threads, which share the copy of many logits
+    out, would spin after it for milliseconds, on cores that the next C++ step needs."""
     first, *rest = parts
     return torch.cat((first, *rest)) if rest else first
 

@@ -197,7 +197,7 @@ class CudaGraphs:
                     body()
             here.wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=aside):  # its own default is the first GPU's
                 body()
         self._pool = graph.pool()
         return graph.replay

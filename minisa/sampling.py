@@ -132,7 +132,7 @@ class Chooser:
     uniforms: Tensor | None
     seen: Tensor | None
 
-    # Between the products of a C++ step, whose threads need the cores: in one thread.
+    # What comes between C++ steps keeps to one thread: theirs need the cores.
 
     @classmethod
     @one_torch_thread()
