@@ -39,7 +39,7 @@ class Price(NamedTuple):
         return min(most, LONGEST, int((credit - self.attempt) / self.guess)) if self.guess else LONGEST
 
 
-PRICE = Price(0.0, 0.3)  # on a CPU: a little more than one core (0.21) or two (0.28) take
+PRICE = Price(0.0, 0.3)  # on a CPU: more than any measured on one core (0.21) or two (0.28)
 
 
 class PromptLookup:
