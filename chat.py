@@ -147,7 +147,7 @@ def answer(conversation: Conversation, text: str) -> None:
     if conversation.forgotten:
         click.echo(f"(the context is full: the {conversation.forgotten} oldest messages were dropped)", err=True)
     if reason == "context":
-        click.echo("(the answer filled the context: /reset, or start with a larger --max-seq-len)", err=True)
+        click.echo("(the answer filled the context, which --max-seq-len sets)", err=True)
     click.secho(footer(conversation), dim=True, err=True)
 
 
@@ -155,7 +155,7 @@ def footer(conversation: Conversation) -> str:
     """tokens/s, time to first token, context used, KV bytes in use."""
     llm, stats = conversation.llm, conversation.last
     assert stats is not None
-    used = stats.prompt_tokens + stats.new_tokens
+    used = stats.prompt_tokens + stats.new_tokens - 1  # the last token was not fed
     held = kv_bytes(llm.config, llm.plan, used, llm.cache.values.itemsize)
     return (
         f"[{stats.tokens_per_second:.1f} tokens/s · first token {stats.time_to_first_token:.2f} s · "
@@ -229,7 +229,7 @@ def change_plan(conversation: Conversation, sa: str, model: str, loading: dict[s
 def stats_report(conversation: Conversation) -> str:
     stats = conversation.last
     if stats is None:
-        return "no answer yet"
+        return "no answer yet, or the last one was stopped"
     return (
         f"prompt   {stats.prompt_tokens} tokens, {stats.reused_tokens} of them in the cache already, "
         f"the rest at {stats.prompt_tokens_per_second:,.0f} tokens/s\n"

@@ -8,10 +8,10 @@ from typing import Any
 
 from minisa.dialog import Message
 from minisa.errors import MinisaError
+from minisa.lease import Lease
 from minisa.loop import DecodingLoop
 from minisa.prompts import Prompt
 from minisa.row import Chunk, Options, Prefix
-from minisa.turns import Turn
 
 
 class Batch:
@@ -28,12 +28,12 @@ class Batch:
     """
 
     def __init__(
-        self, loop: DecodingLoop, request: Callable[..., tuple[list[int], Options]], turn: Turn,
+        self, loop: DecodingLoop, request: Callable[..., tuple[list[int], Options]], lease: Lease,
         alone: AbstractContextManager[Any],
     ) -> None:  # fmt: skip
         self._loop = loop
         self._request = request
-        self._turn = turn
+        self._lease = lease
         self._alone = alone
 
     @property
@@ -61,7 +61,7 @@ class Batch:
         ids, options = self._request(
             prompt, max_new_tokens=max_new_tokens, stop=stop, stop_ids=stop_ids, prefix=prefix, seed=seed
         )
-        with self._turn():
+        with self._lease():
             if not self.free:
                 raise MinisaError(
                     f"batch: all {self._loop.most_rows} rows are taken: go on until one ends, cancel one, or load with "
@@ -83,7 +83,7 @@ class Batch:
     def __next__(self) -> Chunk:
         """Raises MinisaError once another generation has begun on the model, after an interrupted step, and for logits
         that are no numbers."""
-        with self._turn():
+        with self._lease():
             chunk = next(self._loop, None)
         if chunk is None:
             raise StopIteration

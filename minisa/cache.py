@@ -25,7 +25,7 @@ class StaticCache:
     A worked example: 4 layers, spans "1:2-3", 2 rows of 100 tokens.
 
         layer        0    1    2    3
-        key_slots    0    1    –    –      keys    [2, 2, Hkv, 100, D]: layers 2 and 3 own no key memory at all
+        key_index    0    1    –    –      keys    [2, 2, Hkv, 100, D]: layers 2 and 3 own no key memory at all
         values       0    1    2    3      values  [4, 2, Hkv, 100, D]
 
     Slot s of a row holds the token at position s. `view` narrows the cache to some rows and to the first positions;
@@ -44,7 +44,7 @@ class StaticCache:
 
     keys: Tensor
     values: Tensor
-    key_slots: tuple[int | None, ...]  # for each layer, its index in `keys`; None for a follower
+    key_index: tuple[int | None, ...]  # for each layer, its index in `keys`; None for a follower
     length: int  # positions a row of this cache (or of this view) may take: in a ring more than its slots
 
     @classmethod
@@ -65,11 +65,11 @@ class StaticCache:
         """
         slots = cache_slots(config, max_seq_len) if ring else max_seq_len
         shape = (batch, config.n_kv_heads, slots, config.head_dim)
-        slot_of = {layer: slot for slot, layer in enumerate(plan.leaders)}
+        index_of = {layer: index for index, layer in enumerate(plan.leaders)}
         return cls(
             keys=_zeros((len(plan.leaders), *shape), device, dtype),
             values=_zeros((plan.n_layers, *shape), device, dtype),
-            key_slots=tuple(slot_of.get(layer) for layer in range(plan.n_layers)),
+            key_index=tuple(index_of.get(layer) for layer in range(plan.n_layers)),
             length=max_seq_len,
         )
 
@@ -97,7 +97,7 @@ class StaticCache:
             raise MinisaError(
                 f"{length} tokens do not fit a cache of {self.length}: raise max_seq_len or shorten the text"
             )
-        return StaticCache(self.keys[:, rows, :, :length], self.values[:, rows, :, :length], self.key_slots, length)
+        return StaticCache(self.keys[:, rows, :, :length], self.values[:, rows, :, :length], self.key_index, length)
 
     def copy_(self, other: StaticCache) -> None:
         """Take over another's slots; of the same model, plan and slots, and of as many rows or one for all."""
@@ -110,9 +110,9 @@ class StaticCache:
         Of a ring they come in the order of its slots where T is 1. Where T > 1 the positions, the same in every row,
         are the view's last, and the keys a copy in the order of positions.
         """
-        slot = self.key_slots[layer]
-        assert slot is not None, f"layer {layer} follows and has no keys"
-        return self._update(self.keys[slot], positions, k)
+        index = self.key_index[layer]
+        assert index is not None, f"layer {layer} follows and has no keys"
+        return self._update(self.keys[index], positions, k)
 
     def update_values(self, layer: int, positions: Tensor, v: Tensor) -> Tensor:
         """As update_keys, for the v [B, n_kv_heads, T, D] of any layer."""

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
-import torch
 
 from minisa.checkpoint.layouts import BESIDE_THE_WEIGHTS
-from minisa.device import DTYPES, KV_DTYPES, dtype_name
+from minisa.device import DTYPES, KV_DTYPES, dtype_name, is_out_of_memory
 from minisa.download import pull
 from minisa.engine import LLM, load
 from minisa.errors import MinisaError
@@ -149,9 +148,9 @@ def run(command: click.Command) -> NoReturn:
         click.echo(err=True)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        _fail(name, "the device is out of memory: lower --max-seq-len, take a smaller --dtype or another --device")
+        _fail(name, "the device is out of memory: take a shorter context, a smaller --dtype or another --device")
     except BrokenPipeError:  # the reader has left
         sys.exit(1)
     except OSError as error:
@@ -169,11 +168,6 @@ def run(command: click.Command) -> NoReturn:
 def _end(signum: int, _: object) -> NoReturn:
     """What is at work tidies up: children end, and half-written and temporary files go."""
     sys.exit(128 + signum)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch says so of a GPU by an exception of its own, of the CPU only in words."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _fail(name: str, message: str) -> NoReturn:

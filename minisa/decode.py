@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -113,7 +114,34 @@ def plain_step(
     return step
 
 
-class TorchRunner:
+class StepByStep(ABC):
+    """What a runner's other methods make of its `all_logits` and `decode`."""
+
+    @abstractmethod
+    def all_logits(self, tokens: Tensor, start: int, cache: StaticCache) -> Iterator[Tensor]:
+        """Logits [≤ chunk, vocab_size] of every one of tokens [1, T], fed at positions start, start + 1, …"""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor, positions: Tensor, cache: StaticCache, in_use: int) -> Tensor:
+        """`decode_one_token` over the first in_use slots of the cache, which positions [B] lie in.
+
+        Raises MinisaError where in_use is more than the cache holds.
+        """
+
+    def price(self, cache: StaticCache) -> Price | None:
+        """Of guessing ahead in a cache; None where that never pays."""
+        return PRICE
+
+    def verify(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
+        """Logits [T, vocab_size] of each of a few tokens [1, T], the last one chosen and guesses after it."""
+        return joined(self.all_logits(tokens, start, cache))
+
+    def stepper(self, cache: StaticCache, choose: Chooser) -> Step:
+        """What decodes a generation on the first rows of the cache."""
+        return plain_step(self.decode, cache, choose)
+
+
+class TorchRunner(StepByStep):
     """Runs a model in PyTorch, eager or with compiled layers. A decode step sees exactly the slots in use."""
 
     def __init__(self, model: Transformer, *, compile: bool = False, name: str | None = None) -> None:
@@ -135,25 +163,8 @@ class TorchRunner:
         return prefill(self.model, tokens, start, cache)
 
     def all_logits(self, tokens: Tensor, start: int, cache: StaticCache) -> Iterator[Tensor]:
-        """Logits [≤ chunk, vocab_size] of every one of tokens [1, T], fed at positions start, start + 1, …"""
         for hidden in prefill_chunks(self.model, tokens, start, cache):
             yield self.model.head(hidden)[0]
 
-    def price(self, cache: StaticCache) -> Price | None:
-        """Of guessing ahead in a cache; None where that never pays."""
-        return PRICE
-
-    def verify(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
-        """Logits [T, vocab_size] of each of a few tokens [1, T], the last one chosen and guesses after it."""
-        return joined(self.all_logits(tokens, start, cache))
-
     def decode(self, tokens: Tensor, positions: Tensor, cache: StaticCache, in_use: int) -> Tensor:
-        """`decode_one_token` over the first in_use slots of the cache, which positions [B] lie in.
-
-        Raises MinisaError where in_use is more than the cache holds.
-        """
         return decode_one_token(self.model, tokens, positions, cache.view(in_use))
-
-    def stepper(self, cache: StaticCache, choose: Chooser) -> Step:
-        """What decodes a generation on the first rows of the cache."""
-        return plain_step(self.decode, cache, choose)

@@ -46,9 +46,11 @@ def one_torch_thread() -> Iterator[None]:
         yield
         return
     mkl = _mkl()
-    openmp.omp_set_num_threads(1)  # torch.set_num_threads would change what other threads begin with too
-    before = mkl(1) if mkl else 0
-    try:
+    before = 0  # of MKL: what OpenMP says
+    try:  # Ctrl-C may come between any two lines
+        openmp.omp_set_num_threads(1)  # torch.set_num_threads would change what other threads begin with too
+        if mkl:
+            before = mkl(1)
         yield
     finally:
         openmp.omp_set_num_threads(threads)
@@ -74,6 +76,11 @@ def _mkl() -> Callable[[int], int] | None:
         return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).MKL_Set_Num_Threads_Local
     except (OSError, AttributeError):
         return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """PyTorch says so of a GPU by an exception of its own, of the CPU only in words."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def runs_kernels(device: torch.device) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 from functools import cached_property, partial
 from numbers import Integral
@@ -34,6 +34,7 @@ from minisa.dialog import DIALOGS, Dialog, Message
 from minisa.errors import MinisaError, shown
 from minisa.generate import compute_prefix, generate
 from minisa.interrupts import uninterrupted
+from minisa.lease import Lease, Leases
 from minisa.loop import DecodingLoop
 from minisa.model import Transformer
 from minisa.prompts import Prompt, as_ids, as_list, check_names, is_dialog
@@ -44,7 +45,6 @@ from minisa.runners import choose_runner, may_become_native, native_step
 from minisa.sampling import Sampling, SamplingOptions, check_number
 from minisa.sharing import SharingPlan
 from minisa.tokenizer import Tokenizer, check_ids, load_tokenizer
-from minisa.turns import Turn, Turns
 
 
 def load(
@@ -98,19 +98,19 @@ def load(
     with torch.device("meta"):
         transformer = Transformer(config, plan, backend or fastest_backend(target))
     compile = False if backend == "reference" else compile
-    blocks = check_quantization(quantize)
-    native = native_step(config, target, compile=compile, quantized=blocks is not None) is not None
+    weight_format = check_quantization(quantize)
+    native = native_step(config, target, compile=compile, quantized=weight_format is not None) is not None
     number_format = choose_dtype(dtype, target, native=native)
-    kept = choose_kv_dtype(kv_dtype, number_format)
-    load_weights(transformer, checkpoint, device=target, dtype=number_format, quantize=blocks, progress=progress)
+    kv_format = choose_kv_dtype(kv_dtype, number_format)
+    load_weights(transformer, checkpoint, device=target, dtype=number_format, quantize=weight_format, progress=progress)
     transformer.to(target)  # the buffers; the weights are there already
-    length = max_seq_len or _affordable_length(config, plan, max_batch, kept, target)
-    cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=length, device=target, dtype=kept)
+    length = max_seq_len or _affordable_length(config, plan, max_batch, kv_format, target)
+    cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=length, device=target, dtype=kv_format)
 
     def dialog() -> Dialog:
         return DIALOGS[entry.chat] if entry is not None and entry.chat else find_dialog(path, tokenizer)
 
-    return LLM(transformer, tokenizer, dialog, cache, compile=compile, quantized=blocks)
+    return LLM(transformer, tokenizer, dialog, cache, compile=compile, quantized=weight_format)
 
 
 def _affordable_length(
@@ -147,9 +147,9 @@ class LLM:
         self.runner = choose_runner(model, compile)
         self._compile = compile
         self.weight_format = quantized or dtype_name(self.dtype)
-        self._cached: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
+        self._held: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
         self._prefixes: WeakSet[Prefix] = WeakSet()
-        self._turns = Turns()
+        self._leases = Leases()
 
     @cached_property
     def dialog(self) -> Dialog:
@@ -178,7 +178,6 @@ class LLM:
         """Bytes of the weights as they are stored."""
         return self.runner.weight_bytes
 
-    @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits [T, vocab_size] fp32 at every one of T tokens, on the model's device. llm.cache is not touched.
 
@@ -190,12 +189,10 @@ class LLM:
             raise MinisaError(
                 f"token_ids: {len(ids)} of them, the model's context is {self.config.max_seq_len}: expected no more"
             )
-        tokens = torch.tensor([ids], device=self.device)
-        cache = StaticCache.allocate(
-            self.config, self.plan, max_seq_len=len(ids), device=self.device, dtype=self.cache.values.dtype
-        )
-        with self._turns.alone:
-            return torch.cat([logits.float() for logits in self.runner.all_logits(tokens, 0, cache)])
+        tokens, cache = torch.tensor([ids], device=self.device), self._cache_for(ids)
+        with self._leases.alone, torch.inference_mode():
+            parts = [logits.float() for logits in self.runner.all_logits(tokens, 0, cache)]
+        return torch.cat(parts)  # out here, so that the caller may change it
 
     def prefix(self, beginning: Prompt | Sequence[Message]) -> Prefix:
         """A beginning that prompts share, computed once: keys and values for `prefix=` of `generate` and `chat`.
@@ -212,13 +209,16 @@ class LLM:
             )
             beginning = one[: common_prefix(one, other)]
         ids = self._prompt_ids(beginning)  # type: ignore[arg-type]
-        cache = StaticCache.allocate(
-            self.config, self.plan, max_seq_len=len(ids), device=self.device, dtype=self.cache.values.dtype
-        )
-        with self._turns.alone:
-            found = compute_prefix(self.runner, cache, ids)
+        with self._leases.alone:
+            found = compute_prefix(self.runner, self._cache_for(ids), ids)
         self._prefixes.add(found)
         return found
+
+    def _cache_for(self, ids: list[int]) -> StaticCache:
+        """One row, for these tokens."""
+        return StaticCache.allocate(
+            self.config, self.plan, max_seq_len=len(ids), device=self.device, dtype=self.cache.values.dtype
+        )
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Unpack[GenerationOptions]) -> Iterator[Chunk]:
         """Continue one prompt or several at once, streaming.
@@ -258,11 +258,11 @@ class LLM:
             raise MinisaError("batch: seed is each prompt's own: leave it to add")
         check_names(sampling, SamplingOptions, "batch")
         same = Sampling(**sampling)
-        turn = self._begin()
-        with turn():
-            self._cached.clear()
+        lease = self._begin()
+        with lease():
+            self._held.clear()
         loop = DecodingLoop(self.runner, self.cache, self.tokenizer, same, self.cache.batch)
-        return Batch(loop, partial(self._request, same), turn, self._turns.alone)
+        return Batch(loop, partial(self._request, same), lease, self._leases.alone)
 
     def _request(
         self, sampling: Sampling, prompt: Prompt | Sequence[Message], *, seed: int | None, **options: Any
@@ -315,30 +315,36 @@ class LLM:
         return self._stream(rows, options, prefix)
 
     def _stream(self, rows: list[list[int]], options: Options, prefix: Prefix | None) -> Iterator[Chunk]:
-        turn = self._begin()
-        cached = self._cached if len(rows) == 1 else None
-        if cached is None:
-            with turn():
-                self._cached.clear()
-        chunks = generate(self.runner, self.cache, self.tokenizer, rows, options, cached, prefix)
+        lease = self._begin()
+        held = self._held if len(rows) == 1 else None
+        if held is None:
+            with lease():
+                self._held.clear()
+        chunks = generate(self.runner, self.cache, self.tokenizer, rows, options, held, prefix)
         while True:
-            with turn():
+            with lease():
                 chunk = next(chunks, None)
             if chunk is None:
                 return
             yield chunk
 
-    def _begin(self) -> Turn:
+    def _begin(self) -> Lease:
         """Take the cache for a generation, with the fastest runner by now."""
-        with self._turns.alone:
+        with self._leases.alone:
             if may_become_native(self.runner, self._compile):
                 with uninterrupted():  # half of the weights packed would leave no model
                     self.runner = choose_runner(self.model, self._compile)
-            return self._turns.begin()
+                if not may_become_native(self.runner, self._compile):  # any more: the C++ step, which rounds otherwise
+                    self._held.clear()
+                    for prefix in self._prefixes:
+                        compute_prefix(self.runner, prefix.cache, prefix.tokens)
+            return self._leases.begin()
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str) and not prompt:
             raise MinisaError("the prompt is empty: give some text")
+        if isinstance(prompt, Set):
+            raise MinisaError(f"the prompt: expected token ids in their order, found {shown(prompt)}")
         ids = self._encode(prompt) if isinstance(prompt, str) else as_ids(prompt, "the prompt")
         check_ids(ids, self.config.vocab_size, "the prompt")
         if len(ids) > self.cache.length:

@@ -30,13 +30,13 @@ def generate(
     tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
     options: Options,
-    cached: list[int] | None = None,
+    held: list[int] | None = None,
     prefix: Prefix | None = None,
 ) -> Iterator[Chunk]:
     """Yield the chunks of every prompt's continuation, one token of each unfinished row at a time.
 
     prompts: one row of the cache each, from the first on.
-    cached: for a single prompt, the tokens that the cache holds; its common prefix with the prompt is not fed again,
+    held: for a single prompt, the tokens that the cache holds; its common prefix with the prompt is not fed again,
         and the list is kept up to date whenever the generator pauses or is closed.
     prefix: what a prompt has in common with it is copied into its row, where the cache does not hold more already.
     """
@@ -44,7 +44,7 @@ def generate(
     loop_type = SpeculativeLoop if options.speculate else DecodingLoop
     loop = loop_type(runner, cache, tokenizer, sampling, len(prompts))
     for prompt, seed in zip(prompts, sampling.seeds(len(prompts)), strict=True):
-        loop.add(prompt, replace(options, sampling=replace(sampling, seed=seed)), cached, prefix)
+        loop.add(prompt, replace(options, sampling=replace(sampling, seed=seed)), held, prefix)
     yield from loop
 
 

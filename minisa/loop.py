@@ -109,10 +109,13 @@ class DecodingLoop:
         own = self._cache.view(rows=slice(place, place + 1))
         own.keys.zero_()
         own.values.zero_()
-        number_format = dtype_name(self._runner.model.norm.weight.dtype)
+        dtype = self._runner.model.norm.weight.dtype
+        beyond, otherwise = f", or too large for {dtype_name(dtype)}", ", or take dtype fp32"
+        if dtype == torch.float32:
+            beyond = otherwise = ""
         raise MinisaError(
-            f"row {row.number}: its logits are no numbers: the weights are damaged, or too large for {number_format}: "
-            "try --dtype fp32, or fetch the model again"
+            f"row {row.number}: its logits are no numbers: the weights are damaged{beyond}: "
+            f"fetch the model again{otherwise}"
         )
 
     @torch.inference_mode()

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from minisa.checkpoint.shards import read_weight_map
 from minisa.config import ModelConfig
 from minisa.errors import MinisaError, shown
+from minisa.folders import cache_dir, expand_user
 from minisa.sharing import SharingPlan
 from minisa.untrusted import is_plain_name, open_plain
 
@@ -112,12 +113,10 @@ def weights_dir() -> Path:
     The folder need not exist yet. MinisaError when there is neither a checkout nor a home folder.
     """
     if chosen := os.environ.get("MINISA_WEIGHTS"):
-        return _expanduser(chosen)
+        return expand_user(chosen)
     if (models_toml := _models_toml()).parent.name == "weights":
         return models_toml.parent
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored.
-    return (Path(cache) if os.path.isabs(cache) else _expanduser("~/.cache")) / "minisa"
+    return cache_dir()
 
 
 def shipped_plan(name: str) -> Path:
@@ -173,7 +172,7 @@ def resolve(model: str) -> tuple[Path, ModelEntry | None]:
     are not there yet.
     """
     if _looks_like_path(model):
-        path = _expanduser(model)
+        path = expand_user(model)
         if not os.path.exists(path):
             raise MinisaError(f"--model {model}: there is no such file or folder")
         return path, _entry_at(path)
@@ -225,13 +224,6 @@ def _models_toml() -> Path:
         if path.is_file():
             return path
     raise MinisaError(f"models.toml is neither in {package} nor in {package.parent / 'weights'}: install again")
-
-
-def _expanduser(path: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise MinisaError(f"no home folder for {path}: set HOME, or MINISA_WEIGHTS to a folder") from error
 
 
 def _looks_like_path(model: str) -> bool:

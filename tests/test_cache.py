@@ -47,7 +47,7 @@ def test_llama3_8b_by_hand() -> None:
 def test_followers_own_no_keys() -> None:
     plan = SharingPlan.parse("1:2-3", 4)
     cache = StaticCache.allocate(tiny_config(n_layers=4), plan, max_seq_len=8)
-    assert cache.key_slots == (0, 1, None, None)
+    assert cache.key_index == (0, 1, None, None)
     assert (len(cache.keys), len(cache.values)) == (2, 4)
     with pytest.raises(AssertionError, match="layer 2 follows"):
         cache.update_keys(2, torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 2, 1, 16))

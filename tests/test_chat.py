@@ -46,7 +46,7 @@ open_once = functools.lru_cache(2)(chat.open_model)
 
 def open_again(*given: Any, **options: Any) -> LLM:
     llm = open_once(*given, **options)
-    llm._cached.clear()  # as where it has just been loaded
+    llm._held.clear()  # as where it has just been loaded
     return llm
 
 
@@ -205,6 +205,14 @@ def test_cuda_asked_for_and_absent(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     ran = run_chat("--prompt", "hi", "--device", "cuda")
     assert_one_line(ran, "--device cuda: this machine or this build of torch has no CUDA")
+
+
+@pytest.mark.real_model
+def test_an_answer_that_fills_the_context(ask: Callable[..., Ran]) -> None:
+    """What the footer says is in use is no more than there is: the last token is not fed."""
+    ran = ask("--raw", "--prompt", "Once upon a time", "--max-seq-len", 30)
+    assert "(the answer filled the context, which --max-seq-len sets)" in ran.err
+    assert "context 30/30" in ran.err
 
 
 @pytest.mark.real_model

@@ -120,6 +120,8 @@ def test_an_interactive_session(terminal: Callable[..., Terminal]) -> None:
     session.expect("ship.*\\n")
     time.sleep(0.5)
     session.interrupt(until=r"\(stopped\)")
+    session.type("/stats\n")
+    session.expect(r"no answer yet, or the last one was stopped")
     session.type("/help\n")
     session.expect("Ctrl-D leaves")
     session.type("/nonsense\n")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from minisa.checkpoint import load_weights
 from minisa.config import ModelConfig
 from minisa.costs import SLACK, parameter_count
 from minisa.decode import TorchRunner
+from minisa.device import _openmp, one_torch_thread
 from minisa.errors import MinisaError
 from minisa.model import Linear, Transformer
 from minisa.native.runner import NativeRunner
@@ -285,6 +288,36 @@ def test_what_comes_between_products_is_one_thread_s() -> None:
     """PyTorch's others would spin on the cores of the step's. Here they have not begun yet, and would be new to the
     process."""
     subprocess.run([sys.executable, "-c", ONE_THREAD], cwd=Path(__file__).parents[1], check=True)
+
+
+@pytest.mark.skipif(_openmp() is None, reason="needs libgomp")
+def test_an_interrupt_leaves_pytorch_its_threads() -> None:
+    """Wherever it comes until the work is done: a raised exception stands for the signal."""
+    before = torch.get_num_threads()
+    assert before > 1
+    code = one_torch_thread.__wrapped__.__code__  # type: ignore[attr-defined]
+    places: list[int] = []
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if event == "line" and frame.f_lineno not in places:
+            places.append(frame.f_lineno)
+            raise KeyboardInterrupt
+        return trace
+
+    done = False
+    while not done:
+        sys.settrace(lambda frame, *_: trace if frame.f_code is code else None)
+        try:
+            with one_torch_thread():
+                sys.settrace(None)
+                assert torch.get_num_threads() == 1
+                done = True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert torch.get_num_threads() == before, f"line {places[-1]}"
+    assert len(places) > 4
 
 
 ONE_THREAD = """

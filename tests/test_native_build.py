@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from minisa.cache import StaticCache
 from minisa.device import choose_dtype
 from minisa.model import Transformer
 from minisa.native import build
-from minisa.native.build import open_library
+from minisa.native.build import compiler_works, open_library
 from minisa.native.packing import Packed, pack_bf16
 from minisa.native.runner import supports
 from minisa.runners import choose_runner, may_become_native, native_step
@@ -28,7 +29,7 @@ from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-GQA = tiny_config(n_layers=6, dim=128, n_heads=6, n_kv_heads=2, head_dim=32, hidden_dim=160, vocab_size=300)
+GQA = tiny_config(n_layers=6, dim=128, n_heads=6, n_kv_heads=2, head_dim=32, hidden_dim=160, vocab_size=256)
 UNFIT = tiny_config(dim=80, n_heads=5, n_kv_heads=1, head_dim=16)
 
 
@@ -69,6 +70,35 @@ def test_eager_first_and_native_once_it_is_built(bf16_model: Transformer, nothin
         time.sleep(0.2)
     assert not list(nothing_built.rglob("*.part"))
     assert choose_runner(bf16_model).name == "C++ step"
+
+
+def test_what_pytorch_computed_does_not_stay_in_the_cache(
+    bf16_model: Transformer, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text that goes on from a prompt, and one that begins with a prefix, from before the step was built."""
+    beginning = "The quick brown fox jumps over the lazy dog, and "
+    cache = StaticCache.allocate(bf16_model.config, bf16_model.plan, max_seq_len=96, dtype=torch.bfloat16)
+    monkeypatch.setattr("minisa.runners.open_library", lambda wait: None)
+    llm = byte_llm(bf16_model, cache)
+    list(llm.generate(beginning, max_new_tokens=1))
+    prefix = llm.prefix(beginning)
+    assert llm.runner.name == "eager"
+    monkeypatch.setattr("minisa.runners.open_library", lambda wait: library)
+
+    def kept(**options: Any) -> tuple[Tensor, int]:
+        *_, last = llm.generate(beginning + "runs", max_new_tokens=1, **options)
+        return llm.cache.keys[:, :, :, : len(beginning)].clone(), last.stats.reused_tokens  # type: ignore[union-attr]
+
+    found, reused = kept()
+    assert llm.runner.name == "C++ step"
+    assert reused == 0
+    llm.logits([1])
+    llm._held.clear()
+    assert torch.equal(kept()[0], found)
+    llm._held.clear()
+    found_behind, reused = kept(prefix=prefix)
+    assert reused == len(beginning)
+    assert torch.equal(found_behind, found)
 
 
 def test_an_interrupt_leaves_no_model_half_packed(
@@ -140,6 +170,9 @@ def fake_compiler(nothing_built: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     return install
 
 
+COPY = 'while [ "$1" != -o ]; do shift; done; cp "{}" "$2"'  # a library that was built before
+
+
 def test_a_compiler_is_started_once(
     fake_compiler: Callable[[str], None], bf16_model: Transformer, nothing_built: Path
 ) -> None:
@@ -152,10 +185,31 @@ def test_a_compiler_is_started_once(
     assert log.read_text() == "started\n"
 
 
+def test_the_compiler_may_be_several_words(
+    library: ctypes.CDLL, fake_compiler: Callable[[str], None], nothing_built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As $CXX may be elsewhere: `ccache g++`, or nothing, which is g++."""
+    fake_compiler(COPY.format(library._name))
+    monkeypatch.setenv("CXX", f"env {nothing_built / 'compiler'}")
+    assert open_library(wait=True) is not None
+    for words in ("env g++", ""):
+        monkeypatch.setenv("CXX", words)
+        assert compiler_works()
+        assert shutil.which(build._compiler()[0])
+
+
+def test_a_relative_cache_folder_is_none(nothing_built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is loaded from there must not depend on the folder one is in."""
+    monkeypatch.setenv("XDG_CACHE_HOME", nothing_built.name)
+    monkeypatch.chdir(nothing_built.parent)
+    path = build.library_path()
+    assert path is not None and path.is_relative_to(Path.home())
+
+
 def test_a_damaged_library_is_built_again(
     library: ctypes.CDLL, fake_compiler: Callable[[str], None], nothing_built: Path
 ) -> None:
-    fake_compiler(f'while [ "$1" != -o ]; do shift; done; cp "{library._name}" "$2"')
+    fake_compiler(COPY.format(library._name))
     damaged = build.library_path()
     assert damaged is not None
     assert damaged.is_relative_to(nothing_built)

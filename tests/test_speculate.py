@@ -76,7 +76,7 @@ def test_the_text_is_the_same(prompt: str, options: dict[str, Any], queues: bool
     found = list(guessing.generate(prompt, speculate=True, **options))
     assert tokens_of(found) == tokens_of(expected) and text_of(found) == text_of(expected)
     assert found[-1].finish_reason == expected[-1].finish_reason
-    assert guessing._cached == plain._cached
+    assert guessing._held == plain._held
     again = [*prompt.encode(), *tokens_of(found)[:5], 65]
     assert tokens_of(guessing.generate(again, max_new_tokens=8)) == tokens_of(
         llm_of().generate(again, max_new_tokens=8)

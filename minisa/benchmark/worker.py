@@ -12,8 +12,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
-
+from minisa.device import is_out_of_memory
 from minisa.errors import MinisaError
 from minisa.interrupts import uninterrupted
 
@@ -92,10 +91,10 @@ def _serve(pipe: Connection, factory: Callable[..., Any], arguments: tuple[Any, 
             answer: tuple[str, Any] = ("done", value)
         except MinisaError as error:
             answer = ("refused", str(error))
-        except (MemoryError, torch.OutOfMemoryError):
-            answer = ("refused", "out of memory: take a smaller model, smaller --contexts or another --device")
-        except Exception:
+        except Exception as error:
             answer = ("failed", traceback.format_exc())
+            if is_out_of_memory(error):
+                answer = ("refused", "out of memory: take a smaller model, smaller --contexts or another --device")
         try:
             pipe.send(answer)
             method, arguments = pipe.recv()

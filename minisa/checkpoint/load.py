@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from minisa.checkpoint.files import StoredTensor
 from minisa.checkpoint.ggml import QuantizedTensor
 from minisa.checkpoint.layouts import Checkpoint
-from minisa.device import dtype_name
+from minisa.device import dtype_name, one_torch_thread
 from minisa.errors import MinisaError
 from minisa.quantize import BLOCK, Format, empty_blocks, replace_matrix
 from minisa.quantize import quantize as to_blocks
@@ -55,7 +54,7 @@ def load_weights(
     total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
     done = 0
     plain: dict[str, Tensor] = {}
-    with _workers() as workers:
+    with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_THREADS)) as workers:
         for name, stored in sources.items():
             interleaved = checkpoint.interleaved and name.endswith(("attention.wq.weight", "attention.wk.weight"))
             format = _format(name, shapes[name], quantize)
@@ -96,18 +95,6 @@ def _read_blocks(stored: StoredTensor, format: Format, start: int, stop: int) ->
     return tuple(to_blocks(stored.read_rows(start, stop), format).tensors())
 
 
-@contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch would use, in each of which torch uses one."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(min(n_threads, MAX_THREADS)) as workers:
-            yield workers
-    finally:
-        torch.set_num_threads(n_threads)
-
-
 @dataclass(frozen=True, slots=True)
 class _Chunk:
     """Some rows of a stored tensor, and their places: in a parameter, or in the parts of a quantized one.
@@ -123,17 +110,18 @@ class _Chunk:
     head_dim: int
 
     def fill(self) -> int:
-        """Read the rows and put them in their places; how many weights that was."""
-        parts = self.read(self.start, self.start + len(self.places[0]))
-        for place, rows in zip(self.places, parts, strict=True):
-            if rows.is_floating_point():
-                self._check(*rows.aminmax(), dtype=place.dtype)
-            if self.head_dim:
-                half = self.head_dim // 2
-                interleaved = place.unflatten(0, (-1, 2, half)).transpose(1, 2)  # [heads, j, p, in]
-                interleaved.copy_(rows.unflatten(0, (-1, half, 2)))
-            else:
-                place.copy_(rows)
+        """Read the rows and put them in their places, in one thread; how many weights that was."""
+        with one_torch_thread():
+            parts = self.read(self.start, self.start + len(self.places[0]))
+            for place, rows in zip(self.places, parts, strict=True):
+                if rows.is_floating_point():
+                    self._check(*rows.aminmax(), dtype=place.dtype)
+                if self.head_dim:
+                    half = self.head_dim // 2
+                    interleaved = place.unflatten(0, (-1, 2, half)).transpose(1, 2)  # [heads, j, p, in]
+                    interleaved.copy_(rows.unflatten(0, (-1, half, 2)))
+                else:
+                    place.copy_(rows)
         return parts[0].numel()
 
     def _check(self, *extremes: Tensor, dtype: torch.dtype) -> None:

@@ -12,6 +12,9 @@ import subprocess
 import uuid
 from pathlib import Path
 
+from minisa.errors import MinisaError
+from minisa.folders import cache_dir
+
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-mtune=generic", "-shared", "-fPIC", "-pthread")
 SOURCES = Path(__file__).parent
 
@@ -23,12 +26,11 @@ def open_library(*, wait: bool) -> ctypes.CDLL | None:
     None also where there is no compiler, none that understands these flags, or no place to keep the result.
     """
     target = library_path()
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if target is None or compiler is None:
+    if target is None or shutil.which(_compiler()[0]) is None:
         return None
     if library := _load(target):
         return library
-    build = _start(compiler, target)
+    build = _start(_compiler(), target)
     if build is None or (build.wait() if wait else build.poll()) != 0:
         return None
     return _load(target)
@@ -36,30 +38,34 @@ def open_library(*, wait: bool) -> ctypes.CDLL | None:
 
 def compiler_works() -> bool:
     """Whether this machine can compile C++ at all, which torch.compile needs for a CPU too."""
-    command = [os.environ.get("CXX", "g++"), "-x", "c++", "-fsyntax-only", "-"]
+    command = [*_compiler(), "-x", "c++", "-fsyntax-only", "-"]
     try:
         return subprocess.run(command, input=b"#include <cmath>", capture_output=True, check=False).returncode == 0
     except OSError:
         return False
 
 
+def _compiler() -> tuple[str, ...]:
+    """The command in $CXX, which may be several words (`ccache g++`), or g++."""
+    return tuple(os.environ.get("CXX", "").split()) or ("g++",)
+
+
 @functools.cache
 def library_path() -> Path | None:
     """Where the library for these sources, flags and processor is kept; None without a home folder."""
-    key = hashlib.sha256("\0".join([os.environ.get("CXX", "g++"), *FLAGS, _processor()]).encode())
+    key = hashlib.sha256("\0".join([*_compiler(), *FLAGS, _processor()]).encode())
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
         key.update(source.read_bytes())
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
+        return cache_dir() / f"step-{key.hexdigest()[:16]}.so"
+    except MinisaError:
         return None
-    return cache / "minisa" / f"step-{key.hexdigest()[:16]}.so"
 
 
 @functools.cache  # once in a process: nobody starts it again while it runs, or where it failed
-def _start(compiler: str, target: Path) -> subprocess.Popen[bytes] | None:
+def _start(compiler: tuple[str, ...], target: Path) -> subprocess.Popen[bytes] | None:
     part = target.with_suffix(f".{uuid.uuid4().hex[:8]}.part")
-    command = [compiler, *FLAGS, str(SOURCES / "step.cpp"), "-o", str(part)]
+    command = [*compiler, *FLAGS, str(SOURCES / "step.cpp"), "-o", str(part)]
     script = '"$@" && mv "$PART" "$TARGET" || { rm -f "$PART"; exit 1; }'
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

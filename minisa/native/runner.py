@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
-from minisa.decode import Step, joined, plain_step
+from minisa.decode import StepByStep, joined
 from minisa.device import one_torch_thread
 from minisa.model import Layer, Transformer
 from minisa.native.packing import FORMATS, LANES, PANEL, Packed, interleave, pack_bf16, pack_int4, pack_int8
 from minisa.rope import rope_angles
-from minisa.sampling import Chooser
-from minisa.speculate import PRICE, Price
 
 CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # as in tables.h
 CHUNK = 64  # rows of prefill at a time, or as many as have room for their attention weights until their span ends
@@ -63,7 +61,7 @@ def supports(config: ModelConfig) -> bool:
     return all(width % PANEL == 0 for width in widths) and config.head_dim % (2 * LANES) == 0
 
 
-class NativeRunner:
+class NativeRunner(StepByStep):
     """Runs a model in the C++ step. Its matrices, bf16 or quantized, move out of `model` and into panels, one by one.
 
     The caches it is given are fp32, bf16 or fp8, on the CPU. Before each product activations are rounded to bf16, or
@@ -99,21 +97,9 @@ class NativeRunner:
         """As TorchRunner.all_logits: logits [T', vocab_size] fp32, chunk by chunk, for tokens [1, T]."""
         return self._chunks(tokens[0], start, cache, 0, every=True)
 
-    def price(self, cache: StaticCache) -> Price:
-        """As TorchRunner.price."""
-        return PRICE
-
-    def verify(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
-        """As TorchRunner.verify: fp32."""
-        return joined(self.all_logits(tokens, start, cache))
-
     def decode(self, tokens: Tensor, positions: Tensor, cache: StaticCache, in_use: int) -> Tensor:
         """As TorchRunner.decode: logits [B, vocab_size] fp32."""
         return self._step(tokens, positions, torch.arange(len(tokens)), cache.view(in_use), len(tokens))
-
-    def stepper(self, cache: StaticCache, choose: Chooser) -> Step:
-        """As TorchRunner.stepper."""
-        return plain_step(self.decode, cache, choose)
 
     def _chunks(self, ids: Tensor, start: int, cache: StaticCache, row: int, *, every: bool) -> Iterator[Tensor]:
         """Logits of each chunk: of every token, or of the whole's last token only."""
@@ -228,12 +214,12 @@ class _Bound:
         layer_bytes = per_layer * cache.values.element_size()
         table = (_Layer * config.n_layers)()
         for i, layer in enumerate(weights.layers):
-            slot = cache.key_slots[i]
+            index = cache.key_index[i]
             table[i] = _Layer(
                 layer["attention_norm"].data_ptr(),
                 layer["ffn_norm"].data_ptr(),
                 *(_matrix(layer[name]) for name in ("wqkv", "wo", "w13", "w2")),
-                None if slot is None else keys_at + slot * layer_bytes,
+                None if index is None else keys_at + index * layer_bytes,
                 values_at + i * layer_bytes,
                 head_maps[i].data_ptr(),
                 runner._spans[i],

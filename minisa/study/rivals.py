@@ -155,9 +155,9 @@ class Borrowing(Changed):
         cache: StaticCache,
     ) -> tuple[Tensor, Shared]:
         q = apply_rope(self.attention.queries(self.attention_norm(x)), angles)
-        slot = cache.key_slots[self.source]
-        assert slot is not None  # every layer of a plain model has keys
-        mixed, shared = self.backend.lead(q, cache.keys[slot], cache.values[self.source], visible)
+        index = cache.key_index[self.source]
+        assert index is not None  # every layer of a plain model has keys
+        mixed, shared = self.backend.lead(q, cache.keys[index], cache.values[self.source], visible)
         return self.finish(x, mixed), shared
 
 

@@ -1,4 +1,4 @@
-"""Turns: one model, whichever threads use it: a step at a time, of the generation begun last."""
+"""Leases: one model, whichever threads use it: a step at a time, of the generation begun last."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from threading import RLock
 
 from minisa.errors import MinisaError
 
-Turn = Callable[[], AbstractContextManager[None]]
+Lease = Callable[[], AbstractContextManager[None]]
 
 
-class Turns:
+class Leases:
     """Who may use a model and its cache.
 
     alone: held while anything is computed. A process is forked between two steps, so a child finds it open.
@@ -25,8 +25,8 @@ class Turns:
             acquire, release = self.alone.acquire, self.alone.release
             os.register_at_fork(before=acquire, after_in_parent=release, after_in_child=release)
 
-    def begin(self) -> Turn:
-        """A new generation takes the cache; it does a step, or changes its rows, inside of `with turn():`.
+    def begin(self) -> Lease:
+        """A new generation takes the cache; it does a step, or changes its rows, inside of `with lease():`.
 
         That raises MinisaError once another has begun, and after a step that was broken off half way: what has been
         computed and what has been given out no longer agree then.
@@ -34,7 +34,7 @@ class Turns:
         mine = self._latest = object()
 
         @contextmanager
-        def turn() -> Iterator[None]:
+        def lease() -> Iterator[None]:
             with self.alone:
                 if self._latest is not mine:
                     if self._latest is None:
@@ -45,7 +45,8 @@ class Turns:
                 except MinisaError:
                     raise
                 except BaseException:
-                    self._latest = None
+                    if self._latest is mine:  # an old lease may be thrown away late
+                        self._latest = None
                     raise
 
-        return turn
+        return lease

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from minisa.errors import MinisaError
+from minisa.lease import Leases
 from tests.engines import ENGINES, PROMPTS, llm_of, text_of, tokens_of
 
 
@@ -37,6 +38,17 @@ def test_threads_take_the_cache_from_each_other(engine: str, one_thread: None) -
     with ThreadPoolExecutor(len(PROMPTS)) as threads:
         found = set.union(*threads.map(ask, PROMPTS))
     assert found <= {"right", "generate: another generation has begun on this model; its cache is taken"}
+
+
+def test_a_lease_thrown_away_late_leaves_the_next_one_alone() -> None:
+    """Ctrl-C just inside of `with lease():` leaves it open for as long as somebody keeps the traceback."""
+    leases = Leases()
+    old = leases.begin()()
+    old.__enter__()
+    new = leases.begin()
+    del old
+    with new():
+        pass
 
 
 def test_rows_come_and_go_from_other_threads() -> None:
