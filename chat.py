@@ -24,6 +24,7 @@ from minisa import MinisaError
 from minisa.console import banner, mebibytes, model_options, open_model, run
 from minisa.conversation import Conversation
 from minisa.costs import kv_bytes
+from minisa.dialog import DIALOGS
 from minisa.registry import choose_plan, resolve
 from minisa.row import Options
 from minisa.sampling import Sampling, SamplingOptions
@@ -35,6 +36,7 @@ HELP = """\
 /stats         how the last answer went
 /help          this list
 Ctrl-C stops an answer and keeps the session, Ctrl-D leaves."""
+FORMATS = [name for name in DIALOGS if name != "raw"]
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
@@ -64,6 +66,7 @@ PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 )
 @click.option("--max-seq-len", type=int, help="Context in tokens; the model's own by default.")
 @click.option("--compile/--no-compile", "compiled", default=None, help="Wait for the compiled step, or do without it.")
+@click.option("--chat-format", type=click.Choice(FORMATS), help="For a model without a chat template, or another one.")
 @click.option("--raw", is_flag=True, help="No chat format: continue the text as it stands.")
 def main(
     model: str,
@@ -85,6 +88,7 @@ def main(
     speculate: bool,
     max_seq_len: int | None,
     compiled: bool | None,
+    chat_format: str | None,
     raw: bool,
 ) -> None:
     """Chat with a Llama or Mistral model, with or without Shared Attention.
@@ -102,6 +106,8 @@ def main(
         check_utf8("--stop", text)
     if raw and system:
         raise MinisaError("--raw continues the text as it stands: leave out --system")
+    if raw and chat_format:
+        raise MinisaError("--raw continues the text as it stands: leave out --chat-format")
     sampling: SamplingOptions = {
         "temperature": temperature,
         "top_k": top_k,
@@ -119,9 +125,12 @@ def main(
         "quantize": quantize,
         "max_seq_len": max_seq_len,
         "compile": compiled,
+        "chat_format": chat_format,
     }
     conversation = Conversation(open_model(model, sa=sa, **loading), system, raw, **sampling, **options)
     click.echo(banner(conversation.llm, model), err=True)
+    if not raw and conversation.llm.dialog.name == "raw":
+        click.echo("(no chat template: texts go in one after the other; --chat-format names a format)", err=True)
     if prompt is not None:
         answer(conversation, prompt)
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any
 
 import regex
@@ -75,10 +75,12 @@ class ByteLevelBPE:
     pieces: the bytes of each id, empty for special tokens. special: name → id.
     add_bos: whether the maker's own tokenizer puts BOS before plain text.
     bos_id: the token that it puts there, where the vocabulary's file says which.
+    supposed: names of special tokens that the file does not give.
     """
 
     dummy_prefix = False
     bos_id: int | None = None
+    supposed: Set[str] = frozenset()
 
     def __init__(
         self,
@@ -114,6 +116,9 @@ class ByteLevelBPE:
         self.lacking = bytes(token[0] for token in ranks if len(token) == 1 and token not in vocab)
         self._split = regex.compile(split)
         self._bpe = tiktoken.Encoding("minisa", pat_str=split, mergeable_ranks=dict(ranks), special_tokens={})
+
+    def spelled(self, name: str) -> bytes:
+        return name.encode()
 
     def encode(self, text: str, *, mid_text: bool) -> list[int]:
         ids, lacking = self._ids, self.lacking
@@ -178,7 +183,10 @@ def from_tekken(raw: Mapping[str, Any]) -> ByteLevelBPE:
     unnamed = set(range(count)) - set(special.values())
     special |= {f"<SPECIAL_{n}>": n for n in sorted(unnamed)}
     vocab = {token: rank + count for token, rank in ranks.items()}
-    return ByteLevelBPE(TEKKEN_SPLIT, ranks, vocab, special, add_bos=True)
+    vocabulary = ByteLevelBPE(TEKKEN_SPLIT, ranks, vocab, special, add_bos=True)
+    if named is None:
+        vocabulary.supposed = special.keys()
+    return vocabulary
 
 
 def from_tokenizer_json(raw: Mapping[str, Any]) -> ByteLevelBPE:

@@ -50,7 +50,9 @@ def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
         if tokenizer.chat_template is not None:
             dialog = _as_written(template, dialog, tokenizer)
     if dialog is None:
-        raise MinisaError(f"{path}: its chat template {wrong}: pass --raw to prompt with plain text")
+        raise MinisaError(
+            f"{path}: its chat template {wrong}: name a format by --chat-format, or pass --raw for plain text"
+        )
     return dialog
 
 

@@ -67,6 +67,13 @@ class ModelConfig:
         return 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
 
     @property
+    def longest_seq_len(self) -> int:
+        """How far max_seq_len may be raised. Beside a linear scaling some publishers state the context before it."""
+        if self.rope_scaling is None or self.rope_scaling.kind != "linear":
+            return self.max_seq_len
+        return max(self.max_seq_len, min(int(self.max_seq_len * self.rope_scaling.factor), MAX_WIDTH))
+
+    @property
     def group_size(self) -> int:
         """Query heads for each key and value head (1 is plain multi-head attention)."""
         return self.n_heads // self.n_kv_heads
@@ -117,6 +124,7 @@ class ModelConfig:
         n_heads = integer(raw, "num_attention_heads")
         dim = integer(raw, "hidden_size")
         max_seq_len = integer(raw, "max_position_embeddings", 2048 if model_type == "llama" else 131_072)
+        scaling = read_rope_scaling({**rope, original: next(iter(originals), None)}, max_seq_len)
         window = None  # LlamaForCausalLM has none
         if kinds[0] == "sliding_attention":
             window = optional_integer(raw, "sliding_window") if "sliding_window" in raw else 4096
@@ -128,10 +136,10 @@ class ModelConfig:
             head_dim=integer(raw, "head_dim", dim // n_heads),
             hidden_dim=integer(raw, "intermediate_size"),
             vocab_size=integer(raw, "vocab_size"),
-            max_seq_len=max_seq_len,
+            max_seq_len=_context(max_seq_len, scaling),
             norm_eps=number(raw, "rms_norm_eps", 1e-6),
             rope_theta=number(rope, "rope_theta", number(raw, "rope_theta", 10_000.0)),
-            rope_scaling=read_rope_scaling({**rope, original: next(iter(originals), None)}, max_seq_len),
+            rope_scaling=scaling,
             tie_embeddings=flag(raw, "tie_word_embeddings"),
             sliding_window=window,
         )
@@ -169,6 +177,8 @@ class ModelConfig:
             context = 131_072
         elif rope_theta >= 1_000_000:
             context = 32_768 if "hidden_dim" in raw else 16_384  # Mistral v0.2+, Code Llama
+            if rope_theta == 1_000_000 and dim in (5120, 12_288):  # Nemo, Large
+                context = 131_072
         elif rope_theta >= 500_000:
             context = 8192  # Llama 3
         elif window:
@@ -240,10 +250,17 @@ class ModelConfig:
             head_dim=head_dim,
             hidden_dim=integer(raw, "feed_forward_length"),
             vocab_size=integer(raw, "vocab_size", len(tokens) if tokens else None),
-            max_seq_len=max_seq_len,
+            max_seq_len=_context(max_seq_len, scaling),
             norm_eps=number(raw, "attention.layer_norm_rms_epsilon"),
             rope_theta=number(raw, "rope.freq_base", 10_000.0),
             rope_scaling=scaling,
             tie_embeddings=tied,
             sliding_window=optional_integer(raw, "attention.sliding_window"),
         )
+
+
+def _context(stated: int, scaling: RopeScaling | None) -> int:
+    """The context in tokens; where YaRN is described beside the one before it, what that makes of it."""
+    if scaling is None or scaling.kind != "yarn":
+        return stated
+    return max(stated, min(int(scaling.factor * scaling.original_max_seq_len), MAX_WIDTH))

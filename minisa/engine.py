@@ -59,6 +59,7 @@ def load(
     kv_dtype: str = "auto",
     compile: bool | None = None,
     backend: str | None = None,
+    chat_format: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LLM:
     """A model ready to run.
@@ -70,12 +71,15 @@ def load(
     device: auto, cpu, cuda, cuda:N, mps. dtype: auto, fp32, bf16, fp16.
     max_seq_len: tokens that a row of the cache is for; None takes the context the model was trained for, or what fits
         in half of the free memory if that is less. With a sliding window their slots are a ring, and more are free.
+        RoPE that is stretched linearly allows up to so many times the context that the checkpoint states.
     max_batch: rows of the cache.
     quantize: None, "int8" or "int4": the matrices' format, as in quantize.py.
     kv_dtype: what keys and values are kept in: auto for the weights' dtype, fp32, bf16, fp16, or fp8 (e4m3).
     compile: True, False or None for what is ready now, as in `choose_runner`.
     backend: None for the fastest attention there is for the device, "torch", "kernels" (Triton's, on CUDA), or
         "reference" for attention written out, which runs eager.
+    chat_format: one of DIALOGS in dialog.py, for a checkpoint that comes without a chat template, or with one that is
+        not known; None for the checkpoint's own.
     progress: called with (bytes done, bytes in all) while weights load.
     Raises MinisaError for whatever the caller can put right.
     """
@@ -87,13 +91,15 @@ def load(
     if plan.delta is not None:
         checkpoint = with_delta(checkpoint, plan.delta)
     check_number("max_batch", max_batch, 1, math.inf, "1 or more", Integral)
-    limit = config.max_seq_len
+    limit = config.longest_seq_len
     if max_seq_len is not None:
         check_number("max_seq_len", max_seq_len, 1, limit, f"1 to {limit}, the model's own context", Integral)
         max_seq_len = int(max_seq_len)  # numpy's would be multiplied in so many bits
     max_batch = int(max_batch)
     if backend == "kernels" and not runs_kernels(target):
         raise MinisaError(f"backend 'kernels' is for CUDA, the device is {target}: leave it out, or take 'torch'")
+    if chat_format is not None and chat_format not in DIALOGS:
+        raise MinisaError(f"chat_format is {shown(chat_format)}: expected one of {', '.join(DIALOGS)}")
     tokenizer = load_tokenizer(path)
     with torch.device("meta"):
         transformer = Transformer(config, plan, backend or fastest_backend(target))
@@ -108,7 +114,8 @@ def load(
     cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=length, device=target, dtype=kv_format)
 
     def dialog() -> Dialog:
-        return DIALOGS[entry.chat] if entry is not None and entry.chat else find_dialog(path, tokenizer)
+        known = chat_format or (entry.chat if entry is not None else None)
+        return DIALOGS[known] if known else find_dialog(path, tokenizer)
 
     return LLM(transformer, tokenizer, dialog, cache, compile=compile, quantized=weight_format)
 
@@ -185,10 +192,8 @@ class LLM:
         """
         ids = as_ids(token_ids, "token_ids")
         check_ids(ids, self.config.vocab_size, "token_ids")
-        if len(ids) > self.config.max_seq_len:
-            raise MinisaError(
-                f"token_ids: {len(ids)} of them, the model's context is {self.config.max_seq_len}: expected no more"
-            )
+        if len(ids) > (limit := self.config.longest_seq_len):
+            raise MinisaError(f"token_ids: {len(ids)} of them, the model's context is {limit}: expected no more")
         tokens, cache = torch.tensor([ids], device=self.device), self._cache_for(ids)
         with self._leases.alone, torch.inference_mode():
             parts = [logits.float() for logits in self.runner.all_logits(tokens, 0, cache)]

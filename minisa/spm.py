@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import sentencepiece
@@ -32,6 +32,7 @@ class SentencePiece:
 
     add_bos = True
     bos_id: int | None = None
+    supposed: Set[str] = frozenset()
 
     def __init__(self, model: bytes) -> None:
         """model: the content of a tokenizer.model. Raises RuntimeError when it is damaged."""
@@ -51,7 +52,8 @@ class SentencePiece:
         hidden = [self._processor.is_control(i) or self._processor.is_unknown(i) for i in range(len(names))]
         self.special = {name: i for i, name in enumerate(names) if hidden[i]}
         self.pieces = [
-            b"" if hidden[i] else _piece_bytes(name, self._processor.is_byte(i)) for i, name in enumerate(names)
+            b"" if hidden[i] else _byte(name) if self._processor.is_byte(i) else self.spelled(name)
+            for i, name in enumerate(names)
         ]
         self.dummy_prefix = True
         self.dummy_prefix = self.encode("a", mid_text=False) != self.encode("a", mid_text=True)
@@ -60,6 +62,9 @@ class SentencePiece:
     def _without_prefix(self) -> Any:
         # Protobuf messages concatenate: this appends normalizer_spec { add_dummy_prefix: false }.
         return _processor(self._model + _message(3, _number(3, 0)))
+
+    def spelled(self, name: str) -> bytes:
+        return name.replace(_SPACE, " ").encode()
 
     def encode(self, text: str, *, mid_text: bool) -> list[int]:
         processor = self._processor if self.dummy_prefix and not mid_text else self._without_prefix
@@ -101,9 +106,9 @@ def _processor(model: bytes) -> Any:
     return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
-def _piece_bytes(piece: str, is_byte: bool) -> bytes:
-    """A byte piece is spelled <0x0A>."""
-    return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(_SPACE, " ").encode()
+def _byte(piece: str) -> bytes:
+    """A byte's piece is spelled <0x0A>."""
+    return bytes([int(piece[3:5], 16)])
 
 
 def _longest_replacement(model: bytes) -> int:

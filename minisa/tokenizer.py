@@ -9,14 +9,14 @@ from __future__ import annotations
 import codecs
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from os.path import lexists
 from pathlib import Path
 from typing import Any, Protocol
 
 from minisa import bytelevel, spm
-from minisa.checkpoint.gguf import find_gguf, gguf_parts, read_gguf
+from minisa.checkpoint.gguf import find_gguf, gguf_parts, is_gguf, read_gguf
 from minisa.errors import MinisaError, shown
 from minisa.untrusted import read_json, read_plain
 
@@ -39,6 +39,8 @@ class Vocabulary(Protocol):
     dummy_prefix: whether a text is encoded as if a space stood before it.
     add_bos: whether the maker's own tokenizer puts BOS before plain text.
     bos_id: the token that it puts there, where the vocabulary's file says which.
+    supposed: names of special tokens that the file does not give; what stands beside it may give their ids to others.
+    spelled: the bytes of a token that is written so.
     """
 
     pieces: list[bytes]
@@ -46,7 +48,9 @@ class Vocabulary(Protocol):
     dummy_prefix: bool
     add_bos: bool
     bos_id: int | None
+    supposed: Set[str]
 
+    def spelled(self, name: str) -> bytes: ...
     def encode(self, text: str, *, mid_text: bool) -> list[int]: ...
 
 
@@ -182,7 +186,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     file, folder = (_find(path), path) if path.is_dir() else (path, path.parent)
     try:
-        if file.suffix == ".gguf":
+        if file.suffix == ".gguf" or is_gguf(file):
             file = next(gguf_parts(file))
             metadata = read_gguf(file).metadata
             with _naming(file):
@@ -290,14 +294,19 @@ def _add_tokens(vocabulary: Vocabulary, decoder: Mapping[str, Any], listed: Mapp
     added = {name: (token_id, True) for name, token_id in listed.items()}
     added |= {token["content"]: (int(key), bool(token.get("special", True))) for key, token in decoder.items()}
     size = len(vocabulary.pieces)
+    special, names = vocabulary.special, {token_id: name for name, token_id in vocabulary.special.items()}
     for name, (token_id, is_special) in added.items():
-        if (known := vocabulary.special.get(name)) is not None:
+        if (known := special.get(name)) is not None:
             if known != token_id:
-                raise MinisaError(f"the added token {name!r} has the id {token_id}, and {known} in the vocabulary")
+                other = names.get(token_id, "")
+                if not {name, other} <= vocabulary.supposed:
+                    raise MinisaError(f"the added token {name!r} has the id {token_id}, and {known} in the vocabulary")
+                special[name], special[other] = token_id, known
+                names[token_id], names[known] = name, other
             continue
         bytelevel.check_ids([token_id])
         vocabulary.pieces += [b""] * (token_id + 1 - len(vocabulary.pieces))
-        piece, text = vocabulary.pieces[token_id], name.encode()
+        piece, text = vocabulary.pieces[token_id], vocabulary.spelled(name)
         if piece == text and not is_special:  # listed, and nothing new
             continue
         if piece not in (b"", text):
@@ -305,7 +314,7 @@ def _add_tokens(vocabulary: Vocabulary, decoder: Mapping[str, Any], listed: Mapp
         if not is_special:
             bytelevel.require_marker(name)
         vocabulary.pieces[token_id] = b"" if is_special else text
-        vocabulary.special[name] = token_id
+        special[name] = token_id
     beyond = sorted(token_id for token_id, _ in added.values() if token_id >= size)
     if beyond != list(range(size, size + len(beyond))):  # Hugging Face's gives them these, whatever the file says
         raise MinisaError(f"the added tokens' ids leave gaps or repeat: expected {size} and those that follow")

@@ -316,6 +316,24 @@ def test_what_a_tekken_file_means_that_lists_no_special_tokens(version: str, nam
     assert find_dialog(tmp_path, tokenizer).name == f"mistral-{version}"
 
 
+def test_names_that_a_tekken_file_does_not_give_are_given_beside_it(tmp_path: Path) -> None:
+    """Nemo's tekken.json lists no special tokens, and its tokenizer_config.json has its <pad> elsewhere than others."""
+    raw = tekken_json()
+    raw["config"]["version"] = "v3"
+    write_json(tmp_path / "tekken.json", raw)
+    names = ["[TOOL_CALLS]", "<pad>", "[PREFIX]", "[MIDDLE]", "[SUFFIX]"]
+    decoder = {str(9 + n): {"content": name, "special": True} for n, name in enumerate(names)}
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": decoder})
+    special = load_tokenizer(tmp_path).special
+    assert [special[name] for name in names] == [9, 10, 11, 12, 13]
+    assert special["[INST]"] == 3
+    assert sorted(special.values()) == list(range(30))
+    raw["special_tokens"] = [{"rank": 11, "token_str": "<pad>"}]
+    write_json(tmp_path / "tekken.json", raw)
+    with pytest.raises(MinisaError, match="the added token '<pad>' has the id 10, and 11 in the vocabulary"):
+        load_tokenizer(tmp_path)
+
+
 def test_tekken_v15_which_has_settings_in_its_prompts(tmp_path: Path) -> None:
     raw = tekken_json()
     raw["special_tokens"] = [

@@ -24,6 +24,7 @@ import pytest
 import chat
 from minisa import LLM, MinisaError, console, load
 from minisa.conversation import Conversation
+from minisa.dialog import DIALOGS
 from minisa.speculate import PromptLookup
 from tests.commands import FRANCE, Ran
 from tests.loadable import loadable_hf
@@ -172,6 +173,8 @@ BAD_FLAGS: dict[str, tuple[list[str], str]] = {
     "no such flag": (["--colour", "red"], "No such option"),
     "not a number": (["--top-k", "many"], "'many' is not a valid integer"),
     "raw with system": (["--raw", "--system", "x"], "leave out --system"),
+    "raw with a format": (["--raw", "--chat-format", "llama2"], "leave out --chat-format"),
+    "no such format": (["--chat-format", "vicuna"], "'vicuna' is not one of 'chatml', 'llama2'"),
     "surrogates": (["--prompt", "\udcff"], "--prompt is not UTF-8"),
     "surrogates in a stop string": (["--stop", "a", "--stop", "caf\udce9"], "--stop is not UTF-8 at character 3"),
     "empty prompt": (["--prompt", " "], "--prompt is empty"),
@@ -313,6 +316,20 @@ class TestBadCheckpoints:
             archive.writestr("consolidated/byteorder", "little")
         self.run(run_chat, tmp_path, "consolidated.00.pth")
         assert not flag.exists()
+
+
+def test_a_model_without_a_chat_template(run_chat: Callable[..., Ran], tmp_path: Path) -> None:
+    """As Meta publishes Llama 2 Chat: said once, and mended by a flag."""
+    model = loadable_hf(tmp_path, tiny_config(vocab_size=512))
+    flags = ("--model", model, "--device", "cpu", "--max-new-tokens", 2, "--prompt", "hello")
+    warning = "(no chat template: texts go in one after the other; --chat-format names a format)"
+    assert warning in run_chat(*flags).err
+    assert warning not in run_chat(*flags, "--raw").err
+    assert warning not in run_chat(*flags, "--chat-format", "chatml").err
+    llm = load(model, device="cpu", chat_format="chatml")
+    assert llm.dialog is DIALOGS["chatml"]
+    with pytest.raises(MinisaError, match="chat_format is 'vicuna': expected one of chatml, llama2"):
+        load(model, device="cpu", chat_format="vicuna")
 
 
 class TestAnotherPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -254,6 +255,22 @@ def test_rope_factors_of_a_gguf_reach_the_config(tmp_path: Path) -> None:
     assert scaling.factors == pytest.approx(rope_factors(config))
     assert max(scaling.factors) == pytest.approx(8)
     loaded(checkpoint)
+
+
+def test_threads_begun_while_a_model_loads_have_all_of_pytorch_s(tmp_path: Path) -> None:
+    """One thread for each chunk is the chunk's affair: an engine that another thread loads meanwhile counts them."""
+    config = tiny_config()
+    found: list[int] = []
+
+    def look(*_: int) -> None:
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+
+    checkpoint = open_checkpoint(write_hf(tmp_path, config, random_weights(config)))
+    load_weights(empty_model(config, ()), checkpoint, device="cpu", dtype=torch.bfloat16, progress=look)
+    assert torch.get_num_threads() > 1
+    assert set(found) == {torch.get_num_threads()}
 
 
 def test_progress_counts_bytes_of_the_model(tmp_path: Path) -> None:

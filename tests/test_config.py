@@ -76,6 +76,8 @@ def test_published_descriptions_give_the_presets() -> None:
     mistral |= {"norm_eps": 1e-05, "vocab_size": 32000}
     assert ModelConfig.from_params({**mistral, "sliding_window": 4096}, 32000) == PRESETS["mistral-7b-v0.1"]
     assert ModelConfig.from_params({**mistral, "rope_theta": 1e6}, 32768) == PRESETS["mistral-7b-v0.3"]
+    for dim, context in ((5120, 131_072), (12_288, 131_072), (6144, 32_768)):  # Nemo, Large, Small and Codestral
+        assert ModelConfig.from_params({**mistral, "dim": dim, "rope_theta": 1e6}, 32768).max_seq_len == context
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -142,6 +144,27 @@ LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 
 ORIGINAL = "original_max_position_embeddings"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "stated", "context", "longest"),
+    [
+        ({"type": "linear", "factor": 4.0}, 4096, 4096, 16_384),  # Vicuna 16k states what was before
+        ({"type": "linear", "factor": 0.5}, 4096, 4096, 4096),
+        ({"type": "yarn", "factor": 16.0, ORIGINAL: 4096}, 4096, 65_536, 65_536),  # Yarn-Llama-2-7b-64k
+        ({"type": "yarn", "factor": 16.0}, 4096, 65_536, 65_536),
+        ({"type": "yarn", "factor": 4.0, ORIGINAL: 4096}, 32_768, 32_768, 32_768),
+        ({"type": "dynamic", "factor": 4.0}, 4096, 4096, 4096),
+    ],
+)
+def test_the_context_of_a_stretched_model(scaling: dict[str, Any], stated: int, context: int, longest: int) -> None:
+    config = hf(rope_scaling=scaling, max_position_embeddings=stated)
+    assert (config.max_seq_len, config.longest_seq_len) == (context, longest)
+    gguf = {f"llama.rope.scaling.{key}": scaling[key] for key in ("type", "factor") if scaling["type"] != "dynamic"}
+    if ORIGINAL in scaling:
+        gguf["llama.rope.scaling.original_context_length"] = scaling[ORIGINAL]
+    config = ModelConfig.from_gguf(GGUF | {"llama.context_length": stated} | gguf, tied=True)
+    assert (config.max_seq_len, config.longest_seq_len) == (context, longest)
 
 
 def test_the_original_context_may_stand_outside_the_scaling() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minisa.errors import MinisaError
-from minisa.spm import _fields, _message
+from minisa.spm import _fields, _float, _message, _string
 from minisa.tokenizer import load_tokenizer
 from tests.tiny import encode_gguf
 from tests.vocabularies import gguf_sentencepiece, pieces, sentencepiece_model, write_json
@@ -157,6 +157,22 @@ def test_tokens_that_a_fine_tuner_added(sentencepiece_file: Path, tmp_path: Path
     assert not {330, 331, 332} & set(tokenizer.encode("<|im_start|><|im_end|><think>"))
     (tmp_path / "chat_template.jinja").write_text("newer", encoding="utf-8")
     assert load_tokenizer(sentencepiece_file).chat_template == "newer"
+
+
+def test_markers_that_are_pieces_already(sentencepiece_file: Path, tmp_path: Path) -> None:
+    """Code Llama's for filling in: normal pieces that no merges lead to, and special tokens to Hugging Face."""
+    names = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
+    plain = load_tokenizer(sentencepiece_file)
+    markers = b"".join(_message(1, _string(1, name), _float(2, -1000.0 - n)) for n, name in enumerate(names))
+    sentencepiece_file.write_bytes(sentencepiece_model() + markers)
+    ids = {name: plain.vocab_size + n for n, name in enumerate(names)}
+    decoder = {str(token_id): {"content": name, "special": True} for name, token_id in ids.items()}
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": decoder})
+    tokenizer = load_tokenizer(sentencepiece_file)
+    assert tokenizer.special == plain.special | ids
+    text = "def <PRE> ▁<PRE> <MID>"
+    assert tokenizer.encode(text) == plain.encode(text)
+    assert tokenizer.decode([*ids.values(), *tokenizer.encode("hello")]) == "hello"
 
 
 def test_a_space_behind_each_word(tmp_path: Path) -> None:

@@ -104,6 +104,60 @@ def test_prompts_are_what_the_template_writes(name: str, tmp_path: Path) -> None
             assert written(template, messages, "<s>", "</s>") == expected
 
 
+# As Llama 3.1, 3.2 and 3.3 have it but for their tools, of which some conditions stand here.
+_LLAMA31 = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if not tools is defined %}
+    {%- set tools = none %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{%- if builtin_tools is defined or tools is not none %}
+    {{- "Environment: ipython\\n" }}
+{%- endif %}
+{{- "Cutting Knowledge Date: December 2023\\n" }}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+
+
+@pytest.mark.parametrize("template", [_LLAMA31, _LLAMA31.replace("strftime_now is defined", "false")])
+def test_the_date_of_llama_3_1_is_left_out(template: str, tmp_path: Path) -> None:
+    """As Meta's own code leaves it out, and with it a system prompt that says nothing else."""
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": template})
+    dialog, tokenizer = find_dialog(tmp_path, load_tokenizer(tmp_path)), _Spelling(template)
+    assert dialog.name == "llama3"
+    talk = [{"role": role, "content": f" {role.title()}\n"} for role in ("system", "user", "assistant", "user")]
+    for messages in (talk[1:2], talk[1:], talk[:2], talk):
+        expected = jinja_writes(template, messages)
+        date = expected[expected.index("Cutting") :].partition("\n\n")[0] + "\n\n"
+        assert date.count("Date: ") == 2
+        expected = expected.replace(date, "").replace("<|start_header_id|>system<|end_header_id|>\n\n<|eot_id|>", "")
+        assert "".join(dialog.render(messages, tokenizer)) == expected
+
+
 class _Spelling:
     """In place of a tokenizer: ids are the text itself."""
 
@@ -155,7 +209,7 @@ class _Spelling:
 def test_a_template_that_is_refused(template: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     write_json(tmp_path / "tokenizer_config.json", {"chat_template": template})
-    with pytest.raises(MinisaError, match=r"its chat template (is none of chatml, .*|looks like .*): pass --raw"):
+    with pytest.raises(MinisaError, match=r"its chat template (is none of chatml, .*|looks like .*): name a format"):
         find_dialog(tmp_path, load_tokenizer(tmp_path))
 
 

@@ -17,7 +17,17 @@ from minisa.checkpoint.gguf import read_gguf
 from minisa.errors import MinisaError
 from minisa.tokenizer import load_tokenizer
 from minisa.untrusted import read_json
-from tests.vocabularies import REAL, SPECIAL, WHEEL_FILES, byte_level_json, load_real, sentencepiece_model, write_json
+from tests.encode import encode_gguf
+from tests.vocabularies import (
+    REAL,
+    SPECIAL,
+    WHEEL_FILES,
+    byte_level_json,
+    gguf_byte_level,
+    load_real,
+    sentencepiece_model,
+    write_json,
+)
 
 TEXTS = (
     "Hello, world!  It's 12345.6 naïve café",
@@ -336,6 +346,14 @@ def test_damaged_files(name: str, content: bytes, says: str, tmp_path: Path) -> 
     assert says in str(error.value)
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_gguf_file_by_another_name(tmp_path: Path) -> None:
+    """As a store of blobs has it, or with a suffix in capitals."""
+    for name in ("sha256-0123", "MODEL.GGUF"):
+        file = tmp_path / name
+        file.write_bytes(encode_gguf(gguf_byte_level(byte_level_json()), {}))
+        assert load_tokenizer(file).encode("hello") != []
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class Settings:
         else:
             path, entry = resolve(model)
             name, config = path.name, open_checkpoint(path).config
-        limit = config.max_seq_len
+        limit = config.longest_seq_len
         if new_tokens > limit:
             raise MinisaError(f"--new-tokens {new_tokens}: the model's context has room for {limit}; take fewer")
         contexts = _lengths("--contexts", contexts, CONTEXTS, limit - new_tokens)

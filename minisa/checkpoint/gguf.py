@@ -22,6 +22,7 @@ from minisa.checkpoint.ggml import TYPES, GGMLType
 from minisa.errors import MinisaError
 from minisa.untrusted import MAX_VALUES, open_plain
 
+MAGIC = b"GGUF"
 MAX_HEADER = 64 << 20  # bytes; the largest vocabularies take 16 MB, and all below is bounded by this
 MAX_DEPTH = 4  # arrays inside arrays
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -63,13 +64,19 @@ class GGUFFile:
     tensors: tuple[TensorInfo, ...]
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file is one by its content, whatever its name. OSError when it cannot be read."""
+    with open_plain(path) as file:
+        return file.read(4) == MAGIC
+
+
 def read_gguf(path: Path) -> GGUFFile:
     """The header of a GGUF file of version 2 or 3.
 
     Raises MinisaError where header and file disagree, OSError when the file cannot be read.
     """
     with open_plain(path) as file:
-        if (start := file.read(4)) != b"GGUF":
+        if (start := file.read(4)) != MAGIC:
             raise MinisaError(
                 f"{path}: not a GGUF file (it begins with {start!r}): expected a .gguf file or a checkpoint's folder"
             )
