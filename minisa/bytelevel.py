@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import regex
 import tiktoken
 
 from minisa.errors import MinisaError
-from minisa.merges import rank_merges, token_to_bytes
+from minisa.merges import BYTES, rank_merges, token_to_bytes
 
 MAX_TOKENS = 1 << 20  # sanity bounds for files that lie; the largest vocabularies have 260,000
 MAX_TOKEN = 1024  # bytes; the longest of the makers' has 128
@@ -192,11 +192,7 @@ def from_tekken(raw: Mapping[str, Any]) -> ByteLevelBPE:
 def from_tokenizer_json(raw: Mapping[str, Any]) -> ByteLevelBPE:
     """Hugging Face's tokenizer.json, if its model is byte-level BPE and its pre_tokenizer one of those known here."""
     model = raw["model"]
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        raise MinisaError("it is no byte-level BPE but sentencepiece's kind: put the model's tokenizer.model beside it")
-    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-        if model.get(key):
-            raise MinisaError(f"its {key} is {model[key]!r}: minisa's BPE has none")
+    check_bpe(model)
     if raw.get("normalizer") is not None:
         raise MinisaError(f"its normalizer is {raw['normalizer'].get('type')!r}: minisa's BPE takes text as it is")
     if (decoder := raw.get("decoder") or {}).get("type") != "ByteLevel":
@@ -207,12 +203,11 @@ def from_tokenizer_json(raw: Mapping[str, Any]) -> ByteLevelBPE:
     if len(special) < len(added) or any(model["vocab"].get(name, special[name]) != special[name] for name in special):
         raise MinisaError("an added token stands twice, or has another id in the vocabulary: is the file whole?")
     visible = [token["content"] for token in added if not token["special"]]
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    bos_id = _bos_of(raw.get("post_processor") or {})
+    bos_id = bos_of(raw)
     vocabulary = _from_merges(
         split,
         {token: token_id for token, token_id in model["vocab"].items() if token not in special},
-        pairs,
+        pairs_of(model),
         special,
         visible=visible,
         whole_pieces=model.get("ignore_merges", False),
@@ -228,6 +223,20 @@ def from_tokenizer_json(raw: Mapping[str, Any]) -> ByteLevelBPE:
                 f"the added token {name!r} has the id {special[name]}: expected {token_id}, the next free"
             )
     return vocabulary
+
+
+def check_bpe(model: Mapping[str, Any]) -> None:
+    """Raises MinisaError for a tokenizer.json's model that is no BPE as minisa knows it."""
+    if model.get("type", "BPE") != "BPE":
+        raise MinisaError(f"its model is {model['type']!r}: expected BPE; put the model's tokenizer.model beside it")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(key):
+            raise MinisaError(f"its {key} is {model[key]!r}: minisa's BPE has none")
+
+
+def pairs_of(model: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The merges of a tokenizer.json's model, in either spelling."""
+    return (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> ByteLevelBPE:
@@ -272,7 +281,7 @@ def _from_merges(
     if letter := next((name for name in special if len(name) == 1), None):  # text would lose it
         raise MinisaError(f"the special token {letter!r} is a single character: expected it to be a normal token")
     tokens = {token: token_to_bytes(token) for token in vocab}
-    ranks = rank_merges(((tokens[left], tokens[right]) for left, right in merges), whole_pieces=whole_pieces)
+    ranks = rank_merges(((tokens[left], tokens[right]) for left, right in merges), BYTES, strays=whole_pieces)
     ids = {tokens[token]: token_id for token, token_id in vocab.items()}
     if whole_pieces and (loose := ids.keys() - ranks.keys()):
         raise MinisaError(f"no merge makes the token {min(loose)!r}: is the file whole?")
@@ -299,8 +308,9 @@ def _split_of(pre_tokenizer: Any) -> str:
     raise MinisaError(f"its pre_tokenizer ({found}) is not one minisa knows: expected Llama 3's, tekken's or SmolLM2's")
 
 
-def _bos_of(post_processor: Mapping[str, Any]) -> int | None:
+def bos_of(raw: Mapping[str, Any]) -> int | None:
     """The token that a tokenizer.json's post_processor puts before a text; None where it puts none."""
+    post_processor = raw.get("post_processor") or {}
     before: list[int] = []
     for step in post_processor.get("processors", [post_processor]):
         match step:

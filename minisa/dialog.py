@@ -1,7 +1,8 @@
 """Chat prompts: messages to token ids, in the format each model was trained on.
 
 Special tokens go in by their ids and text as plain text, so no text can forge a role. In two old formats the
-markers are text themselves; there a message that spells one is refused, as Meta's own code does.
+markers are text themselves; there a message that spells one is refused, as Meta's own code does. Where a template
+leaves BOS to the tokenizer (ChatML, Zephyr), it comes first if that puts it before plain text.
 
 A longer dialog's ids begin with those of the shorter one, so what the KV cache holds stays good. The one exception
 is the makers': Mistral's v2 and v3 put the system prompt into the last user message.

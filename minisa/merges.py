@@ -1,26 +1,31 @@
-"""From a list of BPE merges to ranked tokens: what Hugging Face's and GGUF files hold, as tiktoken wants it.
+"""From a list of BPE merges to ranked tokens: what Hugging Face's and GGUF files hold, as tiktoken and sentencepiece
+want it.
 
-A merges list joins the adjacent pair that stands first in the list; tiktoken joins the adjacent pair whose bytes
-together are the token of lowest rank, whether or not that pair stands in a list. With the merges "b c", "a b", "ab c",
-for example, the list leaves "abc" as a + bc, since "b c" comes first and "a bc" is not listed; tiktoken goes on to abc.
-They agree in two cases, and `rank_merges` makes sure of one of them:
+A merges list joins the adjacent pair that stands first in the list; tiktoken and sentencepiece join the adjacent pair
+that is together the token of lowest rank (of highest score), whether or not that pair stands in a list. With the merges
+"b c", "a b", "ab c", for example, the list leaves "abc" as a + bc, since "b c" comes first and "a bc" is not listed;
+tiktoken goes on to abc. They agree in two cases, and `rank_merges` makes sure of one of them:
 
 * The list has, for every token, the pair that BPE comes to when it makes that token. One pair will do: the bytes of
   a token about to be made have had its ends as borders since the beginning, so inside them BPE went as it would have
   gone with these bytes alone. A list that a trainer wrote is such a list; it wrote down the pairs it came to.
 * The list has every pair of tokens that are a token together, sorted by that token. This is how vocabularies in
-  tiktoken's own format, such as Llama 3's, are turned into merges.
+  tiktoken's own format, such as Llama 3's, and in sentencepiece's are turned into merges.
+
+Tokens are bytes over the alphabet of all bytes, or text over one of characters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 from minisa.errors import MinisaError
 
-Pair = tuple[bytes, bytes]
+T = TypeVar("T", bytes, str)
 
 MAX_BYTES = 1 << 22  # of all tokens together, each of whose splits is looked at; the largest vocabularies take 2 MB
+BYTES = [bytes([byte]) for byte in range(256)]
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -36,30 +41,30 @@ def token_to_bytes(token: str) -> bytes:
     return token.translate(_BYTES).encode("latin-1")
 
 
-def rank_merges(merges: Iterable[Pair], *, whole_pieces: bool) -> dict[bytes, int]:
-    """Token → rank: the 256 bytes, then what the merges make, in their order.
+def rank_merges(merges: Iterable[tuple[T, T]], alphabet: Iterable[T], *, strays: bool) -> dict[T, int]:
+    """Token → rank: the alphabet, then what the merges make, in their order.
 
-    whole_pieces: a piece of text that is a token as it stands is not taken apart (Hugging Face's ignore_merges), so
-        a token that merging never comes to has its use. Llama 3 has hundreds.
-    Raises MinisaError when tiktoken with these ranks would not do what the merges say.
+    strays: there may be tokens that merging never comes to. To tiktoken they must then be of use, since it does not
+        take a piece of text apart that is a token as it stands (Hugging Face's ignore_merges); Llama 3 has hundreds.
+    Raises MinisaError when to join by these ranks would not do what the merges say.
     """
     pairs = list(merges)
     if len(set(pairs)) < len(pairs):  # for Hugging Face's the last place counts, for llama.cpp the first
         raise MinisaError("the merges have a pair twice: expected them as BPE training writes them")
-    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks = {unit: rank for rank, unit in enumerate(alphabet)}
     for left, right in pairs:
         ranks.setdefault(left + right, len(ranks))
     if sum(map(len, ranks)) > MAX_BYTES:
         raise MinisaError(f"the merges make tokens of more than {MAX_BYTES} bytes together: expected the makers'")
     stray = _stray_token(pairs, ranks)
-    if stray is not None and not (whole_pieces and _has_every_pair(pairs, ranks)):
+    if stray is not None and not (strays and _has_every_pair(pairs, ranks)):
         raise MinisaError(f"the merges do not lead to the token {stray!r}: expected them as BPE training writes them")
     return ranks
 
 
-def _stray_token(pairs: list[Pair], ranks: dict[bytes, int]) -> bytes | None:
+def _stray_token(pairs: list[tuple[T, T]], ranks: dict[T, int]) -> T | None:
     """A token that BPE does not come to by a pair listed in due order, if there is one."""
-    parts: dict[bytes, Pair] = {bytes([byte]): (b"", b"") for byte in range(256)}  # what BPE makes each token from
+    parts = {unit: (unit[:0], unit[:0]) for unit in ranks if len(unit) == 1}  # what BPE makes each token from
     last = 0
     for left, right in pairs:
         token = left + right
@@ -70,7 +75,7 @@ def _stray_token(pairs: list[Pair], ranks: dict[bytes, int]) -> bytes | None:
     return next((token for token in ranks if token not in parts), None)
 
 
-def _has_every_pair(pairs: list[Pair], ranks: dict[bytes, int]) -> bool:
+def _has_every_pair(pairs: list[tuple[T, T]], ranks: dict[T, int]) -> bool:
     """Whether all pairs of tokens that are a token together are listed, sorted by that token."""
     made = [ranks[left + right] for left, right in pairs]
     splits = ((token[:i], token[i:]) for token in ranks for i in range(1, len(token)))
@@ -78,8 +83,8 @@ def _has_every_pair(pairs: list[Pair], ranks: dict[bytes, int]) -> bool:
     return made == sorted(made) and all(pair in listed for pair in splits if pair[0] in ranks and pair[1] in ranks)
 
 
-def _meet(left: bytes, right: bytes, ranks: dict[bytes, int], parts: dict[bytes, Pair]) -> bool:
-    """Whether BPE, alone with the bytes of left + right, comes to just these two tokens.
+def _meet(left: T, right: T, ranks: dict[T, int], parts: dict[T, tuple[T, T]]) -> bool:
+    """Whether BPE, alone with left + right, comes to just these two tokens.
 
     Goes back in time: of the tokens on either side of the border, the one that was made last is taken apart. The
     two that met at the border just before must not have been joined first: by a lower rank, or, at the same rank,

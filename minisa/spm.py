@@ -1,20 +1,22 @@
-"""Sentencepiece vocabularies: Llama 1 and 2, Mistral v1 to v3, and the same packed into GGUF files.
+"""Sentencepiece vocabularies: Llama 1 and 2, Mistral v1 to v3, and the same in GGUF files and tokenizer.json.
 
-The sentencepiece library does the work. A GGUF file holds tokens, scores and types but not the library's own file,
-so that is written here in memory; the messages and field numbers are those of sentencepiece_model.proto.
+The sentencepiece library does the work. A GGUF file holds tokens, scores and types but not the library's own file, and
+a tokenizer.json tokens and merges, so that file is written here in memory; the messages and field numbers are those of
+sentencepiece_model.proto.
 """
 
 from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import sentencepiece
 
-from minisa.bytelevel import is_marker
-from minisa.errors import MinisaError
+from minisa.bytelevel import bos_of, check_bpe, check_ids, is_marker, pairs_of, require_marker
+from minisa.errors import MinisaError, shown
+from minisa.merges import rank_merges
 
 _SPACE = "▁"  # how a piece spells a space
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # piece types; GGUF's token types are the same
@@ -88,18 +90,80 @@ def from_gguf(metadata: Mapping[str, Any]) -> SentencePiece:
     scores = [score for _, score, kind in pieces if kind == _NORMAL]
     if len(scores) > 1 and len(set(scores)) == 1:  # llama.cpp's converter has none to give without a tokenizer.model
         raise MinisaError("tokenizer.ggml.scores are all alike: expected a file made with the model's tokenizer.model")
-    model = b"".join(
-        _message(1, _string(1, piece), _float(2, score), _number(3, int(kind)))
+    listed = (
+        (piece, score, int(kind))
         if kind != _USER_DEFINED
-        else _message(
-            1, _string(1, piece.replace(" ", _SPACE)), _number(3, _CONTROL if is_marker(piece) else int(kind))
-        )
+        else (piece.replace(" ", _SPACE), 0.0, _CONTROL if is_marker(piece) else int(kind))
         for piece, score, kind in pieces
     )
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    return SentencePiece(_bpe(listed, prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True))))
+
+
+def from_tokenizer_json(raw: Mapping[str, Any]) -> SentencePiece:
+    """Hugging Face's tokenizer.json where its model falls back on bytes: what sentencepiece models are converted to.
+
+    A piece's score is the place of its merges. Before a text that begins with a space newer files put no other;
+    sentencepiece does, and takes it off again. Raises MinisaError for merges that it would not follow.
+    """
+    model = raw["model"]
+    check_bpe(model)
+    if model.get("ignore_merges"):
+        raise MinisaError("its ignore_merges is true: expected a converted sentencepiece model, which has none")
+    vocab = model["vocab"]
+    if sorted(check_ids(vocab.values())) != list(range(len(vocab))):
+        raise MinisaError("its vocabulary's ids leave gaps: is the file whole?")
+    added = {token["content"]: token["special"] for token in raw.get("added_tokens") or []}
+    for name, is_special in added.items():
+        if not is_special:
+            require_marker(name)
+    kinds = {name: _CONTROL if name in added else _NORMAL for name in vocab}
+    kinds |= dict.fromkeys((f"<0x{byte:02X}>" for byte in range(256)), _BYTE)
+    kinds[model.get("unk_token") or "<unk>"] = _UNKNOWN  # newer files leave it out; no text comes to it
+    if lacking := kinds.keys() - vocab.keys():
+        raise MinisaError(f"its vocabulary lacks {min(lacking)!r}: is the file whole?")
+    normal = {name for name in vocab if kinds[name] == _NORMAL}
+    pairs = [(a, b) for a, b in pairs_of(model) if all(kinds[name] == _NORMAL for name in (a, b, a + b))]
+    ranks = rank_merges(pairs, sorted(name for name in normal if len(name) == 1), strays=True)
+    for name in normal - ranks.keys():
+        if any(name[:i] in normal and name[i:] in normal for i in range(1, len(name))):
+            raise MinisaError(f"no merge makes the token {name!r}: is the file whole?")
+    listed = ((name, -float(ranks.get(name, len(vocab))), kinds[name]) for name in sorted(vocab, key=vocab.__getitem__))
+    vocabulary = SentencePiece(_bpe(listed, prefix=_prefix_of(raw)))
+    vocabulary.bos_id = bos_of(raw)
+    vocabulary.add_bos = vocabulary.bos_id is not None
+    return vocabulary
+
+
+def _prefix_of(raw: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json puts a space before a text. Raises MinisaError where it does not write spaces as ▁."""
+    steps = [step.get("type") for step in (raw.get("decoder") or {}).get("decoders", [])]
+    if steps[:3] != ["Replace", "ByteFallback", "Fuse"]:
+        raise MinisaError(
+            f"its decoder is {' + '.join(map(str, steps)) or None}: expected Replace + ByteFallback + Fuse"
+        )
+    normalizer, pre_tokenizer = raw.get("normalizer") or {}, raw.get("pre_tokenizer")
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    match normalizer.get("normalizers", [normalizer]), pre_tokenizer:
+        case [{"type": "Prepend", "prepend": "▁"}, last], None if last == replace:
+            return True
+        case [last], None if last == replace:
+            return False
+        case [{}], {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}:
+            return scheme != "never"
+    raise MinisaError(
+        f"its normalizer is {shown(raw.get('normalizer'))} and its pre_tokenizer {shown(pre_tokenizer)}: expected "
+        "spaces to become ▁, and nothing else"
+    )
+
+
+def _bpe(pieces: Iterable[tuple[str, float, int]], *, prefix: bool) -> bytes:
+    """A tokenizer.model of (piece, score, type) in the order of their ids."""
+    model = b"".join(
+        _message(1, _string(1, piece), _float(2, score), _number(3, kind)) for piece, score, kind in pieces
+    )
     trainer = _message(2, _number(3, _BPE), _number(35, 1))  # model_type, byte_fallback
-    normalizer = _message(3, _string(1, "identity"), _number(3, bool(prefix)), _number(4, 0), _number(5, 1))
-    return SentencePiece(model + trainer + normalizer)
+    normalizer = _message(3, _string(1, "identity"), _number(3, prefix), _number(4, 0), _number(5, 1))
+    return model + trainer + normalizer
 
 
 def _processor(model: bytes) -> Any:

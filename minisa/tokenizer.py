@@ -233,7 +233,13 @@ def _find(directory: Path) -> Path:
 def _vocabulary(content: dict[str, Any] | bytes) -> Vocabulary:
     if isinstance(content, bytes):
         return bytelevel.from_tiktoken(content) if _TIKTOKEN_LINE.match(content) else spm.SentencePiece(content)
-    return bytelevel.from_tokenizer_json(content) if "model" in content else bytelevel.from_tekken(content)
+    if "model" not in content:
+        return bytelevel.from_tekken(content)
+    if not content["model"].get("byte_fallback"):
+        return bytelevel.from_tokenizer_json(content)
+    vocabulary = spm.from_tokenizer_json(content)
+    _add_tokens(vocabulary, {str(token["id"]): token for token in content.get("added_tokens") or []}, {})
+    return vocabulary
 
 
 def _with_settings(

@@ -41,6 +41,7 @@ from tests.vocabularies import (
     byte_level_json,
     gguf_sentencepiece,
     jinja_writes,
+    sentencepiece_json,
     sentencepiece_model,
     tekken_json,
     tiktoken_model,
@@ -260,6 +261,9 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "tokenizer.model": lambda folder: tokenizer_file(folder, "tokenizer.model", sentencepiece_model()),
     "tokenizer.json": lambda folder: tokenizer_file(
         folder, "tokenizer.json", json.dumps(byte_level_json()).encode()
+    ),
+    "sentencepiece.json": lambda folder: tokenizer_file(
+        folder, "tokenizer.json", json.dumps(sentencepiece_json(sentencepiece_model())).encode()
     ),
     "tekken.json": lambda folder: tokenizer_file(folder, "tekken.json", json.dumps(tekken_json()).encode()),
     "tiktoken": lambda folder: tokenizer_file(folder, "tokenizer.model", tiktoken_model()),

@@ -22,13 +22,16 @@ from tests.tiny import encode_gguf
 from tests.vocabularies import (
     BYTE_LEVEL,
     LLAMA3,
+    MARK,
     MERGES,
     SMOLLM2,
     SPECIAL,
+    TEXT,
     byte_level_json,
     gguf_byte_level,
     gpt2_letters,
     pieces,
+    puts_before,
     tekken_json,
     write_json,
 )
@@ -155,11 +158,6 @@ def test_a_megabyte_in_one_piece(byte_level: Tokenizer, character: str) -> None:
     assert byte_level.decode(ids) == text
 
 
-def puts_before(ids: list[int]) -> dict[str, Any]:
-    """A post_processor."""
-    return {"type": "TemplateProcessing", "single": [MARK, TEXT], "special_tokens": {"<s>": {"ids": ids}}}
-
-
 @pytest.mark.parametrize("add_bos_token", [None, True, False])
 def test_bos_is_what_the_post_processor_puts_before_a_text(add_bos_token: bool | None, tmp_path: Path) -> None:
     """tokenizer_config.json has no say in it, at Hugging Face's."""
@@ -178,14 +176,11 @@ def write_and_load(folder: Path, config: dict[str, Any], **changes: Any) -> Toke
     return load_tokenizer(write_json(folder / "tokenizer.json", byte_level_json(**changes)))
 
 
-TEXT, MARK = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}}
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"type": "Unigram"}, "put the model's tokenizer.model beside it"),
-        ({"byte_fallback": True}, "put the model's tokenizer.model beside it"),
+        ({"byte_fallback": True}, "its vocabulary lacks '<0x00>'"),
         ({"continuing_subword_prefix": "##"}, "continuing_subword_prefix is '##'"),
         ({"end_of_word_suffix": "</w>"}, "end_of_word_suffix is '</w>'"),
         ({"dropout": 0.1}, "dropout is 0.1"),

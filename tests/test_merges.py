@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minisa.bytelevel import ByteLevelBPE
 from minisa.errors import MinisaError
-from minisa.merges import rank_merges
+from minisa.merges import BYTES, rank_merges
 
 
 def bpe(piece: bytes, merges: list[tuple[bytes, bytes]]) -> list[bytes]:
@@ -63,7 +63,7 @@ def every_pair(draw: st.DrawFn) -> list[tuple[bytes, bytes]]:
 
 
 def tokens_by_tiktoken(piece: bytes, merges: list[tuple[bytes, bytes]], whole_pieces: bool) -> list[bytes]:
-    ranks = rank_merges(merges, whole_pieces=whole_pieces)
+    ranks = rank_merges(merges, BYTES, strays=whole_pieces)
     vocabulary = ByteLevelBPE("(?s:.+)", ranks, ranks, {}, add_bos=False)
     return [vocabulary.pieces[i] for i in vocabulary.encode(piece.decode(), mid_text=False)]
 
@@ -99,7 +99,7 @@ def test_merges_that_tiktoken_would_not_follow() -> None:
     merges = [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc")]
     assert bpe(b"abc", merges) == [b"ab", b"c"]
     with pytest.raises(MinisaError, match="do not lead to the token b'abc'"):
-        rank_merges(merges, whole_pieces=False)
+        rank_merges(merges, BYTES, strays=False)
 
 
 def test_merges_out_of_order() -> None:
@@ -108,7 +108,7 @@ def test_merges_out_of_order() -> None:
     assert bpe(b"abba", merges) == [b"ab", b"ba"]
     for whole_pieces in (False, True):
         with pytest.raises(MinisaError, match="do not lead to the token b'abb'"):
-            rank_merges(merges, whole_pieces=whole_pieces)
+            rank_merges(merges, BYTES, strays=whole_pieces)
 
 
 def test_a_token_that_merging_never_comes_to() -> None:
@@ -117,4 +117,4 @@ def test_a_token_that_merging_never_comes_to() -> None:
     assert tokens_by_tiktoken(b"abcd", merges, True) == [b"abcd"]
     assert tokens_by_tiktoken(b"abcda", merges, True) == [b"a", b"bc", b"d", b"a"]
     with pytest.raises(MinisaError, match="do not lead to the token b'abcd'"):
-        rank_merges(merges, whole_pieces=False)
+        rank_merges(merges, BYTES, strays=False)

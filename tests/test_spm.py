@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import random
 import re
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from minisa.errors import MinisaError
 from minisa.spm import _fields, _float, _message, _string
-from minisa.tokenizer import load_tokenizer
+from minisa.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny import encode_gguf
-from tests.vocabularies import gguf_sentencepiece, pieces, sentencepiece_model, write_json
+from tests.vocabularies import (
+    METASPACE,
+    TEXTS,
+    WHEEL_FILES,
+    WIDE,
+    gguf_sentencepiece,
+    load_real,
+    pieces,
+    sentencepiece_json,
+    sentencepiece_model,
+    write_json,
+)
 
 
 @pytest.fixture
@@ -90,6 +107,104 @@ def test_a_gguf_file_without_scores(sentencepiece_file: Path, tmp_path: Path) ->
     file.write_bytes(encode_gguf(metadata, {}))
     with pytest.raises(MinisaError, match=r"tokenizer\.ggml\.scores are all alike"):
         load_tokenizer(file)
+
+
+class TestTokenizerJSON:
+    """What fine-tuners save where they leave out the tokenizer.model."""
+
+    @pytest.mark.parametrize("written", ["with Prepend", "with Metaspace"])
+    def test_it_agrees_with_its_tokenizer_model(self, written: str, sentencepiece_file: Path, tmp_path: Path) -> None:
+        expected = load_tokenizer(sentencepiece_file)
+        newer = {"normalizer": None, "pre_tokenizer": METASPACE, "unk_token": None}
+        tokenizer = self.load(tmp_path, **(newer if written == "with Metaspace" else {}))
+        assert (tokenizer.special, tokenizer.bos_ids, tokenizer.eos_ids) == (expected.special, [1], {2})
+        for text in (*TEXTS, "the quick brown fox,  jumps\tover\n\nit 123", "[INST] </s>", "aaaaaaa", " the  cat"):
+            assert tokenizer.encode(text) == expected.encode(text)
+            assert tokenizer.encode(text, mid_text=True) == expected.encode(text, mid_text=True)
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    @pytest.mark.parametrize("name", ["mistral-v1", "mistral-v3"])
+    def test_a_makers_own(self, name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+        expected = load_real(name, request)
+        model = request.getfixturevalue("wheel_file")(*WHEEL_FILES[name]).read_bytes()
+        tokenizer = load_tokenizer(write_json(tmp_path / "tokenizer.json", sentencepiece_json(model)))
+        assert (tokenizer.special, tokenizer.vocab_size) == (expected.special, expected.vocab_size)
+        for text in (*TEXTS, WIDE):
+            assert tokenizer.encode(text) == expected.encode(text)
+
+    @settings(deadline=None, max_examples=50)
+    @given(text=st.text("helo wtac\n▁日", max_size=30), seed=st.integers(0, 20))
+    def test_as_hugging_face_has_it(self, text: str, seed: int) -> None:
+        """Whatever the order of the pieces; but for a space at the beginning, before which newer files put no other."""
+        tokenizers = pytest.importorskip("tokenizers")
+        raw = sentencepiece_json(sentencepiece_model(), normalizer=None, pre_tokenizer=METASPACE)
+        pieces = sorted({left + right for left, right in raw["model"]["merges"]})
+        random.Random(seed).shuffle(pieces)
+        raw["model"]["merges"].sort(key=lambda pair: pieces.index("".join(pair)))
+        assume(not text.startswith((" ", "▁")))
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = load_tokenizer(write_json(Path(folder) / "tokenizer.json", raw))
+        peer = tokenizers.Tokenizer.from_str(json.dumps(raw))
+        assert tokenizer.encode(text) == peer.encode(text, add_special_tokens=False).ids
+
+    def test_added_tokens(self, tmp_path: Path) -> None:
+        raw = sentencepiece_json(sentencepiece_model())
+        new = [
+            {"id": 330, "content": "<|im_end|>", "special": True},
+            {"id": 331, "content": "<think>", "special": False},
+        ]
+        tokenizer = self.load(tmp_path, added_tokens=[*raw["added_tokens"], *new])
+        assert tokenizer.vocab_size == 332
+        assert tokenizer.eos_ids == {2, 330}
+        assert tokenizer.decode([331, *tokenizer.encode("hello", mid_text=True), 330]) == "<think>hello"
+
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"ignore_merges": True}, "its ignore_merges is true"),
+            ({"dropout": 0.5}, "its dropout is 0.5"),
+            ({"normalizer": {"type": "NFKC"}}, "its normalizer is {'type': 'NFKC'} and its pre_tokenizer None"),
+            ({"normalizer": None}, "expected spaces to become ▁, and nothing else"),
+            ({"pre_tokenizer": METASPACE}, "and its pre_tokenizer {'type': 'Metaspace'"),
+            ({"normalizer": None, "pre_tokenizer": METASPACE | {"split": True}}, "expected spaces to become ▁"),
+            ({"decoder": {"type": "ByteLevel"}}, "its decoder is None: expected Replace + ByteFallback + Fuse"),
+            ({"unk_token": "<what>"}, "its vocabulary lacks '<what>'"),
+            ({"merges": [["t", "h"], ["x", "yz"]]}, "damaged"),
+            ({"added_tokens": [{"id": 400, "content": "<x>", "special": True}]}, "the added tokens' ids leave gaps"),
+            ({"added_tokens": [{"id": 330, "content": "word", "special": False}]}, "the added token 'word' is plain"),
+        ],
+    )
+    def test_what_is_refused(self, changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+        with pytest.raises(MinisaError, match=re.escape(says)) as error:
+            self.load(tmp_path, **changes)
+        assert str(error.value).startswith(str(tmp_path / "tokenizer.json"))
+
+    def test_a_vocabulary_with_gaps(self, tmp_path: Path) -> None:
+        vocab = sentencepiece_json(sentencepiece_model())["model"]["vocab"]
+        with pytest.raises(MinisaError, match="its vocabulary's ids leave gaps"):
+            self.load(tmp_path, vocab={name: i if i < 300 else i + 1 for name, i in vocab.items()})
+        with pytest.raises(MinisaError, match="its vocabulary lacks '<0x41>'"):
+            self.load(tmp_path, vocab={"?" if name == "<0x41>" else name: i for name, i in vocab.items()})
+
+    def test_merges_that_sentencepiece_would_not_follow(self, tmp_path: Path) -> None:
+        """It joins any two pieces that are one together; a list may lack a pair, or have those of a piece apart."""
+        model = sentencepiece_json(sentencepiece_model())["model"]
+        names = dict(zip(["▁dog", "▁cat"], ["tt", "ttt"], strict=True))
+        vocab = {names.get(name, name): i for name, i in model["vocab"].items()}
+        merges = [pair for pair in model["merges"] if "".join(pair) not in names]
+        once, left, right = ["t", "t"], ["t", "tt"], ["tt", "t"]
+        text = "the tttt ttttt on"
+        tokenizer = self.load(tmp_path, vocab=vocab, merges=[*merges, once, left, right])
+        assert pieces(tokenizer, text) == [" the", " t", "ttt", " t", "tt", "tt", " on"]
+        for changed in ([once, left], [right, once, left], [once, left, right, once], [once], [left, right]):
+            with pytest.raises(MinisaError, match=r"the merges (do not lead to|have a pair twice)|no merge makes"):
+                self.load(tmp_path, vocab=vocab, merges=[*merges, *changed])
+
+    @staticmethod
+    def load(folder: Path, **changes: Any) -> Tokenizer:
+        return load_tokenizer(
+            write_json(folder / "tokenizer.json", sentencepiece_json(sentencepiece_model(), **changes))
+        )
 
 
 def test_a_tokenizer_config_without_the_space(sentencepiece_file: Path, tmp_path: Path) -> None:

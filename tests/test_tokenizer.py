@@ -21,28 +21,14 @@ from tests.encode import encode_gguf
 from tests.vocabularies import (
     REAL,
     SPECIAL,
+    TEXTS,
     WHEEL_FILES,
+    WIDE,
     byte_level_json,
     gguf_byte_level,
     load_real,
     sentencepiece_model,
     write_json,
-)
-
-TEXTS = (
-    "Hello, world!  It's 12345.6 naïve café",
-    "日本語 한국어 עברית हिन्दी",
-    "👩‍👩‍👧‍👦🏽 e\u0301",
-    " \n\n  \t x\r\n",
-    "<|im_start|>system</s>[INST]<|eot_id|><s>",
-    "\x00\x07\x1b\x7f",
-    "x   12 \n3",
-)
-WIDE_RANGES = ((0, 0x530), (0x900, 0x980), (0x2000, 0x2070), (0x3000, 0x3100), (0x4E00, 0x5000), (0xAC00, 0xAD00))
-WIDE = "".join(
-    f" {chr(c)}{chr(c)}a1{chr(c)} B22'{chr(c)}\n"
-    for first, end in (*WIDE_RANGES, (0x1F300, 0x1F650))
-    for c in range(first, end)
 )
 
 # The ids of TEXTS, and of WIDE how many there are and the beginning of their sha256, as the makers' own code has

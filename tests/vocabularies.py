@@ -49,6 +49,22 @@ SPECIAL = (
 MERGES = ("h e", "l l", "he ll", "hell o", "a a", "aa aa", "Ġ Ġ", "ĠĠ ĠĠ", "Ċ Ċ", "1 2", "Ġ hello", "! !")
 
 
+TEXTS = (
+    "Hello, world!  It's 12345.6 naïve café",
+    "日本語 한국어 עברית हिन्दी",
+    "👩‍👩‍👧‍👦🏽 e\u0301",
+    " \n\n  \t x\r\n",
+    "<|im_start|>system</s>[INST]<|eot_id|><s>",
+    "\x00\x07\x1b\x7f",
+    "x   12 \n3",
+)
+WIDE_RANGES = ((0, 0x530), (0x900, 0x980), (0x2000, 0x2070), (0x3000, 0x3100), (0x4E00, 0x5000), (0xAC00, 0xAD00))
+WIDE = "".join(
+    f" {chr(c)}{chr(c)}a1{chr(c)} B22'{chr(c)}\n"
+    for first, end in (*WIDE_RANGES, (0x1F300, 0x1F650))
+    for c in range(first, end)
+)
+
 CHATML = (
     "{% for message in messages %}"
     "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
@@ -63,6 +79,15 @@ def jinja_writes(template: str, messages: Sequence[Message]) -> str:
     return sandbox.from_string(template).render(
         messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=True, tools=None
     )
+
+
+TEXT, MARK = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}}
+
+
+def puts_before(ids: list[int]) -> dict[str, Any]:
+    """A post_processor."""
+    tokens = {"<s>": {"id": "<s>", "ids": ids, "tokens": ["<s>"] * len(ids)}}
+    return {"type": "TemplateProcessing", "single": [MARK, TEXT], "pair": [TEXT, TEXT], "special_tokens": tokens}
 
 
 def gpt2_letters() -> list[str]:
@@ -151,6 +176,43 @@ def gguf_sentencepiece(model: bytes) -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+
+
+def sentencepiece_json(model: bytes, **changes: Any) -> dict[str, Any]:
+    """The same vocabulary as a tokenizer.json, with every pair of pieces that are a piece, the best score first.
+
+    changes: to its keys, or to those of "model".
+    """
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    vocab = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
+    splits = ((piece[:i], piece[i:]) for piece in vocab for i in range(1, len(piece)))
+    merges = [pair for pair in splits if vocab.keys() >= set(pair)]
+    merges.sort(key=lambda pair: -processor.get_score(vocab["".join(pair)]))
+    bpe = {"type": "BPE", "byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>", "dropout": None}
+    hidden = [piece for piece, i in vocab.items() if processor.is_control(i) or processor.is_unknown(i)]
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    raw = {
+        "version": "1.0",
+        "added_tokens": [{"id": vocab[piece], "content": piece, **flags} for piece in hidden],
+        "normalizer": PREPEND,
+        "pre_tokenizer": None,
+        "post_processor": puts_before([1]),
+        "decoder": {"type": "Sequence", "decoders": steps},
+        "model": {**bpe, "ignore_merges": False, "vocab": vocab, "merges": [list(pair) for pair in merges]},
+    }
+    raw["model"] |= {key: value for key, value in changes.items() if key in raw["model"]}
+    return raw | {key: value for key, value in changes.items() if key not in raw["model"]}
 
 
 def tiktoken_model() -> bytes:
