@@ -51,7 +51,7 @@ def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
             dialog = _as_written(template, dialog, tokenizer)
     if dialog is None:
         raise MinisaError(
-            f"{path}: its chat template {wrong}: name a format by --chat-format, or pass --raw for plain text"
+            f"{path}: its chat template {wrong}: name a format (--chat-format) or take plain text (--raw)"
         )
     return dialog
 

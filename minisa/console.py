@@ -199,6 +199,8 @@ def fetch(entry: ModelEntry) -> Path:
     def show(file: str, done: int, total: int | None) -> None:
         if file not in bars:
             bars[file] = _Bar(file)
+            if total is None:  # nothing that a bar could show
+                click.echo(file, err=True)
         bars[file].update(done, total)
 
     try:

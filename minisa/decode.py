@@ -114,7 +114,7 @@ def plain_step(
     return step
 
 
-class StepByStep(ABC):
+class RunnerBase(ABC):
     """What a runner's other methods make of its `all_logits` and `decode`."""
 
     @abstractmethod
@@ -141,7 +141,7 @@ class StepByStep(ABC):
         return plain_step(self.decode, cache, choose)
 
 
-class TorchRunner(StepByStep):
+class TorchRunner(RunnerBase):
     """Runs a model in PyTorch, eager or with compiled layers. A decode step sees exactly the slots in use."""
 
     def __init__(self, model: Transformer, *, compile: bool = False, name: str | None = None) -> None:

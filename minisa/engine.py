@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from numbers import Integral
@@ -71,7 +71,7 @@ def load(
     device: auto, cpu, cuda, cuda:N, mps. dtype: auto, fp32, bf16, fp16.
     max_seq_len: tokens that a row of the cache is for; None takes the context the model was trained for, or what fits
         in half of the free memory if that is less. With a sliding window their slots are a ring, and more are free.
-        RoPE that is stretched linearly allows up to so many times the context that the checkpoint states.
+        RoPE that is stretched linearly allows the stretch's factor times the context that the checkpoint states.
     max_batch: rows of the cache.
     quantize: None, "int8" or "int4": the matrices' format, as in quantize.py.
     kv_dtype: what keys and values are kept in: auto for the weights' dtype, fp32, bf16, fp16, or fp8 (e4m3).
@@ -93,12 +93,12 @@ def load(
     check_number("max_batch", max_batch, 1, math.inf, "1 or more", Integral)
     limit = config.longest_seq_len
     if max_seq_len is not None:
-        check_number("max_seq_len", max_seq_len, 1, limit, f"1 to {limit}, the model's own context", Integral)
+        check_number("max_seq_len", max_seq_len, 1, limit, f"1 to {limit}, the longest that the model allows", Integral)
         max_seq_len = int(max_seq_len)  # numpy's would be multiplied in so many bits
     max_batch = int(max_batch)
     if backend == "kernels" and not runs_kernels(target):
         raise MinisaError(f"backend 'kernels' is for CUDA, the device is {target}: leave it out, or take 'torch'")
-    if chat_format is not None and chat_format not in DIALOGS:
+    if chat_format is not None and (not isinstance(chat_format, str) or chat_format not in DIALOGS):
         raise MinisaError(f"chat_format is {shown(chat_format)}: expected one of {', '.join(DIALOGS)}")
     tokenizer = load_tokenizer(path)
     with torch.device("meta"):
@@ -293,7 +293,7 @@ class LLM:
             stop = (stop,)
         if not isinstance(stop, Iterable):
             raise MinisaError(f"stop is {shown(stop)}: expected a string, or several")
-        ids = self.tokenizer.eos_ids if stop_ids is None else frozenset(as_ids(stop_ids, "stop_ids"))
+        ids = self.tokenizer.eos_ids if stop_ids is None else frozenset(as_ids(stop_ids, "stop_ids", ordered=False))
         return Options(sampling, stop=tuple(stop), stop_ids=ids, **others)
 
     def _start(
@@ -339,17 +339,15 @@ class LLM:
             if may_become_native(self.runner, self._compile):
                 with uninterrupted():  # half of the weights packed would leave no model
                     self.runner = choose_runner(self.model, self._compile)
-                if not may_become_native(self.runner, self._compile):  # any more: the C++ step, which rounds otherwise
-                    self._held.clear()
-                    for prefix in self._prefixes:
-                        compute_prefix(self.runner, prefix.cache, prefix.tokens)
+                    if not may_become_native(self.runner, self._compile):  # any more: it rounds otherwise than PyTorch
+                        self._held.clear()
+                        for prefix in self._prefixes:
+                            compute_prefix(self.runner, prefix.cache, prefix.tokens)
             return self._leases.begin()
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str) and not prompt:
             raise MinisaError("the prompt is empty: give some text")
-        if isinstance(prompt, Set):
-            raise MinisaError(f"the prompt: expected token ids in their order, found {shown(prompt)}")
         ids = self._encode(prompt) if isinstance(prompt, str) else as_ids(prompt, "the prompt")
         check_ids(ids, self.config.vocab_size, "the prompt")
         if len(ids) > self.cache.length:

@@ -1,4 +1,4 @@
-"""Folders of the user's."""
+"""Where the user's own files go."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ def expand_user(path: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise MinisaError(f"no home folder for {path}: set HOME, or MINISA_WEIGHTS to a folder") from error
+        raise MinisaError(
+            f"no home folder for {path}: set HOME, or name a folder (of weights: by MINISA_WEIGHTS)"
+        ) from error
 
 
 def cache_dir() -> Path:

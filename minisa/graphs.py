@@ -114,6 +114,7 @@ class _Graph:
         record: Record,
     ) -> None:
         bucket = cache.batch
+        self._cache = cache  # the graph writes to its memory, and is known by the address
         self._last = last = cache.length - 1
         zeros = torch.zeros(2, bucket, dtype=torch.int64, device=cache.values.device)
         self._state = _State(zeros[0], zeros[1], _widened(choose, bucket))
@@ -152,6 +153,7 @@ class _Verification:
     """The logits after each of AHEAD tokens of the first row, recorded."""
 
     def __init__(self, model: Transformer, cache: StaticCache, tokens: Tensor, start: int, record: Record) -> None:
+        self._cache = cache  # as in _Graph
         self._tokens = torch.zeros(1, AHEAD, dtype=torch.int64, device=cache.values.device)
         self._positions = torch.zeros_like(self._tokens)
         self._logits: Tensor  # where the body leaves them, and a replay

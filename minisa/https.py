@@ -78,6 +78,7 @@ def fetch(url: str, target: Path, progress: Progress, *, sha256: str | None = No
     stays. Raises Refused, MinisaError for what the user can put right, and OSError for the disk.
     """
     failures, furthest = 0, 0
+    remote: _Remote | None = None
     while True:
         try:
             remote = _describe(url, sha256, size)
@@ -92,10 +93,10 @@ def fetch(url: str, target: Path, progress: Progress, *, sha256: str | None = No
                     f"again, or put the files into {target.parent} yourself"
                 ) from None
             if failures > RETRIES:
-                raise MinisaError(
-                    f"{url}: {trouble}; gave up after {failures} attempts. What has arrived is kept: run this "
-                    "again to go on from there"
-                ) from None
+                on = ". What has arrived is kept: run this again to go on from there"
+                if not (kept and remote and remote.identity):
+                    on = ": run this again"
+                raise MinisaError(f"{url}: {trouble}; gave up after {failures} attempts{on}") from None
             time.sleep(BACKOFF * 2 ** (failures - 1))
     put_in_place(remote.part_of(target), target, remote.sha256)
 

@@ -24,7 +24,7 @@ from minisa.errors import MinisaError
 
 T = TypeVar("T", bytes, str)
 
-MAX_BYTES = 1 << 22  # of all tokens together, each of whose splits is looked at; the largest vocabularies take 2 MB
+MAX_LENGTH = 1 << 22  # of all tokens together, each of whose splits is looked at; the largest vocabularies take 2 MB
 BYTES = [bytes([byte]) for byte in range(256)]
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -54,8 +54,8 @@ def rank_merges(merges: Iterable[tuple[T, T]], alphabet: Iterable[T], *, strays:
     ranks = {unit: rank for rank, unit in enumerate(alphabet)}
     for left, right in pairs:
         ranks.setdefault(left + right, len(ranks))
-    if sum(map(len, ranks)) > MAX_BYTES:
-        raise MinisaError(f"the merges make tokens of more than {MAX_BYTES} bytes together: expected the makers'")
+    if sum(map(len, ranks)) > MAX_LENGTH:
+        raise MinisaError(f"the merges make tokens of a length of more than {MAX_LENGTH}: expected the makers'")
     stray = _stray_token(pairs, ranks)
     if stray is not None and not (strays and _has_every_pair(pairs, ranks)):
         raise MinisaError(f"the merges do not lead to the token {stray!r}: expected them as BPE training writes them")

@@ -26,10 +26,14 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return several  # type: ignore[return-value]
 
 
-def as_ids(ids: Iterable[int], what: str) -> list[int]:
-    """Whole numbers of any kind as Python's. MinisaError for anything else; what: has them, for the message."""
+def as_ids(ids: Iterable[int], what: str, *, ordered: bool = True) -> list[int]:
+    """Whole numbers of any kind as Python's. MinisaError for anything else; what: has them, for the message.
+
+    ordered: whether a set, which has an order of its own, is anything else too.
+    """
     try:
-        if isinstance(ids, bytes | bytearray | Mapping):  # text that was encoded already, or no list at all
+        # Text that was encoded already, or no list at all.
+        if isinstance(ids, bytes | bytearray | Mapping) or (ordered and isinstance(ids, Set)):
             raise TypeError
         return [index(token) for token in ids]
     except TypeError:

@@ -176,7 +176,7 @@ def resolve(model: str) -> tuple[Path, ModelEntry | None]:
         if not os.path.exists(path):
             raise MinisaError(f"--model {model}: there is no such file or folder")
         return path, _entry_at(path)
-    if model.lower() not in registry() and os.path.isdir(model):
+    if model.lower() not in registry() and os.path.exists(model):
         return Path(model), _entry_at(Path(model))
     entry = find(model)
     present = local_path(entry)

@@ -16,11 +16,13 @@ import sentencepiece
 
 from minisa.bytelevel import bos_of, check_bpe, check_ids, is_marker, pairs_of, require_marker
 from minisa.errors import MinisaError, shown
-from minisa.merges import rank_merges
+from minisa.merges import MAX_LENGTH, rank_merges
 
 _SPACE = "▁"  # how a piece spells a space
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # piece types; GGUF's token types are the same
 _BPE = 2
+_WRITE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}  # steps of a tokenizer.json
+_READ = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
 _MAX_PIECE = 256  # characters; the makers' have up to 31, and at each place in a text the longest is looked for
 _MAX_REPLACEMENT = 256  # bytes; the longest of Unicode's NFKC takes 33
 
@@ -110,9 +112,18 @@ def from_tokenizer_json(raw: Mapping[str, Any]) -> SentencePiece:
     if model.get("ignore_merges"):
         raise MinisaError("its ignore_merges is true: expected a converted sentencepiece model, which has none")
     vocab = model["vocab"]
+    if max(map(len, vocab), default=0) > _MAX_PIECE or sum(map(len, vocab)) > MAX_LENGTH:  # all splits are looked at
+        raise MinisaError(
+            f"a piece of more than {_MAX_PIECE} characters, or pieces of more than {MAX_LENGTH} together: expected the "
+            "makers' vocabulary"
+        )
     if sorted(check_ids(vocab.values())) != list(range(len(vocab))):
         raise MinisaError("its vocabulary's ids leave gaps: is the file whole?")
-    added = {token["content"]: token["special"] for token in raw.get("added_tokens") or []}
+    listed = raw.get("added_tokens") or []
+    check_ids([token["id"] for token in listed])
+    added = {token["content"]: token["special"] for token in listed}
+    if len(added) < len(listed):
+        raise MinisaError("an added token stands twice: is the file whole?")
     for name, is_special in added.items():
         if not is_special:
             require_marker(name)
@@ -122,33 +133,42 @@ def from_tokenizer_json(raw: Mapping[str, Any]) -> SentencePiece:
     if lacking := kinds.keys() - vocab.keys():
         raise MinisaError(f"its vocabulary lacks {min(lacking)!r}: is the file whole?")
     normal = {name for name in vocab if kinds[name] == _NORMAL}
-    pairs = [(a, b) for a, b in pairs_of(model) if all(kinds[name] == _NORMAL for name in (a, b, a + b))]
+    pairs = []
+    for left, right in pairs_of(model):
+        joined = {kinds[name] for name in (left, right, left + right)}
+        if _BYTE in joined:
+            raise MinisaError(f"a merge joins {left!r} and {right!r}: sentencepiece joins no bytes")
+        if joined == {_NORMAL}:  # what spells a special token no text comes to
+            pairs.append((left, right))
     ranks = rank_merges(pairs, sorted(name for name in normal if len(name) == 1), strays=True)
     for name in normal - ranks.keys():
-        if any(name[:i] in normal and name[i:] in normal for i in range(1, len(name))):
-            raise MinisaError(f"no merge makes the token {name!r}: is the file whole?")
-    listed = ((name, -float(ranks.get(name, len(vocab))), kinds[name]) for name in sorted(vocab, key=vocab.__getitem__))
-    vocabulary = SentencePiece(_bpe(listed, prefix=_prefix_of(raw)))
+        halves = ((name[:i], name[i:]) for i in range(1, len(name)))
+        if any(all(len(half) == 1 or half in normal for half in pair) for pair in halves):
+            raise MinisaError(f"no merge makes the token {name!r}, which sentencepiece would join: is the file whole?")
+    pieces = ((name, -float(ranks.get(name, len(vocab))), kinds[name]) for name in sorted(vocab, key=vocab.__getitem__))
+    vocabulary = SentencePiece(_bpe(pieces, prefix=_prefix_of(raw)))
+    for name, is_special in added.items():
+        if name in vocab and not is_special:
+            vocabulary.pieces[vocab[name]] = vocabulary.spelled(name)
     vocabulary.bos_id = bos_of(raw)
     vocabulary.add_bos = vocabulary.bos_id is not None
     return vocabulary
 
 
 def _prefix_of(raw: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json puts a space before a text. Raises MinisaError where it does not write spaces as ▁."""
-    steps = [step.get("type") for step in (raw.get("decoder") or {}).get("decoders", [])]
-    if steps[:3] != ["Replace", "ByteFallback", "Fuse"]:
-        raise MinisaError(
-            f"its decoder is {' + '.join(map(str, steps)) or None}: expected Replace + ByteFallback + Fuse"
-        )
+    """Whether a tokenizer.json puts a space before a text. Raises MinisaError where it does not write spaces as ▁, or
+    reads them otherwise."""
+    steps = (raw.get("decoder") or {}).get("decoders", [])
+    kinds = [step.get("type") for step in steps]
+    if kinds[:3] != ["Replace", "ByteFallback", "Fuse"] or steps[0] != _READ or set(kinds[3:]) - {"Strip"}:
+        raise MinisaError(f"its decoder is {shown(raw.get('decoder'))}: expected Replace ▁, ByteFallback and Fuse")
     normalizer, pre_tokenizer = raw.get("normalizer") or {}, raw.get("pre_tokenizer")
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     match normalizer.get("normalizers", [normalizer]), pre_tokenizer:
-        case [{"type": "Prepend", "prepend": "▁"}, last], None if last == replace:
+        case [{"type": "Prepend", "prepend": "▁"}, last], None if last == _WRITE:
             return True
-        case [last], None if last == replace:
+        case [last], None if last == _WRITE:
             return False
-        case [{}], {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}:
+        case [only], {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False} if not only:
             return scheme != "never"
     raise MinisaError(
         f"its normalizer is {shown(raw.get('normalizer'))} and its pre_tokenizer {shown(pre_tokenizer)}: expected "

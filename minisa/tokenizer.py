@@ -321,6 +321,9 @@ def _add_tokens(vocabulary: Vocabulary, decoder: Mapping[str, Any], listed: Mapp
             bytelevel.require_marker(name)
         vocabulary.pieces[token_id] = b"" if is_special else text
         special[name] = token_id
+    for name, (token_id, _) in added.items():
+        if special.get(name, token_id) != token_id:
+            raise MinisaError(f"two added tokens, {name!r} and {names[token_id]!r}, have the id {token_id}")
     beyond = sorted(token_id for token_id, _ in added.values() if token_id >= size)
     if beyond != list(range(size, size + len(beyond))):  # Hugging Face's gives them these, whatever the file says
         raise MinisaError(f"the added tokens' ids leave gaps or repeat: expected {size} and those that follow")

@@ -28,6 +28,7 @@ from tests.vocabularies import (
     byte_level_json,
     gguf_byte_level,
     gguf_sentencepiece,
+    sentencepiece_json,
     sentencepiece_model,
     tekken_json,
     write_json,
@@ -47,6 +48,13 @@ def pickled(body: bytes, compression: int = zipfile.ZIP_STORED, name: str = "con
         return folder
 
     return write
+
+
+def long_piece(folder: Path) -> Path:
+    """One of sentencepiece's, every split of which would be looked at."""
+    raw = sentencepiece_json(sentencepiece_model())
+    raw["model"]["vocab"]["a" * 10_000_000] = len(raw["model"]["vocab"])
+    return write_json(folder / "tokenizer.json", raw)
 
 
 def directory(folder: Path) -> Path:
@@ -221,7 +229,8 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "tokenizer.model: empty lines": (text("tokenizer.model", b"IQ== 0\n" + b"\n" * (7 << 20)), "damaged"),
     "tokenizer.json: a long token": (long_token, "a token of more than 1024 bytes"),
-    "tokenizer.json: merges of many long tokens": (long_tokens, "tokens of more than 4194304 bytes together"),
+    "tokenizer.json: merges of many long tokens": (long_tokens, "tokens of a length of more than 4194304"),
+    "tokenizer.json: a long piece": (long_piece, "a piece of more than 256 characters"),
     "GGUF: 100,000 special tokens": (special_tokens("gpt2"), "100007 special tokens: expected at most 32768"),
     "GGUF: 100,000 control pieces": (special_tokens("llama"), "100007 special tokens: expected at most 32768"),
     "tekken.json: a million special tokens": (tekken(default_num_special_tokens=1_000_000), "expected 0 to 258"),

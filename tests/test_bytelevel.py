@@ -323,6 +323,10 @@ def test_names_that_a_tekken_file_does_not_give_are_given_beside_it(tmp_path: Pa
     assert [special[name] for name in names] == [9, 10, 11, 12, 13]
     assert special["[INST]"] == 3
     assert sorted(special.values()) == list(range(30))
+    write_json(tmp_path / "added_tokens.json", {"[IMG]": 10})
+    with pytest.raises(MinisaError, match=r"two added tokens, .*, have the id 10"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").unlink()
     raw["special_tokens"] = [{"rank": 11, "token_str": "<pad>"}]
     write_json(tmp_path / "tekken.json", raw)
     with pytest.raises(MinisaError, match="the added token '<pad>' has the id 10, and 11 in the vocabulary"):

@@ -12,7 +12,7 @@ import pytest
 import bench
 import chat
 from minisa import SharingPlan, cli, console
-from minisa.registry import DEFAULT_MODEL, find, registry
+from minisa.registry import DEFAULT_MODEL, ModelEntry, find, registry
 from tests.commands import Ran
 from tests.loadable import N_TOKENS, loadable_gguf
 from tests.tiny import tiny_config
@@ -66,6 +66,19 @@ def test_pull_fetches_what_is_not_here(
     monkeypatch.setattr(cli, "local_path", lambda entry: tmp_path / "here.gguf")
     ran = run_cli("pull", DEFAULT_MODEL)
     assert (ran.err, len(fetched)) == (f"{DEFAULT_MODEL} is there already: {tmp_path / 'here.gguf'}\n", 1)
+
+
+def test_a_pull_that_waits_for_another_says_so(
+    run_cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waiting(entry: ModelEntry, progress: Callable[..., None]) -> Path:
+        for _ in range(3):
+            progress("waiting for another process that is fetching it", 0, None)
+        return tmp_path
+
+    monkeypatch.setenv("MINISA_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(console, "pull", waiting)
+    assert run_cli("pull", DEFAULT_MODEL).err.count("waiting for another process that is fetching it\n") == 1
 
 
 @pytest.mark.real_model

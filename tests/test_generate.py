@@ -270,7 +270,7 @@ def test_stats_count_what_happened() -> None:
         ({"role": "user", "content": "a"}, {}, "the prompt: expected token ids"),
         (b"abc", {}, "the prompt: expected token ids, found b'abc'"),
         ({"a", "b"}, {}, "the prompt: expected token ids"),
-        ({1, 2}, {}, "the prompt: expected token ids in their order"),
+        ({1, 2}, {}, "the prompt: expected token ids, found {1, 2}"),
         ("a", {"stop": None}, "stop is None: expected a string"),
         ("a", {"stop": [5]}, r"stop is \(5,\): expected a string"),
         ("a", {"stop_ids": 5}, "stop_ids: expected token ids, found 5"),

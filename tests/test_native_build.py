@@ -108,6 +108,8 @@ def test_an_interrupt_leaves_no_model_half_packed(
     cache = StaticCache.allocate(bf16_model.config, bf16_model.plan, max_seq_len=32)
     monkeypatch.setattr("minisa.runners.open_library", lambda wait: None)
     llm = byte_llm(bf16_model, cache)
+    list(llm.generate("a", max_new_tokens=2))
+    assert llm._held != []
     monkeypatch.setattr("minisa.runners.open_library", lambda wait: library)
     packing = []
 
@@ -121,6 +123,7 @@ def test_an_interrupt_leaves_no_model_half_packed(
     with pytest.raises(KeyboardInterrupt):
         next(llm.generate("a"))
     assert llm.runner.name == "C++ step"
+    assert llm._held == []
     assert llm.logits([1, 2]).isfinite().all()
 
 
@@ -192,10 +195,9 @@ def test_the_compiler_may_be_several_words(
     fake_compiler(COPY.format(library._name))
     monkeypatch.setenv("CXX", f"env {nothing_built / 'compiler'}")
     assert open_library(wait=True) is not None
-    for words in ("env g++", ""):
-        monkeypatch.setenv("CXX", words)
-        assert compiler_works()
-        assert shutil.which(build._compiler()[0])
+    assert not compiler_works()  # torch.compile's, which takes it for one word
+    monkeypatch.setenv("CXX", "")
+    assert build._compiler() == ("g++",)
 
 
 def test_a_relative_cache_folder_is_none(nothing_built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

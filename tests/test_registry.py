@@ -195,7 +195,7 @@ def test_without_a_checkout_weights_land_in_the_users_cache(tmp_path: Path, monk
         assert weights_dir() == Path("/home/someone/.cache/minisa")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
-    with pytest.raises(MinisaError, match=r"no home folder for ~/\.cache: set HOME, or MINISA_WEIGHTS"):
+    with pytest.raises(MinisaError, match=r"no home folder for ~/\.cache: set HOME, or name a folder"):
         weights_dir()
 
 

@@ -109,6 +109,9 @@ def test_a_gguf_file_without_scores(sentencepiece_file: Path, tmp_path: Path) ->
         load_tokenizer(file)
 
 
+PIECES: dict[str, int] = sentencepiece_json(sentencepiece_model())["model"]["vocab"]
+
+
 class TestTokenizerJSON:
     """What fine-tuners save where they leave out the tokenizer.model."""
 
@@ -153,10 +156,13 @@ class TestTokenizerJSON:
             {"id": 330, "content": "<|im_end|>", "special": True},
             {"id": 331, "content": "<think>", "special": False},
         ]
-        tokenizer = self.load(tmp_path, added_tokens=[*raw["added_tokens"], *new])
+        added = [*raw["added_tokens"], *new]
+        tokenizer = self.load(tmp_path, added_tokens=added)
         assert tokenizer.vocab_size == 332
         assert tokenizer.eos_ids == {2, 330}
         assert tokenizer.decode([331, *tokenizer.encode("hello", mid_text=True), 330]) == "<think>hello"
+        inside = self.load(tmp_path, added_tokens=added, vocab=PIECES | {"<think>": 331, "<|im_end|>": 330})
+        assert (inside.special, inside.decode([331, 330])) == (tokenizer.special, "<think>")
 
     @pytest.mark.parametrize(
         ("changes", "says"),
@@ -167,7 +173,20 @@ class TestTokenizerJSON:
             ({"normalizer": None}, "expected spaces to become ▁, and nothing else"),
             ({"pre_tokenizer": METASPACE}, "and its pre_tokenizer {'type': 'Metaspace'"),
             ({"normalizer": None, "pre_tokenizer": METASPACE | {"split": True}}, "expected spaces to become ▁"),
-            ({"decoder": {"type": "ByteLevel"}}, "its decoder is None: expected Replace + ByteFallback + Fuse"),
+            ({"normalizer": {"type": "NFKC"}, "pre_tokenizer": METASPACE}, "its normalizer is {'type': 'NFKC'}"),
+            ({"decoder": {"type": "ByteLevel"}}, "its decoder is {'type': 'ByteLevel'}: expected Replace ▁"),
+            (
+                {"decoder": {"decoders": [{"type": kind} for kind in ("Replace", "ByteFallback", "Fuse")]}},
+                "its decoder",
+            ),
+            ({"merges": [["<0xE6>", "<0x97>"]], "vocab": PIECES | {"<0xE6><0x97>": len(PIECES)}}, "joins no bytes"),
+            (
+                {"vocab": PIECES | {"日本": len(PIECES)}},
+                "no merge makes the token '日本', which sentencepiece would join",
+            ),
+            ({"vocab": PIECES | {"日" * 300: len(PIECES)}}, "a piece of more than 256 characters"),
+            ({"added_tokens": [{"id": n, "content": "<x>", "special": True} for n in (330, 331)]}, "stands twice"),
+            ({"added_tokens": [{"id": 330, "content": name, "special": True} for name in "<>"]}, "have the same id"),
             ({"unk_token": "<what>"}, "its vocabulary lacks '<what>'"),
             ({"merges": [["t", "h"], ["x", "yz"]]}, "damaged"),
             ({"added_tokens": [{"id": 400, "content": "<x>", "special": True}]}, "the added tokens' ids leave gaps"),

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from minisa import LLM, cli, load
 from minisa.errors import MinisaError
+from minisa.sharing import SharingPlan
 from minisa.study import eval_command, evaluate
 from minisa.study.evaluation_report import plot
 from minisa.study.tasks import TASKS, read_questions, read_rows
 from minisa.study.variants import Models, parse_variants
 from tests.commands import Ran
+from tests.engines import llm_of
 from tests.loadable import VOCABULARY, loadable_gguf, loadable_hf
+from tests.models import SIX_LAYERS
 from tests.study_models import STUDY_CONFIG
 from tests.study_rows import GSM8K, LAMBADA, PIQA, ROWS, some_text, write_rows
 from tests.tiny import random_weights, tiny_config, write_gguf
@@ -303,3 +308,24 @@ class TestTheCommand:
         monkeypatch.setattr(eval_command, "open_model", None)
         ran = run_eval("--task", "piqa", "--data", piqa, "--plot", "r.png")
         assert ran.status == 2 and "needs matplotlib" in ran.err
+
+
+def test_one_model_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[weakref.ref[LLM]] = []
+    alive = []
+
+    def load_one(sa: str | None) -> LLM:
+        alive.append(sum(reference() is not None for reference in opened))
+        llm = llm_of(SharingPlan.none(SIX_LAYERS.n_layers))
+        opened.append(weakref.ref(llm))
+        return llm
+
+    class OneItem:
+        def __len__(self) -> int:
+            return 1
+
+    results = SimpleNamespace(variant=lambda *_: {}, add=print)
+    monkeypatch.setattr(eval_command, "_answer", lambda llm, *_: llm.logits([1]))
+    variants = parse_variants(["2", "3"], [], SIX_LAYERS, None)
+    eval_command.answer_all(Models(load_one), variants, OneItem(), results)  # type: ignore[arg-type]
+    assert alive == [0, 0, 0]

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,12 @@ from minisa.decode import TorchRunner, prefill_chunks
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.rope import apply_rope
-from minisa.sharing import SharingPlan
+from minisa.sharing import Delta, SharingPlan
 from minisa.study import cheapest as cheapest_module
 from minisa.study.cheapest import KEPT, Step, cheapest, extensions
 from minisa.study.loss import token_losses
 from minisa.study.rivals import Rival, altered, round_to_int8, slot_bytes
-from minisa.study.variants import parse_variants
+from minisa.study.variants import Variant, parse_variants, plan_of
 from tests.commands import Ran
 from tests.loadable import N_TOKENS, loadable_gguf
 from tests.models import N_LAYERS, PLANS, SIX_LAYERS, build_model, in_one_go, random_tokens
@@ -202,6 +203,20 @@ def test_a_variant_s_identity_changes_with_what_it_is(tmp_path: Path) -> None:
         SharingPlan.following(N_LAYERS, {2: 1}, {2: heads}).save(file)
         found.append(parse_variants([str(file)], [], SIX_LAYERS, None)[1].identity)
     assert found[0] != found[1]
+
+
+def test_a_variant_s_identity_is_not_where_its_files_lie() -> None:
+    def identity(path: str, sha256: str) -> str:
+        plan = replace(SharingPlan.following(N_LAYERS, {2: 1}), delta=Delta(Path(path), sha256))
+        return Variant("sa", "sa", plan, Rival()).identity
+
+    assert identity("/a/p.delta", "0" * 64) == identity("/b/p.delta", "0" * 64) != identity("/a/p.delta", "1" * 64)
+
+
+def test_a_plan_s_path_may_hold_a_plus() -> None:
+    assert plan_of("sa:a+b.json+kv-int8") == ("a+b.json", "kv-int8")
+    assert plan_of("sa:a+b.json") == ("a+b.json", "")
+    assert plan_of("sa:2:3+kv-int8") == ("2:3", "kv-int8")
 
 
 class TestCheapest:

@@ -116,4 +116,5 @@ def test_every_second_window_says_its_first_half_twice() -> None:
     tokens = torch.arange(21).view(3, 7)
     kept = tokens.clone()
     assert echoing(tokens).tolist() == [[*range(7)], [7, 8, 9, 7, 8, 9, 13], [*range(14, 21)]]
+    assert echoing(tokens, 1)[1].tolist() == [7, 8, 9, 10, 8, 9, 10]
     assert torch.equal(tokens, kept)

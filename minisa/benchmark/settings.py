@@ -79,11 +79,15 @@ class Settings:
         else:
             path, entry = resolve(model)
             name, config = path.name, open_checkpoint(path).config
-        limit = config.longest_seq_len
-        if new_tokens > limit:
-            raise MinisaError(f"--new-tokens {new_tokens}: the model's context has room for {limit}; take fewer")
-        contexts = _lengths("--contexts", contexts, CONTEXTS, limit - new_tokens)
-        prompt_lengths = _lengths("--prompt-lengths", prompt_lengths, PROMPT_LENGTHS, limit)
+        limit = config.longest_seq_len  # of what is asked for
+
+        def room(asked: Sequence[int] | None) -> int:
+            return config.max_seq_len if asked is None else limit
+
+        if new_tokens > (most := room(contexts)):
+            raise MinisaError(f"--new-tokens {new_tokens}: the model's context has room for {most}; take fewer")
+        contexts = _lengths("--contexts", contexts, CONTEXTS, most - new_tokens)
+        prompt_lengths = _lengths("--prompt-lengths", prompt_lengths, PROMPT_LENGTHS, room(prompt_lengths))
         slots = max(max(contexts) + new_tokens, *prompt_lengths, GREEDY_PROMPT + GREEDY_TOKENS)
         native = dtype in ("auto", "bf16") and native_step(
             config, target, compile=compile is not False, quantized=quantize is not None

@@ -115,7 +115,9 @@ class _Way:
         self._batch = opening.batch
         self._static = static
         self._slots = opening.context
-        self._step = torch.compile(model.forward, dynamic=False) if compile else model.forward
+        # On a GPU as its own generate would: with CUDA graphs.
+        mode = "reduce-overhead" if opening.device.type == "cuda" else None
+        self._step = torch.compile(model.forward, dynamic=False, mode=mode) if compile else model.forward
         self._cache: Any = None  # allocated on first use
         self._filled = 0
 

@@ -110,7 +110,7 @@ class _Chunk:
     head_dim: int
 
     def fill(self) -> int:
-        """Read the rows and put them in their places, in one thread; how many weights that was."""
+        """Read the rows and put them in their places; how many weights that was."""
         with one_torch_thread():
             parts = self.read(self.start, self.start + len(self.places[0]))
             for place, rows in zip(self.places, parts, strict=True):

@@ -37,8 +37,8 @@ def open_library(*, wait: bool) -> ctypes.CDLL | None:
 
 
 def compiler_works() -> bool:
-    """Whether this machine can compile C++ at all, which torch.compile needs for a CPU too."""
-    command = [*_compiler(), "-x", "c++", "-fsyntax-only", "-"]
+    """Whether torch.compile can compile C++ for a CPU here. It takes $CXX for one word."""
+    command = [os.environ.get("CXX", "g++"), "-x", "c++", "-fsyntax-only", "-"]
     try:
         return subprocess.run(command, input=b"#include <cmath>", capture_output=True, check=False).returncode == 0
     except OSError:

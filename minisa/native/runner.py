@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
-from minisa.decode import StepByStep, joined
+from minisa.decode import RunnerBase, joined
 from minisa.device import one_torch_thread
 from minisa.model import Layer, Transformer
 from minisa.native.packing import FORMATS, LANES, PANEL, Packed, interleave, pack_bf16, pack_int4, pack_int8
@@ -61,7 +61,7 @@ def supports(config: ModelConfig) -> bool:
     return all(width % PANEL == 0 for width in widths) and config.head_dim % (2 * LANES) == 0
 
 
-class NativeRunner(StepByStep):
+class NativeRunner(RunnerBase):
     """Runs a model in the C++ step. Its matrices, bf16 or quantized, move out of `model` and into panels, one by one.
 
     The caches it is given are fp32, bf16 or fp8, on the CPU. Before each product activations are rounded to bf16, or

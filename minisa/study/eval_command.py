@@ -150,6 +150,7 @@ def answer_all(
         if pending:
             with models.opened(variant) as llm:
                 _answer(llm, variant.name, pending, evaluation, partial(results.add, variant.name))
+            del llm  # or it would stay until the next is loaded
     return {
         variant.name: {
             item: record

@@ -88,7 +88,7 @@ def search(
     else:
         calibration, _ = sample(llm, texts, length, (n_calibration,), seed)
         held_out, _ = sample(llm, [validation], length, (n_held_out,), seed)
-    held_out = echoing(held_out)
+    held_out = echoing(held_out, len(llm.tokenizer.bos_ids))
 
     def report(line: str) -> None:
         minutes = (time.monotonic() - began) / 60

@@ -56,8 +56,8 @@ def windows(llm: LLM, path: str | Path, length: int, limit: int | None = None, s
     """
     tokenizer = llm.tokenizer
     bos = tokenizer.bos_ids
-    if not len(bos) + 2 <= length <= llm.config.max_seq_len:
-        raise MinisaError(f"windows of {length} tokens: expected {len(bos) + 2} to {llm.config.max_seq_len}")
+    if not len(bos) + 2 <= length <= llm.config.longest_seq_len:
+        raise MinisaError(f"windows of {length} tokens: expected {len(bos) + 2} to {llm.config.longest_seq_len}")
     encoded = tokenizer.encode(read_text(path))
     check_ids(bos + encoded, llm.config.vocab_size, f"{path}, by the model's tokenizer,")
     ids = torch.tensor(encoded, dtype=torch.int64)
@@ -70,12 +70,12 @@ def windows(llm: LLM, path: str | Path, length: int, limit: int | None = None, s
     return torch.cat((torch.tensor(bos, dtype=torch.int64).expand(len(cut), -1), cut), dim=1)
 
 
-def echoing(windows: Tensor) -> Tensor:
-    """windows [N, T], the second half of every second one its first half again.
+def echoing(windows: Tensor, n_bos: int = 0) -> Tensor:
+    """windows [N, T], behind their n_bos BOS tokens the second half of every second one its first half again.
 
     Text in one style asks little of the heads that copy from the context; plans chosen by it alone may cut them off.
     """
-    half = windows.shape[1] // 2
+    half = (windows.shape[1] - n_bos) // 2
     echoes = windows.clone()
-    echoes[1::2, half : 2 * half] = windows[1::2, :half]
+    echoes[1::2, n_bos + half : n_bos + 2 * half] = windows[1::2, n_bos : n_bos + half]
     return echoes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minisa.config import ModelConfig
 from minisa.engine import LLM
@@ -21,8 +21,8 @@ PLAIN = "plain"
 class Variant:
     """A model with a plan, a rival's changes, or neither.
 
-    name: as it was given. sa: what `minisa.load` takes for the plan. identity: the same for the same variant, also
-    when the name is a file's and the file has changed.
+    name: as it was given. sa: what `minisa.load` takes for the plan. identity: of what the variant is, wherever its
+    files lie; another one once a file that it names has changed.
     """
 
     name: str
@@ -32,8 +32,11 @@ class Variant:
 
     @property
     def identity(self) -> str:
-        rival = self.rival
-        content = (self.plan, sorted(rival.dropped), sorted(rival.borrowed.items()), rival.int8)
+        rival, delta = self.rival, self.plan.delta
+        plan = replace(self.plan, delta=None)
+        content = (plan, sorted(rival.dropped), sorted(rival.borrowed.items()), rival.int8)
+        if delta is not None:
+            content += (delta.sha256,)  # type: ignore[assignment]
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     @property
@@ -58,8 +61,13 @@ class Variant:
 
 def plan_of(rival: str) -> tuple[str | None, str]:
     """The plan that a --rival names, sa:PLAN, and what stands after its plus; None for a rival without one."""
-    sharing, _, rest = rival.partition("+")
-    return (sharing.removeprefix("sa:"), rest) if sharing.startswith("sa:") else (None, rest)
+    if not rival.startswith("sa:"):
+        return None, rival.partition("+")[2]
+    plan = rival.removeprefix("sa:")
+    if plan.endswith(".json") or "+" not in plan:  # a path may hold a plus of its own
+        return plan, ""
+    plan, _, rest = plan.rpartition("+")
+    return plan, rest
 
 
 def parse_variants(
