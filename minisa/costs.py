@@ -60,19 +60,19 @@ def step_cost(
     plan: SharingPlan,
     context: int,
     *,
-    weight_bytes: float,
+    weight_bytes: int,
     kv_itemsize: int,
     batch: int = 1,
 ) -> StepCost:
     """The cost of one decode step with `context` tokens in the cache.
 
-    weight_bytes: bytes a weight as stored (2 for bf16). Attention weights are passed on in fp32.
+    weight_bytes: of all the weights that it reads, as stored. Attention weights are passed on in fp32.
     """
     slots = batch * min(context, config.sliding_window or context)
     per_kv = config.n_kv_heads * config.head_dim * slots
     leaders, followers = len(plan.leaders), len(plan.followers)
     return StepCost(
-        weights=round(weights_per_token(config, plan) * weight_bytes),
+        weights=weight_bytes,
         keys=leaders * per_kv * kv_itemsize,
         values=plan.n_layers * per_kv * kv_itemsize,
         shared_rows=followers * config.n_heads * slots * SHARED_ITEMSIZE,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minisa.errors import MinisaError
 
 BLOCK = 32
+INT8_BYTES = 1 + 2 / BLOCK  # of a weight and its share of a scale; embeddings and heads are int8, whatever the rest is
 QUANTIZATIONS = ("int8", "int4")
 Format = Literal["int8", "int4"]
 

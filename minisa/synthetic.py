@@ -44,14 +44,14 @@ def random_llm(
     """
     with torch.device("meta"):
         transformer = Transformer(config, plan, backend or fastest_backend(torch.device(device)))
-    blocks = check_quantization(quantize)
-    load_weights(transformer, random_checkpoint(config, seed), device=device, dtype=dtype, quantize=blocks)
+    weight_format = check_quantization(quantize)
+    load_weights(transformer, random_checkpoint(config, seed), device=device, dtype=dtype, quantize=weight_format)
     transformer.to(device)  # the buffers
     cache = StaticCache.allocate(
         config, plan, batch=max_batch, max_seq_len=max_seq_len, device=device, dtype=kv_dtype or dtype
     )
     tokenizer: Any = _NoTokenizer()
-    return LLM(transformer, tokenizer, lambda: DIALOGS["raw"], cache, quantized=blocks, **options)
+    return LLM(transformer, tokenizer, lambda: DIALOGS["raw"], cache, quantized=weight_format, **options)
 
 
 def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:

@@ -6,13 +6,16 @@ import os
 import signal
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minisa import measure
-from minisa.benchmark.contender import Minisa, Opening
+from minisa.benchmark.contender import Facts, Minisa, Opening
 from minisa.benchmark.gguf_writer import own_gguf, write_gguf
+from minisa.benchmark.report import decode_cost
+from minisa.benchmark.run import Measured
 from minisa.benchmark.worker import Worker
 from minisa.checkpoint import load_weights, open_checkpoint, read_gguf
 from minisa.config import ModelConfig
@@ -108,6 +111,17 @@ class TestRandomModel:
         assert (whole.weight_format, small.weight_format) == ("fp32", "int8")
         assert small.runner.weight_bytes < 0.3 * whole.runner.weight_bytes
         assert (small.logits([1, 2, 3]) - whole.logits([1, 2, 3])).norm() < 0.05 * whole.logits([1, 2, 3]).norm()
+
+    @pytest.mark.parametrize("tied", [True, False])
+    @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+    def test_the_weights_that_a_step_reads(self, quantize: str | None, tied: bool) -> None:
+        """All but an embedding that is not the head too."""
+        config = tiny_config(tie_embeddings=tied)
+        llm = random_llm(config, SHARED, device=CPU, dtype=torch.bfloat16, max_seq_len=32, quantize=quantize)
+        read = sum(t.nbytes for name, t in llm.model.state_dict().items() if tied or "tok_embeddings" not in name)
+        settings = SimpleNamespace(opening=opening(config, SHARED, quantize=quantize), new_tokens=1)
+        facts = Facts(llm.weight_bytes, memory_before=0, kv_itemsize=2)
+        assert decode_cost(settings, Measured("", SHARED, facts, None), 0).weights == read  # type: ignore[arg-type]
 
     def test_text_needs_a_tokenizer(self) -> None:
         llm = random_llm(tiny_config(), SHARED, device=CPU, dtype=torch.float32, max_seq_len=32)

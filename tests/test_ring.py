@@ -50,7 +50,7 @@ def test_mistral_7b_by_hand() -> None:
     assert kv_bytes(config, plan, 4096, 2) == 4096 << 17
     assert kv_bytes(config, plan, 32_768, 2) == (4096 + 64) << 17
     assert kv_bytes(PRESETS["mistral-7b-v0.2"], plan, 32_768, 2) == 32_768 << 17
-    assert step_cost(config, plan, 32_768, weight_bytes=2, kv_itemsize=2).keys == 4096 << 16
+    assert step_cost(config, plan, 32_768, weight_bytes=0, kv_itemsize=2).keys == 4096 << 16
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 32, 100])
@@ -59,7 +59,7 @@ def test_a_prompt_s_operations_are_those_of_its_tokens_one_by_one(plan: str, tok
     """But for the head, which only the last one needs."""
     for config in (WINDOWED, replace(WINDOWED, sliding_window=None)):
         steps = [
-            step_cost(config, WINDOWED_PLANS[plan], 1 + i, weight_bytes=2, kv_itemsize=2).flops for i in range(tokens)
+            step_cost(config, WINDOWED_PLANS[plan], 1 + i, weight_bytes=0, kv_itemsize=2).flops for i in range(tokens)
         ]
         heads = 2 * (tokens - 1) * config.vocab_size * config.dim
         assert prefill_flops(config, WINDOWED_PLANS[plan], tokens) == sum(steps) - heads

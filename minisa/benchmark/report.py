@@ -40,6 +40,7 @@ from minisa.benchmark.settings import GREEDY_TOKENS, Settings
 from minisa.costs import StepCost, kv_bytes, parameter_count, prefill_flops, step_cost
 from minisa.device import dtype_name
 from minisa.measure import Spread
+from minisa.quantize import INT8_BYTES
 
 VERSION = 1
 Record = dict[str, Any]
@@ -165,11 +166,15 @@ def _decode(benchmark: Benchmark, measured: Measured, context: int) -> Record:
 def decode_cost(settings: Settings, measured: Measured, context: int) -> StepCost:
     """Of one step in the middle of those that are timed at a context."""
     config, facts = settings.opening.config, measured.facts
+    read = facts.weight_bytes
+    if not config.tie_embeddings:  # of an embedding that is not the head too a step reads a row
+        whole = facts.weight_bytes / parameter_count(config, measured.plan)
+        read -= round(config.vocab_size * config.dim * (INT8_BYTES if settings.opening.quantize else whole))
     return step_cost(
         config,
         measured.plan,
         context + (settings.new_tokens + 1) // 2,
-        weight_bytes=facts.weight_bytes / parameter_count(config, measured.plan),
+        weight_bytes=read,
         kv_itemsize=facts.kv_itemsize,
         batch=settings.opening.batch,
     )
