@@ -237,7 +237,7 @@ def test_plans_are_measured_on_echoes_too(folder: Path, tmp_path: Path, monkeypa
         return made(tmp_path / name)["divergence"]
 
     with_echoes = divergence("with.json")
-    monkeypatch.setattr("minisa.study.search_command.echoing", lambda windows: windows)
+    monkeypatch.setattr("minisa.study.search_command.echoing", lambda windows, _: windows)
     assert divergence("without.json") != with_echoes
 
 

@@ -22,13 +22,11 @@ from minisa.study.walk import Walk
 
 
 @torch.inference_mode()
-def pair_errors(
-    plain: Transformer, windows: Tensor, reach: int | None = None, progress: Callable[[int, int], None] | None = None
-) -> Tensor:
+def pair_errors(plain: Transformer, windows: Tensor, progress: Callable[[int, int], None] | None = None) -> Tensor:
     """error[l, f, j, h] summed over windows [N, T], as a share of what layer f's attention adds: fp64 [L, L, H, H].
 
-    The share is of Σ‖attention output‖² of the whole layer. Infinite where l does not come before f, or lies more
-    than `reach` layers before it. plain: a model without followers. progress: called with (layers done, in all).
+    The share is of Σ‖attention output‖² of the whole layer. Infinite where l does not come before f.
+    plain: a model without followers. progress: called with (layers done, in all).
     """
     n_layers, n_heads = plain.config.n_layers, plain.config.n_heads
     errors = torch.zeros(n_layers, n_layers, n_heads, n_heads, dtype=torch.float64)
@@ -43,7 +41,7 @@ def pair_errors(
             values = walk.values(f, x)[0]
             roots = output_roots(plain, f)
             own = _own(weights[f], values) @ roots  # [H, T, D]
-            for leader in range(max(0, f - reach) if reach else 0, f):
+            for leader in range(f):
                 errors[leader, f] += _errors(weights[leader], values, roots, own)
             mixed = walk.mixed(f, x, queries)
             after = walk.add_attention(f, x, mixed)
@@ -51,9 +49,7 @@ def pair_errors(
             x = walk.add_feed_forward(f, after)
             if progress:
                 progress(number * n_layers + f + 1, len(windows) * n_layers)
-    layers = torch.arange(n_layers)
-    distance = layers[None, :] - layers[:, None]  # f - l
-    possible = (distance > 0) & (distance <= (reach or n_layers))
+    possible = torch.ones(n_layers, n_layers, dtype=torch.bool).triu(1)  # l before f
     return torch.where(possible[:, :, None, None], errors / scale[None, :, None, None], torch.inf)
 
 

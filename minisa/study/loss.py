@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,19 +14,15 @@ ROWS = 512  # positions whose logits are held at once: 100 MB for a vocabulary o
 
 
 @torch.inference_mode()
-def token_losses(
-    model: Transformer, windows: Tensor, batch: int = 4, progress: Callable[[int, int], None] | None = None
-) -> Tensor:
+def token_losses(model: Transformer, windows: Tensor, batch: int = 4) -> Tensor:
     """-log p(token | the window before it), in nats: fp32 [N, length - 1] on the CPU, for windows [N, length].
 
-    batch: windows run together. progress: called with (windows done, windows in all).
+    batch: windows run together.
     """
     losses = []
     for part in windows.split(batch):
         hidden = final_hidden(model, part)
         losses.append(losses_of(model, hidden, part).cpu())
-        if progress:
-            progress(sum(map(len, losses)), len(windows))
     return torch.cat(losses)
 
 

@@ -47,11 +47,11 @@ def sample(llm: LLM, paths: Sequence[str | Path], length: int, counts: Sequence[
     return [pool[drawn] for drawn in order.split([*counts, len(pool) - sum(counts)])]
 
 
-def windows(llm: LLM, path: str | Path, length: int, limit: int | None = None, skip: int = 0) -> Tensor:
+def windows(llm: LLM, path: str | Path, length: int, limit: int | None = None) -> Tensor:
     """A text's tokens, cut one after the other into windows: int64 [N, length], on the CPU.
 
-    limit: at most so many windows. skip: windows passed over first. What is left at the end is dropped. Where the
-    model's maker begins a text with BOS every window does, and holds one token of text less.
+    limit: at most so many windows. What is left at the end is dropped. Where the model's maker begins a text with BOS
+    every window does, and holds one token of text less.
     Raises MinisaError where the text is too short for a single window, or has tokens that the model has not.
     """
     tokenizer = llm.tokenizer
@@ -62,11 +62,9 @@ def windows(llm: LLM, path: str | Path, length: int, limit: int | None = None, s
     check_ids(bos + encoded, llm.config.vocab_size, f"{path}, by the model's tokenizer,")
     ids = torch.tensor(encoded, dtype=torch.int64)
     step = length - len(bos)
-    cut = ids[: len(ids) // step * step].view(-1, step)[skip:][:limit]
+    cut = ids[: len(ids) // step * step].view(-1, step)[:limit]
     if not len(cut):
-        raise MinisaError(
-            f"{path}: {len(ids)} tokens give no window of {length} after the first {skip}: take a longer text"
-        )
+        raise MinisaError(f"{path}: {len(ids)} tokens give no window of {length}: take a longer text")
     return torch.cat((torch.tensor(bos, dtype=torch.int64).expand(len(cut), -1), cut), dim=1)
 
 
