@@ -7,7 +7,7 @@ Opening reads no weight, but for a head that should be the embedding. Loading re
 at a time.
 """
 
-from minisa.checkpoint.delta import with_delta, write_delta
+from minisa.checkpoint.delta import as_stored, with_delta, write_delta
 from minisa.checkpoint.files import StoredTensor
 from minisa.checkpoint.gguf import GGUFFile, read_gguf
 from minisa.checkpoint.layouts import Checkpoint, open_checkpoint
@@ -17,6 +17,7 @@ __all__ = [
     "Checkpoint",
     "GGUFFile",
     "StoredTensor",
+    "as_stored",
     "load_weights",
     "open_checkpoint",
     "read_gguf",

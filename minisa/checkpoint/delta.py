@@ -21,6 +21,8 @@ from minisa.errors import MinisaError
 from minisa.sharing import Delta
 from minisa.untrusted import sha256_of
 
+STORED = torch.bfloat16
+
 
 def with_delta(checkpoint: Checkpoint, delta: Delta) -> Checkpoint:
     """The checkpoint with the delta's tensors in the place of its own.
@@ -72,7 +74,12 @@ class _Interleaved:
         return rows.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def write_delta(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Delta:
+def as_stored(tensors: Mapping[str, Tensor], dtype: torch.dtype = STORED) -> dict[str, Tensor]:
+    """The tensors with the numbers that write_delta would keep of them."""
+    return {name: tensor.to(dtype).to(tensor.dtype) for name, tensor in tensors.items()}
+
+
+def write_delta(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = STORED) -> Delta:
     """Write the tensors in dtype; what a plan then points to."""
     write_safetensors(path, {name: tensor.to(dtype) for name, tensor in tensors.items()})
     return Delta(path.resolve(), sha256_of(path))

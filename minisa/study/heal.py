@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from minisa.checkpoint import as_stored
 from minisa.interrupts import uninterrupted
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
@@ -98,7 +99,7 @@ def heal(
 
     def check() -> None:
         now = {name: parameter.detach() for name, parameter in parameters.items()}
-        divergence = judge.divergence(plan, {**fixed, **now})
+        divergence = judge.divergence(plan, {**fixed, **(as_stored(now) if training.step else now)})
         with uninterrupted():
             training.history.append((training.step, divergence))
             if divergence < training.best:

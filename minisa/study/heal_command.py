@@ -118,6 +118,6 @@ def heal(
     }
     save_plan(plan, Path(out), provenance(model, texts, **figures), {**weights, **training.best_weights})
     click.echo(
-        f"divergence on {held_out.numel():,} held-out tokens: {before:.4f} nats a token before, "
+        f"divergence after every second of {held_out.numel():,} held-out tokens: {before:.4f} nats a token before, "
         f"{training.best:.4f} after {training.step} steps\n{out}: {plan}"
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from minisa.checkpoint import as_stored
 from minisa.console import DEVICE, MODEL, fetch_default, keep_apart, open_model
 from minisa.study.judge import Judge
 from minisa.study.options import LENGTH, PLAN, SEED, TEXTS, plan_file
@@ -65,7 +66,7 @@ def refit(
         progress=lambda done, _: bar.update(done),
     )
     bar.close()
-    before, after = judge.divergence(plan, weights), judge.divergence(plan, found)
+    before, after = judge.divergence(plan, weights), judge.divergence(plan, as_stored(found))
     figures = {
         "length": length,
         "seed": seed,
@@ -78,7 +79,8 @@ def refit(
     save_plan(plan, Path(out), provenance(model, texts, **figures), found)
     click.echo(table(corrections))
     click.echo(
-        f"divergence on {held_out.numel():,} held-out tokens: {before:.4f} nats a token before, {after:.4f} after\n"
+        f"divergence after every second of {held_out.numel():,} held-out tokens: {before:.4f} nats a token before, "
+        f"{after:.4f} after\n"
         f"{out}: {plan}, {len(found)} matrices of its own"
     )
 
