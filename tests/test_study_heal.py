@@ -220,7 +220,18 @@ def made(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("command", ["refit", "heal"])
-def test_the_plan_and_its_weights_load(command: str, folder: Path, tmp_path: Path) -> None:
+def test_the_plan_and_its_weights_load(
+    command: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judges: list[Judge] = []
+
+    class Recorded(Judge):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            judges.append(self)
+
+    monkeypatch.setattr("minisa.study.refit_command.Judge", Recorded)
+    monkeypatch.setattr("minisa.study.heal.Judge", Recorded)
     out = tmp_path / "better.json"
     changes: dict[str, Any] = {} if command == "refit" else {"steps": 40, "rate": 3e-3}
     ran = invoke(command, folder, out=out, **changes)
@@ -238,6 +249,7 @@ def test_the_plan_and_its_weights_load(command: str, folder: Path, tmp_path: Pat
     assert plain.weight_bytes > after.weight_bytes == before.weight_bytes
     plan, weights = read_plan(str(folder), str(out))  # as what comes next takes it
     assert plan.sources == before.plan.sources and set(weights) == set(tensors)
+    assert judges[-1].divergence(plan, weights) == pytest.approx(record["divergence"], abs=6e-6)  # what the file holds
 
 
 def test_the_weights_take_no_other_file_s_place(folder: Path, tmp_path: Path) -> None:
