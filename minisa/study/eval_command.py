@@ -81,7 +81,8 @@ def evaluate(
 ) -> None:
     """Compare plans of attention sharing, and what else saves KV bytes, with the plain model on one task.
 
-    Every variant answers the same items; differences from plain are paired, with standard errors.
+    Every variant answers the same items; differences from plain are paired, with standard errors. PyTorch computes
+    here, so --quantize rounds the weights alone, and not what they are multiplied with, as the C++ step does.
     """
     items_file = None if json_file is None else Path(json_file).with_suffix(".items.jsonl")
     written = {"--json": json_file, "the items of --json": items_file, "--plot": plot_file}
