@@ -151,7 +151,7 @@ def test_a_row_whose_logits_are_no_numbers_ends_alone(engine: str, way: str, mon
     batch.add("bad!", **options)
     good = batch.add("good", **options)
     chunks = [next(batch), next(batch)]
-    with pytest.raises(MinisaError, match=r"row 0: its logits are no numbers.*too large for fp32"):
+    with pytest.raises(MinisaError, match="row 0: its logits are no numbers: the weights are damaged"):
         next(batch)
     chunks.append(next(batch))
     third = batch.add("next", **options)

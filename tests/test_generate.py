@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from minisa.cache import StaticCache
 from minisa.decode import TorchRunner
 from minisa.dialog import Dialog, Message
 from minisa.engine import load
 from minisa.errors import MinisaError
 from minisa.row import StopStrings
-from tests.engines import PROMPTS, llm_of, text_of, tokens_of
+from tests.engines import PROMPTS, byte_llm, llm_of, text_of, tokens_of
 from tests.loadable import chat_model
 from tests.models import PLANS, SIX_LAYERS, build_model
 
@@ -324,6 +325,17 @@ def test_numbers_that_overflow_are_said(options: dict[str, Any]) -> None:
     llm.model.norm.weight.fill_(3e38)
     with pytest.raises(MinisaError, match=r"are no numbers: the weights are damaged: fetch the model again$"):
         next(llm.generate("abcabcabc", **options))
+
+
+def test_numbers_that_overflow_may_fit_fp32() -> None:
+    model = build_model(SIX_LAYERS, PLANS["none"])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    llm = byte_llm(model, StaticCache.allocate(SIX_LAYERS, PLANS["none"], max_seq_len=32, dtype=torch.bfloat16))
+    llm.runner = TorchRunner(model)
+    model.norm.weight.fill_(3e38)
+    with pytest.raises(MinisaError, match=r"or too large for bf16: fetch the model again, or take dtype fp32$"):
+        next(llm.generate("abc"))
 
 
 def compare_compiled_with_eager() -> None:
