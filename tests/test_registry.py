@@ -266,12 +266,14 @@ def test_what_looks_like_a_path_is_one(weights: Path, tmp_path: Path, monkeypatc
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine.gguf").touch()
+    (tmp_path / "sha256-0123").touch()
     for model, path in (
         ("./mine", Path("mine")),
         ("mine", Path("mine")),
         ("~/mine", tmp_path / "mine"),
         (str(tmp_path / "mine"), tmp_path / "mine"),
         ("mine.gguf", Path("mine.gguf")),
+        ("sha256-0123", Path("sha256-0123")),  # a GGUF file in a store of blobs
     ):
         assert resolve(model) == (path, None)
     for missing in ("./smollm2-135m", "other.gguf", "/no/such/folder", "~/nothing", "x/" * 3000, "./a\0b"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -224,11 +224,16 @@ def test_the_plan_and_its_weights_load(
     command: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judges: list[Judge] = []
+    judged: list[dict[str, torch.Tensor]] = []
 
     class Recorded(Judge):
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
             judges.append(self)
+
+        def divergence(self, plan: SharingPlan, weights: Mapping[str, torch.Tensor] | None = None) -> float:
+            judged.append(dict(weights or {}))
+            return super().divergence(plan, weights)
 
     monkeypatch.setattr("minisa.study.refit_command.Judge", Recorded)
     monkeypatch.setattr("minisa.study.heal.Judge", Recorded)
@@ -236,6 +241,7 @@ def test_the_plan_and_its_weights_load(
     changes: dict[str, Any] = {} if command == "refit" else {"steps": 40, "rate": 3e-3}
     ran = invoke(command, folder, out=out, **changes)
     assert ran.exit_code == 0, (ran.output, ran.exception)
+    assert judged[-1] and all(torch.equal(weight, weight.bfloat16().float()) for weight in judged[-1].values())
     record = made(out)
     assert record["divergence"] < record["divergence_before"]
     tensors = read_safetensors(tmp_path / "better.delta.safetensors")

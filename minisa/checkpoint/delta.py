@@ -74,9 +74,9 @@ class _Interleaved:
         return rows.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def as_stored(tensors: Mapping[str, Tensor], dtype: torch.dtype = STORED) -> dict[str, Tensor]:
-    """The tensors with the numbers that write_delta would keep of them."""
-    return {name: tensor.to(dtype).to(tensor.dtype) for name, tensor in tensors.items()}
+def as_stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the numbers that write_delta keeps of them unless told otherwise."""
+    return {name: tensor.to(STORED).to(tensor.dtype) for name, tensor in tensors.items()}
 
 
 def write_delta(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = STORED) -> Delta:
