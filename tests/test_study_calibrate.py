@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from minisa.study.calibrate import attention_weights, best_map, pair_errors
-from minisa.study.head_maps import Outputs, descend, remap
+from minisa.study.head_maps import compare_maps, descend, remap
 from minisa.study.judge import Judge, first_difference
 from minisa.study.loss import final_hidden
 from minisa.study.walk import Walk, share
@@ -146,10 +146,10 @@ def test_head_maps_leave_the_least_of_all_maps() -> None:
         features = torch.cat([blocks[j, h] for h, j in enumerate(heads)], -1)
         return (goal - features @ wo.T).square().sum().item() / goal.square().sum().item()
 
-    outputs = Outputs(walk, 3, [(x, wanted, queries)])
+    compared = compare_maps(walk, 3, [(x, wanted, queries)])
     for heads in ((0, 1, 2, 3), (2, 2, 0, 3)):
-        assert outputs.left()(list(heads)) == pytest.approx(left(heads), rel=1e-3)
-    found, lowest = descend(outputs.left(), (0, 1, 2, 3))
+        assert compared(list(heads)) == pytest.approx(left(heads), rel=1e-3)
+    found, lowest = descend(compared, (0, 1, 2, 3))
     assert lowest == pytest.approx(left(found), rel=1e-3)
     assert lowest <= min(left(heads) for heads in product(range(4), repeat=4)) + 0.02
 

@@ -39,8 +39,7 @@ def remap(plain: Transformer, plan: SharingPlan, windows: Tensor, batch: int = 2
         used = [ours.lead_or_follow(i, x, span) for (_, x), span in zip(pairs, spans, strict=True)]
         if i in plan.followers:
             parts = ((x, wanted, queries) for (wanted, x), queries in zip(pairs, used, strict=True))
-            left = Outputs(ours, i, parts).left()
-            maps[i], _ = descend(left, plan.head_maps[i] or tuple(range(plain.config.n_heads)))
+            maps[i], _ = descend(compare_maps(ours, i, parts), plan.head_maps[i] or tuple(range(plain.config.n_heads)))
             set_head_map(ours.model, i, maps[i])
         pairs = [
             (
@@ -52,60 +51,47 @@ def remap(plain: Transformer, plan: SharingPlan, windows: Tensor, batch: int = 2
     return SharingPlan.following(plan.n_layers, {i: plan.sources[i] for i in maps}, maps)
 
 
-class Outputs:
-    """Inner products, over some text, of what every leader head gives on every value head of follower i.
+@torch.inference_mode()
+def compare_maps(walk: Walk, i: int, parts: Iterable[tuple[Tensor, Tensor, Queries]]) -> Left:
+    """Maps of follower i compared over some text: ‖what is wanted - what a map gives‖² as a share of ‖what is wanted‖².
 
     parts: (x before the layer [N, T, dim], the wanted stream after its attention half, the leader's queries). Tokens
-    count as in refit.py.
+    count as in refit.py. Holds what every leader head gives on every value head for a window, [H, T, Hkv, D].
     """
+    config = walk.model.config
+    n, size = config.n_heads, config.head_dim
+    wo = walk.model.get_parameter(f"layers.{i}.attention.wo.weight").detach().float()
+    slices = wo.unflatten(1, (n, size)).transpose(0, 1)  # W [H, dim, D]
+    # Of what leader head j gives as head h: with what k gives as g [h, j, g, k], and with what is wanted [h, j].
+    inner = torch.zeros(n, n, n, n, dtype=torch.float64)
+    along = torch.zeros(n, n, dtype=torch.float64)
+    square = 0.0
+    for x, wanted, queries in parts:
+        values = walk.values(i, x).float()
+        for row in range(len(x)):
+            one = Queries(queries.q[row : row + 1], queries.k[row : row + 1], queries.mask)
+            weights, packed = attention_weights(one)[0], values[row].transpose(0, 1).flatten(1)  # [T, Hkv·D]
+            share = 1 / wanted[row].float().norm(dim=-1, keepdim=True)
+            given = ((weights @ packed) * share).unflatten(-1, (-1, size))  # [j, T, Hkv, D]
+            goal = (wanted[row] - x[row]).float() * share
+            square += goal.square().sum().item()
+            for h in range(n):
+                mine = given[:, :, h // config.group_size]  # [j, T, D]
+                along[h] += (mine * (goal @ slices[h])).sum((1, 2)).cpu()
+                for g in range(h, n):
+                    # ⟨W_h a, W_g b⟩ = ⟨W_gᵀ W_h a, b⟩
+                    turned = mine @ (slices[h].T @ slices[g])
+                    inner[h, :, g] += (turned.flatten(1) @ given[:, :, g // config.group_size].flatten(1).T).cpu()
+    for h in range(n):
+        for g in range(h):
+            inner[h, :, g] = inner[g, :, h].T
 
-    def __init__(self, walk: Walk, i: int, parts: Iterable[tuple[Tensor, Tensor, Queries]]) -> None:
-        self.config = walk.model.config
-        self.wo = walk.model.get_parameter(f"layers.{i}.attention.wo.weight").detach().double()
-        gram: Tensor | None = None
-        cross: Tensor | None = None
-        self.square = 0.0
-        for x, wanted, queries in parts:
-            values = walk.values(i, x)
-            for row in range(len(x)):
-                one = Queries(queries.q[row : row + 1], queries.k[row : row + 1], queries.mask)
-                packed = values[row].float().transpose(0, 1).flatten(1)  # [T, Hkv·D]
-                outputs = (attention_weights(one)[0] @ packed).transpose(0, 1).flatten(1)  # [T, H·Hkv·D]
-                share = 1 / wanted[row].float().norm(dim=-1, keepdim=True)
-                f, r = outputs * share, (wanted[row] - x[row]).float() * share
-                gram = (f.T @ f) + (0 if gram is None else gram)
-                cross = (f.T @ r) + (0 if cross is None else cross)
-                self.square += r.square().sum().item()
-        assert gram is not None and cross is not None  # there is text
-        self.gram, self.cross = gram.double(), cross.double()
+    def left(heads: list[int]) -> float:
+        h, j = torch.arange(n), torch.tensor(heads)
+        together = inner[h, j][:, h, j].sum()
+        return 1 + (together - 2 * along[h, j].sum()).item() / square
 
-    def left(self) -> Left:
-        """Maps compared: ‖what is wanted - what a map gives‖² as a share of ‖what is wanted‖²."""
-        n, size = self.config.n_heads, self.config.head_dim
-        slices = self.wo.unflatten(1, (n, size)).transpose(0, 1)  # [H, dim, D]
-        products = torch.einsum("gad,hae->ghde", slices, slices)  # W_gᵀ W_h
-        rows = torch.stack([self._rows(j, h) for h in range(n) for j in range(n)])  # [H·H, D], h first
-        inner = torch.empty(n, n, n, n, dtype=torch.float64)  # of what j gives as head h and k as head g: [h, j, g, k]
-        along = torch.empty(n, n, dtype=torch.float64)  # with what is wanted: [h, j]
-        for h in range(n):
-            for j in range(n):
-                mine = rows[h * n + j]
-                along[h, j] = (self.cross[mine] * slices[h].T).sum()
-                for g in range(n):
-                    blocks = self.gram[mine][:, rows[g * n : (g + 1) * n].flatten()].unflatten(1, (n, size))
-                    inner[h, j, g] = torch.einsum("dke,de->k", blocks, products[h, g]).cpu()
-
-        def left(heads: list[int]) -> float:
-            h, j = torch.arange(n), torch.tensor(heads)
-            together = inner[h, j][:, h, j].sum()
-            return 1 + (together - 2 * along[h, j].sum()).item() / self.square
-
-        return left
-
-    def _rows(self, j: int, h: int) -> Tensor:
-        """Where leader head j's output on follower head h's value head stands."""
-        size, n_kv = self.config.head_dim, self.config.n_kv_heads
-        return (j * n_kv + h // self.config.group_size) * size + torch.arange(size, device=self.gram.device)
+    return left
 
 
 def descend(left: Left, start: Heads) -> tuple[Heads, float]:
