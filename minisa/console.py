@@ -30,6 +30,9 @@ MODEL = click.option(
     "--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path."
 )
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+KV_DTYPE = click.option(
+    "--kv-dtype", default="auto", show_default=True, help=f"Of keys and values: auto, {', '.join(KV_DTYPES)}."
+)
 WEIGHTS_OPTIONS = [
     MODEL,
     DEVICE,
@@ -44,9 +47,7 @@ SHARING_OPTIONS = [
         metavar="[SPANS|PLAN.json]",
         help="Share attention weights: followers as 27-30 or 3:6,19:21, a plan's file, or alone for the model's own.",
     ),
-    click.option(
-        "--kv-dtype", default="auto", show_default=True, help=f"Of keys and values: auto, {', '.join(KV_DTYPES)}."
-    ),
+    KV_DTYPE,
 ]
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pth", ".model")
 LONGEST_NAME = 200  # of 255 bytes: what is kept beside the file adds to its name, and so does a file half written

@@ -82,7 +82,8 @@ def step_cost(
 
 def prefill_flops(config: ModelConfig, plan: SharingPlan, tokens: int) -> int:
     """Operations to feed one row a prompt: a token attends to those before it and itself, the last alone needs the
-    head."""
+    head. PyTorch computes a follower's q·K again in a prompt; that is not counted, as it need not be.
+    """
     window = min(config.sliding_window or tokens, tokens)
     attended = window * (window + 1) // 2 + (tokens - window) * window
     weights = tokens * _layer_matrices(config, plan) + config.vocab_size * config.dim

@@ -1,7 +1,8 @@
 """Whether this machine computes what the reference computes: kernels, compiled steps, a real model, and how fast.
 
 One visit to a new device should tell everything: each check is one line, with the largest error found or the reason why
-it was left out. Errors are relative, ‖found - expected‖ / ‖expected‖, expected in float64.
+it was left out. Errors are relative, ‖found - expected‖ / ‖expected‖; expected is computed in float64 for a kernel, by
+eager PyTorch for a step.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from minisa import LLM, cli, load
 from minisa.errors import MinisaError
@@ -21,7 +23,7 @@ from minisa.study.tasks import TASKS, read_questions, read_rows
 from minisa.study.variants import Models, parse_variants
 from tests.commands import Ran
 from tests.engines import llm_of
-from tests.loadable import VOCABULARY, loadable_gguf, loadable_hf
+from tests.loadable import N_TOKENS, VOCABULARY, loadable_gguf, loadable_hf
 from tests.models import SIX_LAYERS
 from tests.study_models import STUDY_CONFIG
 from tests.study_rows import GSM8K, LAMBADA, PIQA, ROWS, some_text, write_rows
@@ -276,9 +278,38 @@ class TestTheCommand:
         assert len(set(found)) == 3
         assert found[1] == pytest.approx(found[0], rel=0.05)
 
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+    def test_what_answers_is_measured_as_it_runs(self, run_eval: Run, text: Path, tmp_path: Path) -> None:
+        """Weights and activations in eight bits, keys and values in fp8: by no numbers but the C++ step's."""
+        config = tiny_config(vocab_size=N_TOKENS, n_heads=2, n_kv_heads=1, head_dim=32)
+        model = loadable_gguf(tmp_path / "wide.gguf", config)
+        stored = {"quantize": "int8", "kv_dtype": "fp8"}
+        flags = ("--model", model, "--task", "perplexity", "--data", text, "--length", 50, "--limit", 2, "--sa", "1")
+
+        def values(*more: object) -> list[float]:
+            ran = run_eval(*flags, *more, "--json", tmp_path / f"{len(more)}.json")
+            assert ran.status == 0, ran.err
+            rows = json.loads((tmp_path / f"{len(more)}.json").read_text())["variants"]
+            return [row["metrics"]["perplexity"]["value"] for row in rows]
+
+        def expected(sa: str | None) -> float:
+            llm = load(model, sa=sa, device="cpu", max_seq_len=1, compile=True, **stored)
+            assert llm.runner.name == "C++ step"
+            ids = torch.tensor(llm.tokenizer.encode(text.read_text())[:100]).view(2, 50)
+            log_p = torch.stack([llm.logits(window.tolist()) for window in ids]).log_softmax(-1)
+            return math.exp(-log_p[:, :-1].gather(-1, ids[:, 1:, None]).double().mean().item())
+
+        as_run = values("--quantize", "int8", "--as-run", "--kv-dtype", "fp8")
+        assert as_run == pytest.approx([expected(None), expected("1")], rel=1e-6)
+        others = values("--quantize", "int8", "--as-run") + values("--quantize", "int8")
+        assert min(abs(one / other - 1) for one in as_run for other in others) > 1e-5
+
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
+            (("--task", "piqa", "--as-run"), "--as-run: for --task perplexity without rivals"),
+            (("--task", "perplexity", "--as-run", "--rival", "kv-int8"), "--as-run: for --task perplexity without"),
+            (("--task", "perplexity", "--kv-dtype", "fp8"), "--kv-dtype fp8: goes with --as-run"),
             (("--task", "chess"), "'chess' is not one of"),
             (("--task", "perplexity", "--shots", 2), "perplexity has no examples"),
             (("--task", "piqa", "--length", 64), "--length: for perplexity only"),

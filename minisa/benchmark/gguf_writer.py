@@ -16,6 +16,7 @@ from minisa.benchmark.contender import Opening
 from minisa.benchmark.peers import foreign_name
 from minisa.checkpoint.ggml import TYPES, GGMLType
 from minisa.checkpoint.gguf import read_gguf
+from minisa.checkpoint.layouts import interleave
 from minisa.checkpoint.names import GGUF
 from minisa.config import ModelConfig
 from minisa.rope import rope_frequencies
@@ -65,7 +66,7 @@ def write_gguf(opening: Opening, path: Path) -> None:
     for name in list(weights):
         weight = weights.pop(name)
         if name.endswith(("attention.wq.weight", "attention.wk.weight")):
-            weight = _interleave(weight, config.head_dim)
+            weight = interleave(weight, config.head_dim)  # RoPE turns neighbours in GGUF
         writer.write_tensor_data(_encode(weight, kinds[name]))
     if factors is not None:
         writer.write_tensor_data(_encode(factors, "F32"))
@@ -102,11 +103,6 @@ def _encode(weight: Tensor, kind: str) -> np.ndarray:
 
     parts = [quants.quantize(rows.float().cpu().numpy(), _code(_TYPES[kind])) for rows in weight.split(ROWS)]
     return np.concatenate(parts).view(np.uint8)
-
-
-def _interleave(weight: Tensor, head_dim: int) -> Tensor:
-    """Row j + p·head_dim/2 of a q or k head to row 2j + p: RoPE turns neighbours in GGUF."""
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _rope_factors(config: ModelConfig) -> Tensor | None:

@@ -32,8 +32,7 @@ def heading(record: Record) -> str:
 def ceiling(record: Record) -> str:
     """What the machine could do before and, if known already, after the measurements."""
     bandwidth, matrix, run = record["ceiling"]["read_bandwidth"], record["ceiling"]["matrix_rate"], record["run"]
-    products = f"{run['dtype']} products"
-    rows = [[f"ceiling, {run['threads']} threads", "read bandwidth", "median", products, "median"]]
+    rows = [[f"ceiling, {run['threads']} threads", "read bandwidth", "median", "matrix products", "median"]]
     for when in ("start", "end"):
         if bandwidth[when] is not None:
             rows.append(

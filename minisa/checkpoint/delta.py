@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minisa.checkpoint.files import StoredTensor
-from minisa.checkpoint.layouts import Checkpoint
+from minisa.checkpoint.layouts import Checkpoint, interleave
 from minisa.checkpoint.safetensors import read_safetensors, write_safetensors
 from minisa.errors import MinisaError
 from minisa.sharing import Delta
@@ -58,7 +58,7 @@ def with_delta(checkpoint: Checkpoint, delta: Delta) -> Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class _Interleaved:
-    """A wq or wk as a checkpoint stores it whose RoPE pairs are neighbours: row 2j + p of a head is row p · D/2 + j."""
+    """A wq or wk as an interleaved checkpoint stores it."""
 
     name: str
     stored: StoredTensor
@@ -70,8 +70,7 @@ class _Interleaved:
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         """Rows of whole heads."""
-        rows = self.stored.read_rows(start, stop)
-        return rows.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        return interleave(self.stored.read_rows(start, stop), self.head_dim)
 
 
 def as_stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

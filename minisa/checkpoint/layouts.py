@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from minisa.checkpoint import ggml, names
 from minisa.checkpoint.files import DataFile, FileTensor, StoredTensor
@@ -54,6 +55,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """What the weights take on disk."""
         return sum(file.size for file in self.files)
+
+
+def interleave(rows: Tensor, head_dim: int) -> Tensor:
+    """Whole heads of wq or wk [out, in] as an interleaved checkpoint has them: its row 2j + p is p · head_dim/2 + j."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -11,7 +11,7 @@ import click
 
 from minisa.benchmark.plot import check_matplotlib
 from minisa.checkpoint import open_checkpoint
-from minisa.console import OutputFile, keep_apart, open_model, weights_options, write_json
+from minisa.console import KV_DTYPE, OutputFile, keep_apart, open_model, weights_options, write_json
 from minisa.device import dtype_name
 from minisa.engine import LLM
 from minisa.errors import MinisaError
@@ -48,6 +48,12 @@ WINDOW = 512
 @click.option("--length", type=click.IntRange(2), help=f"Tokens of a window (perplexity only); {WINDOW} if not given.")
 @click.option("--limit", type=click.IntRange(1), help="Only so many items (windows, for perplexity).")
 @click.option(
+    "--as-run",
+    is_flag=True,
+    help="Compute as chat.py would, the C++ step's rounding and --kv-dtype included (perplexity only, no rivals).",
+)
+@KV_DTYPE
+@click.option(
     "--batch-tokens",
     type=click.IntRange(1),
     default=4096,
@@ -74,6 +80,8 @@ def evaluate(
     shots_data: str | None,
     length: int | None,
     limit: int | None,
+    as_run: bool,
+    kv_dtype: str,
     batch_tokens: int,
     json_file: str | None,
     plot_file: str | None,
@@ -82,7 +90,8 @@ def evaluate(
     """Compare plans of attention sharing, and what else saves KV bytes, with the plain model on one task.
 
     Every variant answers the same items; differences from plain are paired, with standard errors. PyTorch computes
-    here, so --quantize rounds the weights alone, and not what they are multiplied with, as the C++ step does.
+    unless --as-run is given, so --quantize rounds the weights alone, and not what they are multiplied with, as the C++
+    step does.
     """
     items_file = None if json_file is None else Path(json_file).with_suffix(".items.jsonl")
     written = {"--json": json_file, "the items of --json": items_file, "--plot": plot_file}
@@ -94,8 +103,12 @@ def evaluate(
         raise MinisaError("--shots, --shots-data: perplexity has no examples; leave them out")
     if task != "perplexity" and length is not None:
         raise MinisaError(f"--length: for perplexity only; {task} takes its items whole")
+    if as_run and (task != "perplexity" or rivals):
+        raise MinisaError("--as-run: for --task perplexity without rivals, whose layers PyTorch alone can run")
+    if kv_dtype != "auto" and not as_run:
+        raise MinisaError(f"--kv-dtype {kv_dtype}: goes with --as-run; without it the study's own caches are used")
     # The study brings caches of its own; eager, so that weights and layers stay where they can be changed.
-    models = Models(lambda sa: open_model(model, sa=sa, max_seq_len=1, compile=False, **load))
+    models = Models(lambda sa: open_model(model, sa=sa, max_seq_len=1, compile=as_run, kv_dtype=kv_dtype, **load))
     plain = models.plain()
     path, entry = resolve(model)
     checkpoint = open_checkpoint(path)
@@ -107,12 +120,14 @@ def evaluate(
         "checkpoint_bytes": checkpoint.nbytes,
         "dtype": dtype_name(plain.dtype),
         "quantize": load["quantize"],
+        "as_run": as_run,
+        "kv_dtype": kv_dtype,
         "data_sha256": sha256_of(data),
     }
     evaluation: Evaluation
     if task == "perplexity":
         settings["length"] = length or WINDOW
-        evaluation = Perplexity.of(plain, data, length or WINDOW, limit, batch_tokens)
+        evaluation = Perplexity.of(plain, data, length or WINDOW, limit, batch_tokens, as_run)
     else:
         settings["shots"] = shots = TASKS[task].shots if shots is None else shots
         settings["shots_data_sha256"] = sha256_of(shots_data) if shots and shots_data else None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minisa.engine import LLM
@@ -49,16 +50,22 @@ class Evaluation(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """Windows [N, length] of a text; an item is a window, its score the loss in nats over its tokens but the first."""
+    """Windows [N, length] of a text; an item is a window, its score the loss in nats over its tokens but the first.
+
+    as_run: whether the model's runner computes it, one window after the other, and not PyTorch.
+    """
 
     windows: Tensor
     max_tokens: int
+    as_run: bool = False
     metrics: tuple[str, ...] = ("perplexity",)
     cut: int = 0
 
     @classmethod
-    def of(cls, llm: LLM, path: str | Path, length: int, limit: int | None, max_tokens: int) -> Perplexity:
-        return cls(windows(llm, path, length, limit), max_tokens)
+    def of(
+        cls, llm: LLM, path: str | Path, length: int, limit: int | None, max_tokens: int, as_run: bool = False
+    ) -> Perplexity:
+        return cls(windows(llm, path, length, limit), max_tokens, as_run)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -71,7 +78,11 @@ class Perplexity:
         return [list(items[start : start + together]) for start in range(0, len(items), together)]
 
     def run(self, llm: LLM, batch: Sequence[int]) -> list[Record]:
-        losses = token_losses(llm.model, self.windows[list(batch)], batch=len(batch)).double()
+        chosen = self.windows[list(batch)]
+        if self.as_run:
+            losses = torch.stack([losses_as_run(llm, window) for window in chosen]).double()
+        else:
+            losses = token_losses(llm.model, chosen, batch=len(batch)).double()
         return [{"scores": known({"perplexity": (row.sum().item(), float(len(row)))}, row.tolist())} for row in losses]
 
 
@@ -176,6 +187,12 @@ class Generation:
             {"scores": score_numbers(self.questions[item], text), "answer": text}
             for item, text in zip(batch, texts, strict=True)
         ]
+
+
+def losses_as_run(llm: LLM, window: Tensor) -> Tensor:
+    """token_losses of one window [length], by what runs the model: fp32 [length - 1] on the CPU."""
+    logits = llm.logits(window.tolist())[:-1]
+    return F.cross_entropy(logits, window[1:].to(logits.device), reduction="none").cpu()
 
 
 def known(scores: Scores, found: Sequence[float]) -> Scores:
