@@ -284,7 +284,7 @@ class TestTheCommand:
         config = tiny_config(vocab_size=N_TOKENS, n_heads=2, n_kv_heads=1, head_dim=32)
         model = loadable_gguf(tmp_path / "wide.gguf", config)
         stored = {"quantize": "int8", "kv_dtype": "fp8"}
-        flags = ("--model", model, "--task", "perplexity", "--data", text, "--length", 50, "--limit", 2, "--sa", "1")
+        flags = ("--model", model, "--task", "perplexity", "--data", text, "--length", 100, "--limit", 2, "--sa", "1")
 
         def values(*more: object) -> list[float]:
             ran = run_eval(*flags, *more, "--json", tmp_path / f"{len(more)}.json")
@@ -295,7 +295,7 @@ class TestTheCommand:
         def expected(sa: str | None) -> float:
             llm = load(model, sa=sa, device="cpu", max_seq_len=1, compile=True, **stored)
             assert llm.runner.name == "C++ step"
-            ids = torch.tensor(llm.tokenizer.encode(text.read_text())[:100]).view(2, 50)
+            ids = torch.tensor(llm.tokenizer.encode(text.read_text())[:200]).view(2, 100)
             log_p = torch.stack([llm.logits(window.tolist()) for window in ids]).log_softmax(-1)
             return math.exp(-log_p[:, :-1].gather(-1, ids[:, 1:, None]).double().mean().item())
 

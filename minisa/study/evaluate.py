@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisa.cache import StaticCache
+from minisa.device import one_torch_thread
 from minisa.engine import LLM
 from minisa.generate import generate
 from minisa.row import Options
@@ -189,10 +191,20 @@ class Generation:
         ]
 
 
+@torch.inference_mode()
 def losses_as_run(llm: LLM, window: Tensor) -> Tensor:
     """token_losses of one window [length], by what runs the model: fp32 [length - 1] on the CPU."""
-    logits = llm.logits(window.tolist())[:-1]
-    return F.cross_entropy(logits, window[1:].to(logits.device), reduction="none").cpu()
+    tokens = window.to(llm.device)
+    cache = StaticCache.allocate(
+        llm.config, llm.plan, max_seq_len=len(window), device=llm.device, dtype=llm.cache.values.dtype
+    )
+    losses, start = [], 1
+    for logits in llm.runner.all_logits(tokens[None], 0, cache):
+        wanted = tokens[start : start + len(logits)]
+        with one_torch_thread():  # others would spin on after it, on cores that the next C++ step needs
+            losses.append(F.cross_entropy(logits[: len(wanted)].float(), wanted, reduction="none").cpu())
+        start += len(logits)
+    return torch.cat(losses)
 
 
 def known(scores: Scores, found: Sequence[float]) -> Scores:
