@@ -107,7 +107,7 @@ def evaluate(
         raise MinisaError("--as-run: for --task perplexity without rivals, whose layers PyTorch alone can run")
     if kv_dtype != "auto" and not as_run:
         raise MinisaError(f"--kv-dtype {kv_dtype}: goes with --as-run; without it the study's own caches are used")
-    # The study brings caches of its own; eager, so that weights and layers stay where they can be changed.
+    # Windows bring caches of their own; eager where rivals may change the layers and what they hold.
     models = Models(lambda sa: open_model(model, sa=sa, max_seq_len=1, compile=as_run, kv_dtype=kv_dtype, **load))
     plain = models.plain()
     path, entry = resolve(model)
