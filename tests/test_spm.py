@@ -20,8 +20,8 @@ from minisa.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny import encode_gguf
 from tests.vocabularies import (
     METASPACE,
+    PACKAGE_FILES,
     TEXTS,
-    WHEEL_FILES,
     WIDE,
     gguf_sentencepiece,
     load_real,
@@ -129,7 +129,7 @@ class TestTokenizerJSON:
     @pytest.mark.parametrize("name", ["mistral-v1", "mistral-v3"])
     def test_a_makers_own(self, name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
         expected = load_real(name, request)
-        model = request.getfixturevalue("wheel_file")(*WHEEL_FILES[name]).read_bytes()
+        model = request.getfixturevalue("package_file")(*PACKAGE_FILES[name]).read_bytes()
         tokenizer = load_tokenizer(write_json(tmp_path / "tokenizer.json", sentencepiece_json(model)))
         assert (tokenizer.special, tokenizer.vocab_size) == (expected.special, expected.vocab_size)
         for text in (*TEXTS, WIDE):
@@ -215,6 +215,8 @@ class TestTokenizerJSON:
         text = "the tttt ttttt on"
         tokenizer = self.load(tmp_path, vocab=vocab, merges=[*merges, once, left, right])
         assert pieces(tokenizer, text) == [" the", " t", "ttt", " t", "tt", "tt", " on"]
+        tokenizer = self.load(tmp_path, vocab=vocab, merges=[*merges, left, right, once])
+        assert pieces(tokenizer, text) == [" the", " t", "ttt", " t", "ttt", "t", " on"]
         for changed in ([once, left], [right, once, left], [once, left, right, once], [once], [left, right]):
             with pytest.raises(MinisaError, match=r"the merges (do not lead to|have a pair twice)|no merge makes"):
                 self.load(tmp_path, vocab=vocab, merges=[*merges, *changed])

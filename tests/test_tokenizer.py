@@ -19,10 +19,10 @@ from minisa.tokenizer import load_tokenizer
 from minisa.untrusted import read_json
 from tests.encode import encode_gguf
 from tests.vocabularies import (
+    PACKAGE_FILES,
     REAL,
     SPECIAL,
     TEXTS,
-    WHEEL_FILES,
     WIDE,
     byte_level_json,
     gguf_byte_level,
@@ -32,8 +32,9 @@ from tests.vocabularies import (
 )
 
 # The ids of TEXTS, and of WIDE how many there are and the beginning of their sha256, as the makers' own code has
-# them: Hugging Face's tokenizers 0.23.3 (its BPE over the GGUF file's vocabulary and merges, with SmolLM2's
-# pre_tokenizer), llama-models 0.3.0, mistral-common 1.13.1.
+# them: Hugging Face's tokenizers 0.23.3 (for SmolLM2 its BPE over the GGUF file's vocabulary and merges, with SmolLM2's
+# pre_tokenizer; for Yi its tokenizer.json without added tokens), sentencepiece 0.2.2 with Llama 2's tokenizer.model,
+# llama-models 0.3.0, mistral-common 1.13.1.
 # fmt: off
 GOLDEN: dict[str, tuple[list[list[int]], int, str]] = {
     "smollm2": (
@@ -65,6 +66,39 @@ GOLDEN: dict[str, tuple[list[list[int]], int, str]] = {
             [87, 256, 220, 717, 720, 18],
         ],
         48_090, "0062792263fe71d1",
+    ),
+    "llama2": (
+        [
+            [15043, 29892, 3186, 29991, 29871, 739, 29915, 29879, 29871, 29896, 29906, 29941, 29946, 29945,
+             29889, 29953, 1055, 30085, 345, 274, 28059],
+            [29871, 30325, 30346, 30968, 29871, 30877, 31293, 31129, 29871, 30324, 30276, 30236, 30196,
+             30286, 29871, 30714, 30436, 30424, 30296, 30694, 30580],
+            [29871, 243, 162, 148, 172, 30722, 243, 162, 148, 172, 30722, 243, 162, 148, 170, 30722, 243,
+             162, 148, 169, 243, 162, 146, 192, 321, 30103],
+            [259, 13, 13, 259, 12, 921, 30004, 13],
+            [529, 29989, 326, 29918, 2962, 29989, 29958, 5205, 829, 29879, 24566, 25580, 29962, 29966,
+             29989, 29872, 327, 29918, 333, 29989, 5299, 29879, 29958],
+            [29871, 3, 10, 30, 130],
+            [921, 1678, 29896, 29906, 29871, 13, 29941],
+        ],
+        61_929, "9c1220dbf40e374e",
+    ),
+    "yi.json": (
+        [
+            [25102, 97, 1504, 99, 141, 2301, 59610, 59575, 59568, 78, 79, 80, 81, 82, 98, 83, 13901, 63685,
+             613, 59260],
+            [4590, 62043, 59568, 63622, 539, 486, 478, 541, 455, 485, 59568, 520, 467, 520, 450, 520, 473,
+             63992, 520, 475, 59568, 529, 469, 490, 529, 469, 496, 529, 469, 473, 63879, 529, 469, 471, 529,
+             470, 433],
+            [545, 464, 450, 474, 63713, 545, 464, 450, 474, 63713, 545, 464, 450, 472, 63713, 545, 464, 450,
+             471, 545, 464, 448, 494, 615, 509, 434],
+            [59568, 144, 144, 141, 126, 1812, 143, 144],
+            [59666, 59705, 622, 59593, 5858, 46826, 10707, 1359, 59575, 52025, 34448, 32113, 59705, 59569,
+             618, 59593, 619, 59705, 5122, 59575, 59644],
+            [305, 312, 332, 432],
+            [59607, 140, 78, 79, 59568, 144, 80],
+        ],
+        63_110, "27a64597418e69d1",
     ),
     "mistral-v1": (
         [
@@ -131,6 +165,7 @@ GOLDEN: dict[str, tuple[list[list[int]], int, str]] = {
     ),
 }
 GOLDEN["mistral-v7"] = GOLDEN["mistral-v3"]  # other special tokens; text is the same in mistral-common too
+GOLDEN["llama3.2.json"], GOLDEN["nemo.json"] = GOLDEN["llama3"], GOLDEN["tekken"]  # in Hugging Face's tokenizers too
 # fmt: on
 
 
@@ -151,11 +186,15 @@ def test_the_makers_ids(name: str, request: pytest.FixtureRequest) -> None:
     ("name", "vocab_size", "n_special", "bos_id", "eos_ids", "add_bos"),
     [
         ("smollm2", 49_152, 17, 1, {0, 2}, False),
+        ("llama2", 32_000, 3, 1, {2}, True),
         ("llama3", 128_256, 256, 128_000, {128_001, 128_008, 128_009}, True),
+        ("llama3.2.json", 128_256, 256, 128_000, {128_001, 128_008, 128_009}, True),
+        ("yi.json", 64_000, 3, 1, {2}, False),
         ("mistral-v1", 32_000, 3, 1, {2}, True),
         ("mistral-v2", 32_768, 771, 1, {2}, True),
         ("mistral-v3", 32_768, 751, 1, {2}, True),
         ("tekken", 131_072, 1000, 1, {2}, True),
+        ("nemo.json", 131_072, 1000, 1, {2}, True),
     ],
 )
 def test_special_tokens(
@@ -183,11 +222,14 @@ def test_special_tokens(
         ("llama3", "<|python_tag|>", 128_010),
         ("llama3", "<|reserved_special_token_2|>", 128_012),
         ("llama3", "<|reserved_special_token_245|>", 128_255),
+        ("llama3.2.json", "<|finetune_right_pad_id|>", 128_004),
+        ("llama3.2.json", "<|python_tag|>", 128_010),
         ("mistral-v2", "[/INST]", 4),
         ("mistral-v3", "[INST]", 3),
         ("mistral-v7", "[SYSTEM_PROMPT]", 16),
         ("tekken", "[SUFFIX]", 16),
         ("tekken", "<SPECIAL_999>", 999),
+        ("nemo.json", "[/INST]", 4),
     ],
 )
 def test_where_special_tokens_are(name: str, token: str, token_id: int, request: pytest.FixtureRequest) -> None:
@@ -196,7 +238,7 @@ def test_where_special_tokens_are(name: str, token: str, token_id: int, request:
 
 def test_tekkens_pattern(request: pytest.FixtureRequest) -> None:
     """tekken.json brings its own; a GGUF file has only its name."""
-    file = request.getfixturevalue("wheel_file")(*WHEEL_FILES["tekken"])
+    file = request.getfixturevalue("package_file")(*PACKAGE_FILES["tekken"])
     assert read_json(file)["config"]["pattern"] == TEKKEN_SPLIT
 
 
@@ -244,7 +286,7 @@ def test_streaming_equals_decoding(name: str, data: st.DataObject, request: pyte
     for mid_text in (False, True):
         stream = tokenizer.stream(mid_text=mid_text)
         text = "".join([*map(stream.feed, ids), stream.flush()])
-        strips = name.startswith("mistral") and not mid_text
+        strips = name.startswith(("llama2", "mistral")) and not mid_text
         assert text == (raw.removeprefix(b" ") if strips else raw).decode(errors="replace")
         assert text == tokenizer.decode(ids, mid_text=mid_text)
 

