@@ -23,9 +23,7 @@ _LAYOUT = (*_TEKKEN_ALONE, "tokenizer_config.json", "tokenizer.json")
 _MAKERS_MARKS = ("<|start_header_id|>", "[MODEL_SETTINGS]", "[SYSTEM_PROMPT]", "[INST]")  # the second: no format known
 
 _TALK = (*zip(ROLES, ("Be brief.", "Hi!", "<think>\nHm.\n</think>\n\nHello."), strict=True), ("user", "2+2?"))
-# What Meta's own code leaves out: the date, and with it a system prompt that says no more.
-_DATE = r"Cutting Knowledge Date: [^\n]{0,99}\nToday Date: [^\n]{0,99}\n\n"
-_NO_PART = re.compile(rf"{_DATE}|<\|start_header_id\|>system<\|end_header_id\|>\n\n(?:{_DATE})?<\|eot_id\|>")
+_LLAMA3_SYSTEM = re.compile(r"<\|start_header_id\|>system<\|end_header_id\|>\n\n([^<]*)<\|eot_id\|>")
 _TRIMS = [frozenset(roles) for count in range(4) for roles in itertools.combinations(ROLES, count)]
 
 
@@ -57,11 +55,12 @@ def find_dialog(path: str | Path, tokenizer: Tokenizer) -> Dialog:
 
 
 def _as_written(template: str, dialog: Dialog, tokenizer: Tokenizer) -> Dialog | None:
-    """The format with what else a template does: texts trimmed, thoughts forgotten, BOS. None where its prompts are
-    others.
+    """The format with what else a template does: texts trimmed, thoughts forgotten, BOS, the date before a system
+    prompt. None where its prompts are others.
 
-    Where the makers' own code and their template differ, the code counts: Meta's puts no date into Llama 3's prompts;
-    Mistral's has other spaces, system prompts at other places, and none to fall back on. Of a template that cannot be
+    Where Mistral's own code and its template differ, the code counts: the template has other spaces, system prompts at
+    other places, and one to fall back on. A template's clock is not followed: Llama 3.2's writes 26 Jul 2024 without
+    one, as Llama 3.1's and 3.3's always do, and a prompt does not change overnight. Of a template that cannot be
     followed its marks have to do.
     """
     names: dict[int | None, str] = {token_id: name for name, token_id in tokenizer.special.items()}
@@ -79,7 +78,7 @@ def _as_written(template: str, dialog: Dialog, tokenizer: Tokenizer) -> Dialog |
         if mistral and system != (dialog.name == "mistral-v7"):
             continue
         try:
-            trials.append((messages, compared(_NO_PART.sub("", written(template, messages, bos, eos)))))
+            trials.append((messages, compared(written(template, messages, bos, eos))))
         except Beyond:
             break
         except Refused:
@@ -87,8 +86,9 @@ def _as_written(template: str, dialog: Dialog, tokenizer: Tokenizer) -> Dialog |
                 return None
     if not trials:
         return dialog
-    for trims, forgets in itertools.product(_TRIMS, (False, True)):
-        variant = replace(dialog, trims=trims, forgets_thoughts=forgets)
+    befores = (None, *_LLAMA3_SYSTEM.findall(trials[0][1])[:1])
+    for trims, forgets, before in itertools.product(_TRIMS, (False, True), befores):
+        variant = replace(dialog, trims=trims, forgets_thoughts=forgets, before_system=before)
         pairs = [(found, compared(_spelled(variant, messages, template, bos))) for messages, found in trials]
         if all(text in (found, found.removeprefix(bos), bos + found) for found, text in pairs):
             return replace(variant, begins=any(found == bos + text != text for found, text in pairs))

@@ -55,8 +55,9 @@ class Dialog:
     alternating: after an optional system message come user, assistant, user, … and nothing else.
     reserved: markers that are plain text in this format, so that no message may spell them.
     defaults: where the model's template falls back on a system prompt, that stands in for a missing one.
-    trims, forgets_thoughts, begins: as the model's template has it, the roles whose texts lose the spaces around them;
-        whether answers lose what ends with </think>; and True where it writes BOS, whatever the tokenizer does.
+    trims, forgets_thoughts, begins, before_system: as the model's template has it, the roles whose texts lose the
+        spaces around them; whether answers lose what ends with </think>; True where it writes BOS, whatever the
+        tokenizer does; and the text before any system prompt, in a turn that is there without one too (None: no such).
     free: any messages, in any order; otherwise the last one is the user's.
     """
 
@@ -70,6 +71,7 @@ class Dialog:
     trims: frozenset[str] = frozenset()
     forgets_thoughts: bool = False
     begins: bool = False
+    before_system: str | None = None
 
     def render(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
         """The prompt's ids, the header that opens the assistant's turn included.
@@ -88,9 +90,12 @@ class Dialog:
 
     def parts(self, messages: Sequence[Message], template: str) -> Iterator[Part]:
         """The prompt in parts, with the template's system prompt where there is none."""
-        messages = [{**message, "content": self._content(message)} for message in messages]
-        default = _default_system(template) if self.defaults and messages[0]["role"] != "system" else None
-        return self.layout(messages if default is None else [{"role": "system", "content": default}, *messages])
+        system, turns = _system_apart([{**message, "content": self._content(message)} for message in messages])
+        if system is None and self.defaults:
+            system = _default_system(template)
+        if self.before_system is not None:
+            system = self.before_system + (system or "")
+        return self.layout(turns if system is None else [{"role": "system", "content": system}, *turns])
 
     def _content(self, message: Message) -> str:
         role, text = message["role"], message["content"]
@@ -184,7 +189,7 @@ def _yi(messages: Sequence[Message]) -> Iterator[Part]:
 
 
 def _llama3(messages: Sequence[Message]) -> Iterator[Part]:
-    """As in Meta's llama_models, chat_format.py: nothing is trimmed, and no date is put in."""
+    """As in Meta's llama_models, chat_format.py, which trims nothing and puts in no date."""
 
     def header(role: str) -> Iterator[Part]:
         yield Mark("<|start_header_id|>")

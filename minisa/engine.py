@@ -114,7 +114,7 @@ def load(
     cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=length, device=target, dtype=kv_format)
 
     def dialog() -> Dialog:
-        known = chat_format or (entry.chat if entry is not None else None)
+        known = chat_format or (entry.chat if entry is not None and tokenizer.chat_template is None else None)
         return DIALOGS[known] if known else find_dialog(path, tokenizer)
 
     return LLM(transformer, tokenizer, dialog, cache, compile=compile, quantized=weight_format)

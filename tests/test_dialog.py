@@ -74,17 +74,21 @@ def test_the_makers_ids(name: str, request: pytest.FixtureRequest) -> None:
     assert DIALOGS[name.split()[0]].render(messages, load_real(vocabulary, request)) == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "known", "trims"), [("llama3.2.json", "llama3", True), ("nemo.json", "mistral-v3", False)]
-)
-def test_a_published_template(name: str, known: str, trims: bool, request: pytest.FixtureRequest) -> None:
-    """Llama 3.2's has texts trimmed; the dates that it puts before them Meta's own code leaves out."""
-    tokenizer = load_real(name, request)
-    assert tokenizer.chat_template
-    dialog = find_dialog(name, tokenizer)
-    assert dialog.name == known
-    talk: list[Message] = [{**message, "content": message["content"].strip()} for message in TALK] if trims else TALK
-    assert dialog.render([SYSTEM, *TALK], tokenizer) == DIALOGS[known].render([SYSTEM, *talk], tokenizer)
+def test_a_published_template_of_llama(request: pytest.FixtureRequest) -> None:
+    """Llama 3.2's: texts are trimmed, and a system turn begins with dates; a day's own where there is a clock."""
+    tokenizer = load_real("llama3.2.json", request)
+    dialog = find_dialog("llama3.2", tokenizer)
+    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+    talk: list[Message] = [{**message, "content": message["content"].strip()} for message in TALK]
+    for system in ("", SYSTEM["content"]):
+        expected = DIALOGS["llama3"].render([{"role": "system", "content": dates + system}, *talk], tokenizer)
+        assert dialog.render([*([SYSTEM] if system else []), *TALK], tokenizer) == expected
+
+
+def test_a_published_template_of_nemo(request: pytest.FixtureRequest) -> None:
+    tokenizer = load_real("nemo.json", request)
+    assert find_dialog("nemo", tokenizer) == DIALOGS["mistral-v3"]
+    assert DIALOGS["mistral-v3"].render([SYSTEM, *TALK], tokenizer) == GOLDEN["mistral-v3 with tekken"][1]
 
 
 def test_smollm2_falls_back_on_its_own_system_prompt(request: pytest.FixtureRequest) -> None:
