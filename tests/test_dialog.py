@@ -75,14 +75,16 @@ def test_the_makers_ids(name: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_a_published_template_of_llama(request: pytest.FixtureRequest) -> None:
-    """Llama 3.2's: texts are trimmed, and a system turn begins with dates; a day's own where there is a clock."""
+    """Llama 3.2's: texts are trimmed, and a system turn begins with dates; ids from transformers.apply_chat_template
+    with the date that the template has where there is no clock."""
     tokenizer = load_real("llama3.2.json", request)
     dialog = find_dialog("llama3.2", tokenizer)
-    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-    talk: list[Message] = [{**message, "content": message["content"].strip()} for message in TALK]
-    for system in ("", SYSTEM["content"]):
-        expected = DIALOGS["llama3"].render([{"role": "system", "content": dates + system}, *talk], tokenizer)
-        assert dialog.render([*([SYSTEM] if system else []), *TALK], tokenizer) == expected
+    dates = [38766, 1303, 33025, 2696, 25, 6790, 220, 2366, 18, 198, 15724, 2696, 25, 220, 1627, 10263, 220, 2366, 19]
+    first, brief = [128000, 128006, 9125, 128007, 271, *dates, 271], [3513, 10015, 13]
+    turns = [128009, 128006, 882, 128007, 271, 13347, 694, 82, 29, 0, 128009, 128006, 78191, 128007, 271, 9906, 13]
+    turns += [128009, 128006, 882, 128007, 271, 17, 10, 17, 30, 128009, 128006, 78191, 128007, 271]
+    assert dialog.render([SYSTEM, *TALK], tokenizer) == [*first, *brief, *turns]
+    assert dialog.render(TALK, tokenizer) == [*first, *turns]
 
 
 def test_a_published_template_of_nemo(request: pytest.FixtureRequest) -> None:
