@@ -40,10 +40,16 @@ COMMANDS = ("/reset", "/system Answer like a pirate.", "/system", "/stats", "/sa
 
 
 class Screen(io.StringIO):
-    """What stdout shows, and somebody who presses Ctrl-C when so many chunks are on it."""
+    """What a terminal shows, and somebody who presses Ctrl-C when so many chunks are on it.
 
-    def __init__(self, patience: int | None) -> None:
-        super().__init__()
+    One for all turns, as a terminal is: click keeps every stream that it has written to.
+    """
+
+    patience: int | None = None
+
+    def clear(self, patience: int | None) -> None:
+        self.seek(0)
+        self.truncate()
         self.patience = patience
 
     def write(self, text: str) -> int:
@@ -78,6 +84,7 @@ class Soak:
         self.llm, self.other = (load(model, device="cpu", **loading) for _ in range(2))
         self.chance = random.Random(seed)
         self.every = every
+        self.out, self.err = Screen(), Screen()
         self.counts: Counter[str] = Counter()
         self.memory: list[tuple[int, int]] = []
 
@@ -93,17 +100,18 @@ class Soak:
 
     def turn(self, conversation: Conversation, *, compare: bool) -> None:
         if self.chance.random() < 0.1:
-            with contextlib.suppress(MinisaError), contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.suppress(MinisaError), contextlib.redirect_stderr(self.err):
                 chat.command(conversation, self.chance.choice(COMMANDS), "", {})
             self.counts["commands"] += 1
         text, before, system = self.chance.choice(TEXTS), conversation.turns, conversation.system
         kind = self.chance.choice(("none", "none", "between chunks", "anywhere"))
-        screen = Screen(self.chance.randrange(12) if kind == "between chunks" else None)
+        self.out.clear(self.chance.randrange(12) if kind == "between chunks" else None)
+        self.err.clear(None)
         began = time.monotonic()
         try:
             with (
-                contextlib.redirect_stdout(screen),
-                contextlib.redirect_stderr(io.StringIO()),
+                contextlib.redirect_stdout(self.out),
+                contextlib.redirect_stderr(self.err),
                 interrupted_within(0.001 + self.chance.random() * 0.3 if kind == "anywhere" else None),
             ):
                 chat.answer(conversation, text)
