@@ -25,10 +25,9 @@ import chat
 from minisa import LLM, MinisaError, console, load
 from minisa.conversation import Conversation
 from minisa.dialog import DIALOGS
-from minisa.registry import find
 from minisa.speculate import PromptLookup
 from tests.commands import FRANCE, Ran
-from tests.loadable import chat_model, loadable_hf
+from tests.loadable import loadable_hf
 from tests.tiny import random_weights, tiny_config, write_hf
 
 
@@ -332,15 +331,6 @@ def test_a_model_without_a_chat_template(run_chat: Callable[..., Ran], tmp_path:
     for wrong in ("vicuna", ["chatml"]):
         with pytest.raises(MinisaError, match=r"chat_format is .*: expected one of chatml, llama2"):
             load(model, device="cpu", chat_format=wrong)  # type: ignore[arg-type]
-
-
-def test_a_template_counts_before_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """models.toml names the format of what comes without one."""
-    model = chat_model(tmp_path)
-    monkeypatch.setattr("minisa.engine.resolve", lambda name: (model, find("llama3.2-1b-instruct")))
-    assert load("a name", device="cpu").dialog.name == "chatml"
-    (model / "tokenizer_config.json").unlink()
-    assert load("a name", device="cpu").dialog is DIALOGS["llama3"]
 
 
 class TestAnotherPlan:

@@ -1,4 +1,4 @@
-"""What load() is given: arguments of the wrong kind are refused by name."""
+"""What load() is given: arguments of the wrong kind are refused by name; what a checkpoint says of itself counts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from minisa import MinisaError, load
+from minisa.dialog import DIALOGS
+from minisa.registry import find
 from tests.loadable import N_TOKENS, chat_model, loadable_hf
 from tests.tiny import tiny_config
 
@@ -63,3 +65,12 @@ def test_in_inference_mode(tmp_path: Path) -> None:
     assert torch.equal(inside.logits(ids), outside.logits(ids))
     found, expected = ([c.token for c in llm.generate(ids, max_new_tokens=5)] for llm in (inside, outside))
     assert found == expected
+
+
+def test_a_template_counts_before_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """models.toml names the format of what comes without one."""
+    model = chat_model(tmp_path)
+    monkeypatch.setattr("minisa.engine.resolve", lambda name: (model, find("llama3.2-1b-instruct")))
+    assert load("a name", device="cpu").dialog.name == "chatml"
+    (model / "tokenizer_config.json").unlink()
+    assert load("a name", device="cpu").dialog is DIALOGS["llama3"]
