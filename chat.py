@@ -22,12 +22,12 @@ if __name__ == "__main__":
 
 from minisa import MinisaError
 from minisa.console import banner, mebibytes, model_options, open_model, run
-from minisa.conversation import Conversation
 from minisa.costs import kv_bytes
-from minisa.dialog import DIALOGS
-from minisa.registry import choose_plan, resolve
-from minisa.row import Options
-from minisa.sampling import Sampling, SamplingOptions
+from minisa.generation.row import Options
+from minisa.generation.sampling import Sampling, SamplingOptions
+from minisa.models.registry import choose_plan, resolve
+from minisa.text.conversation import Conversation
+from minisa.text.dialog import DIALOGS
 
 HELP = """\
 /reset         forget the conversation

@@ -176,7 +176,7 @@ def find_backend(name: str) -> AttentionBackend:
     if name == "kernels":
         if importlib.util.find_spec("triton") is None:
             raise MinisaError("backend 'kernels' needs Triton: pip install triton, or take backend 'torch'")
-        from minisa.kernels.decode_attention import KERNELS  # not everybody has Triton
+        from minisa.runners.kernels.decode_attention import KERNELS  # not everybody has Triton
 
         return KERNELS
     found = {backend.name: backend for backend in (REFERENCE, TORCH)}.get(name)

@@ -6,13 +6,13 @@ import click
 import torch
 
 from minisa.benchmark.report import device_name
+from minisa.benchmark.selfcheck import run_checks
 from minisa.benchmark.short import short_bench
 from minisa.checkpoint import open_checkpoint
 from minisa.console import DEVICE, MODEL, OutputFile, fetch, fetch_default
 from minisa.costs import kv_bytes, parameter_count
 from minisa.device import choose_device
-from minisa.registry import choose_plan, find, local_path, registry, resolve
-from minisa.selfcheck import run_checks
+from minisa.models.registry import choose_plan, find, local_path, registry, resolve
 from minisa.sharing import SharingPlan
 from minisa.study.eval_command import evaluate
 from minisa.study.heal_command import heal

@@ -18,13 +18,13 @@ import click
 
 from minisa.checkpoint.layouts import BESIDE_THE_WEIGHTS
 from minisa.device import DTYPES, KV_DTYPES, dtype_name, is_out_of_memory
-from minisa.download import pull
 from minisa.engine import LLM, load
 from minisa.errors import MinisaError
+from minisa.files import write_whole
 from minisa.interrupts import raise_interrupts
+from minisa.models.download import pull
+from minisa.models.registry import DEFAULT_MODEL, ModelEntry, find, local_path, weights_dir
 from minisa.quantize import QUANTIZATIONS
-from minisa.registry import DEFAULT_MODEL, ModelEntry, find, local_path, weights_dir
-from minisa.untrusted import write_whole
 
 MODEL = click.option(
     "--model", default=DEFAULT_MODEL, show_default=True, help="Name from weights/models.toml, or a path."

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from minisa.attention import fastest_backend
-from minisa.batch import Batch
 from minisa.cache import StaticCache
-from minisa.chat_format import find_dialog
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta
 from minisa.config import ModelConfig
 from minisa.costs import cache_slots, kv_bytes
@@ -30,21 +28,23 @@ from minisa.device import (
     keep_forks_running,
     runs_kernels,
 )
-from minisa.dialog import DIALOGS, Dialog, Message
 from minisa.errors import MinisaError, shown
-from minisa.generate import compute_prefix, generate
+from minisa.generation.batch import Batch
+from minisa.generation.generate import compute_prefix, generate
+from minisa.generation.lease import Lease, Leases
+from minisa.generation.loop import DecodingLoop
+from minisa.generation.prompts import Prompt, as_ids, as_list, check_names, is_dialog
+from minisa.generation.row import Chunk, GenerationOptions, Options, Prefix, common_prefix
+from minisa.generation.sampling import Sampling, SamplingOptions, check_number
 from minisa.interrupts import uninterrupted
-from minisa.lease import Lease, Leases
-from minisa.loop import DecodingLoop
 from minisa.model import Transformer
-from minisa.prompts import Prompt, as_ids, as_list, check_names, is_dialog
+from minisa.models.registry import choose_plan, resolve
 from minisa.quantize import check_quantization
-from minisa.registry import choose_plan, resolve
-from minisa.row import Chunk, GenerationOptions, Options, Prefix, common_prefix
-from minisa.runners import choose_runner, may_become_native, native_step
-from minisa.sampling import Sampling, SamplingOptions, check_number
+from minisa.runners.choice import choose_runner, may_become_native, native_step
 from minisa.sharing import SharingPlan
-from minisa.tokenizer import Tokenizer, check_ids, load_tokenizer
+from minisa.text.chat_format import find_dialog
+from minisa.text.dialog import DIALOGS, Dialog, Message
+from minisa.text.tokenizer import Tokenizer, check_ids, load_tokenizer
 
 
 def load(

@@ -103,7 +103,7 @@ def _inverse(scales: Tensor) -> Tensor:
 
 def use_kernels(model: nn.Module) -> None:
     """Let the quantized matrices of a model multiply single rows in Triton; int4 goes into half the bytes for it."""
-    from minisa.kernels.quantized_product import quantized_product  # not everybody has Triton
+    from minisa.runners.kernels.quantized_product import quantized_product  # not everybody has Triton
 
     for module in model.modules():
         if isinstance(module, QuantizedLinear):

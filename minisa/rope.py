@@ -10,9 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from minisa.config import ModelConfig
+from minisa.config import ModelConfig, RopeScaling
 from minisa.errors import MinisaError
-from minisa.rope_scaling import RopeScaling
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

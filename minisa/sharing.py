@@ -19,7 +19,7 @@ from typing import Any
 
 from minisa.config import MAX_LAYERS, ModelConfig
 from minisa.errors import MinisaError
-from minisa.untrusted import read_json, write_whole
+from minisa.files import read_json, write_whole
 
 PLAN_VERSION = 1
 _SHA256 = re.compile("[0-9a-f]{64}")

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import bench
-from minisa import measure
+from minisa.benchmark import measure
 from minisa.benchmark import run as benchmark_run
-from minisa.rope_scaling import RopeScaling
+from minisa.config import RopeScaling
 from minisa.sharing import SharingPlan
 from tests import commands
 from tests.loadable import N_TOKENS, loadable_gguf

@@ -29,7 +29,7 @@ from typing import Any
 import jinja2
 
 from minisa.checkpoint.gguf import read_gguf
-from minisa.spm import _float, _message, _number, varint_at
+from minisa.text.spm import _float, _message, _number, varint_at
 from tests.encode import encode_gguf
 
 Parsed = tuple[Any, Callable[[Any], bytes]]  # a tree of lists and dictionaries, and what makes a file of such a tree

@@ -20,10 +20,10 @@ os.environ.pop("PYTHONUNBUFFERED", None)  # which hides what becomes of text tha
 import torch
 
 from minisa import LLM, load
-from minisa.download import pull
 from minisa.errors import MinisaError
-from minisa.native.build import open_library
-from minisa.registry import DEFAULT_MODEL, find, local_path
+from minisa.models.download import pull
+from minisa.models.registry import DEFAULT_MODEL, find, local_path
+from minisa.runners.native.build import open_library
 
 pytest_plugins = ["tests.commands", "tests.publisher", "tests.bench_runs", "tests.study_models"]
 torch.set_num_threads(2)

@@ -12,14 +12,14 @@ import torch
 
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
-from minisa.dialog import DIALOGS
 from minisa.engine import LLM
-from minisa.graphs import WARM_UP, Body, CudaGraphs, GraphRunner
+from minisa.generation.row import Chunk
 from minisa.model import Transformer
-from minisa.native.build import open_library
-from minisa.native.runner import NativeRunner
-from minisa.row import Chunk
+from minisa.runners.graphs import WARM_UP, Body, CudaGraphs, GraphRunner
+from minisa.runners.native.build import open_library
+from minisa.runners.native.runner import NativeRunner
 from minisa.sharing import SharingPlan
+from minisa.text.dialog import DIALOGS
 from tests.models import PLANS, SIX_LAYERS, build_model
 from tests.tiny import tiny_config
 

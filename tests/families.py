@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from minisa.checkpoint.description import config_from_hf
 from minisa.config import ModelConfig
 
 
@@ -22,7 +23,7 @@ class Family:
 
     @property
     def config(self) -> ModelConfig:
-        return ModelConfig.from_hf(self.description)
+        return config_from_hf(self.description)
 
     def in_miniature(self) -> ModelConfig:
         """Two key heads of 32, two layers; context, window and original context to fit 100 tokens."""

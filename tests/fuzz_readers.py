@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 
 import minisa
-from minisa.chat_format import find_dialog
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta, write_delta
-from minisa.registry import choose_plan, read_registry
+from minisa.models.registry import choose_plan, read_registry
 from minisa.sharing import Delta, SharingPlan
 from minisa.study.findings import Findings, read_findings, write_findings
 from minisa.study.results import Results
 from minisa.study.tasks import TASKS, read_questions, read_rows
 from minisa.study.training import Training, read_training, write_training
-from minisa.templates import Beyond, Refused, written
-from minisa.tokenizer import Tokenizer, load_tokenizer
+from minisa.text.chat_format import find_dialog
+from minisa.text.templates import Beyond, Refused, written
+from minisa.text.tokenizer import Tokenizer, load_tokenizer
 from tests.encode import encode_gguf, repack_zip
 from tests.loadable import N_TOKENS, VOCABULARY, loadable_gguf
 from tests.study_rows import ROWS, write_rows

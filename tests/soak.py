@@ -23,8 +23,8 @@ from typing import Any
 
 import chat
 from minisa import LLM, load
-from minisa.conversation import Conversation
 from minisa.errors import MinisaError
+from minisa.text.conversation import Conversation
 from tests.loadable import chat_model
 from tests.memory import resident
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from minisa.cache import StaticCache
-from minisa.decode import TorchRunner
 from minisa.engine import LLM
 from minisa.errors import MinisaError
+from minisa.runners.eager import TorchRunner
 from tests.engines import ENGINES, PROMPTS, WAYS, eager, graphs, llm_of, text_of, tokens_of
 
 
@@ -93,7 +93,7 @@ def test_steps_take_in_rows_up_to_the_highest_in_use(monkeypatch: pytest.MonkeyP
 
 def test_a_runner_that_prepares_for_a_number_of_rows_meets_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling anew whenever a row comes or goes would take seconds; past a limit of its own the compiler gives up."""
-    monkeypatch.setattr("minisa.decode.compile_layers", lambda model, on_gpu: None)
+    monkeypatch.setattr("minisa.runners.eager.compile_layers", lambda model, on_gpu: None)
     llm = llm_of()
     llm.runner = TorchRunner(llm.model, compile=True)
     widths: list[int] = []

@@ -153,7 +153,7 @@ class TestFlags:
         config = tiny_config(head_dim=32)
         write_hf(tmp_path, config, random_weights(config))
         waits: list[bool] = []
-        monkeypatch.setattr("minisa.runners.open_library", lambda *, wait: waits.append(wait))
+        monkeypatch.setattr("minisa.runners.choice.open_library", lambda *, wait: waits.append(wait))
         ran = run_bench("--random-weights", tmp_path / "config.json", *QUICK, "--dtype", "bf16", *flags)
         assert ran.status == 0, ran.err
         assert (True in waits) == waited

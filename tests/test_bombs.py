@@ -21,8 +21,8 @@ from minisa.checkpoint import open_checkpoint
 from minisa.checkpoint.shards import read_weight_map
 from minisa.errors import MinisaError
 from minisa.sharing import SharingPlan
-from minisa.spm import varint
-from minisa.tokenizer import load_tokenizer
+from minisa.text.spm import varint
+from minisa.text.tokenizer import load_tokenizer
 from tests.encode import encode_gguf, encode_safetensors, gguf_string
 from tests.vocabularies import (
     byte_level_json,

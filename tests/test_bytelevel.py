@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minisa.bytelevel import LLAMA3_SPLIT, TEKKEN_SPLIT
-from minisa.chat_format import find_dialog
 from minisa.errors import MinisaError
-from minisa.tokenizer import Tokenizer, load_tokenizer
+from minisa.text.bytelevel import LLAMA3_SPLIT, TEKKEN_SPLIT
+from minisa.text.chat_format import find_dialog
+from minisa.text.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny import encode_gguf
 from tests.vocabularies import (
     BYTE_LEVEL,

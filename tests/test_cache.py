@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 
+from minisa.benchmark.presets import PRESETS
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
 from minisa.costs import kv_bytes
 from minisa.errors import MinisaError
-from minisa.presets import PRESETS
 from minisa.sharing import SharingPlan
 from tests.tiny import tiny_config
 

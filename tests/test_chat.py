@@ -23,9 +23,9 @@ import pytest
 
 import chat
 from minisa import LLM, MinisaError, console, load
-from minisa.conversation import Conversation
-from minisa.dialog import DIALOGS
-from minisa.speculate import PromptLookup
+from minisa.generation.speculate import PromptLookup
+from minisa.text.conversation import Conversation
+from minisa.text.dialog import DIALOGS
 from tests.commands import FRANCE, Ran
 from tests.loadable import loadable_hf
 from tests.tiny import random_weights, tiny_config, write_hf
@@ -113,7 +113,9 @@ class TestAnswers:
         self, ask: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         lookups = []
-        monkeypatch.setattr("minisa.generate.PromptLookup", lambda *given: lookups.append(1) or PromptLookup(*given))
+        monkeypatch.setattr(
+            "minisa.generation.generate.PromptLookup", lambda *given: lookups.append(1) or PromptLookup(*given)
+        )
         flags = ("--prompt", "Say ha 9 times: ha ha ha ha", "--max-new-tokens", 30)
         assert ask(*flags).out == ask(*flags, "--speculate").out
         assert len(lookups) == 1

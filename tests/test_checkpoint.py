@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from minisa.checkpoint import Checkpoint, load, load_weights, open_checkpoint
-from minisa.config import ModelConfig
+from minisa.config import ModelConfig, RopeScaling
 from minisa.errors import MinisaError
-from minisa.rope_scaling import RopeScaling
 from tests.encode import write_safetensors
 from tests.tiny import (
     empty_model,

@@ -13,7 +13,7 @@ import torch
 
 from minisa.checkpoint import ggml, load_weights, open_checkpoint, read_gguf
 from minisa.errors import MinisaError
-from minisa.tokenizer import load_tokenizer
+from minisa.text.tokenizer import load_tokenizer
 from tests.encode import GGML_CODES, encode_gguf, gguf_string
 from tests.loadable import loadable_gguf
 from tests.tiny import empty_model, random_weights, split_gguf, tiny_config, write_gguf

@@ -12,7 +12,7 @@ import pytest
 import bench
 import chat
 from minisa import SharingPlan, cli, console
-from minisa.registry import DEFAULT_MODEL, ModelEntry, find, registry
+from minisa.models.registry import DEFAULT_MODEL, ModelEntry, find, registry
 from tests.commands import Ran
 from tests.loadable import N_TOKENS, loadable_gguf
 from tests.tiny import tiny_config

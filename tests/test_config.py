@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from minisa.config import ModelConfig
+from minisa.benchmark.presets import PRESETS
+from minisa.checkpoint.description import config_from_gguf, config_from_hf, config_from_params
+from minisa.config import ModelConfig, RopeScaling
 from minisa.costs import parameter_count
 from minisa.errors import MinisaError
-from minisa.presets import PRESETS
-from minisa.rope_scaling import RopeScaling
 from minisa.sharing import SharingPlan
 from tests.families import FAMILIES
 
@@ -55,29 +55,29 @@ GGUF = {
 
 
 def hf(**changes: Any) -> ModelConfig:
-    return ModelConfig.from_hf({**LLAMA31_8B, **changes})
+    return config_from_hf({**LLAMA31_8B, **changes})
 
 
 def test_published_descriptions_give_the_presets() -> None:
     assert hf() == PRESETS["llama3.1-8b"]
-    assert ModelConfig.from_gguf(GGUF, tied=True) == PRESETS["smollm2-135m"]
+    assert config_from_gguf(GGUF, tied=True) == PRESETS["smollm2-135m"]
     meta = {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256}
     meta |= {"multiple_of": 1024, "ffn_dim_multiplier": 1.3, "norm_eps": 1e-05, "rope_theta": 500000.0}
-    assert ModelConfig.from_params(meta, 128256) == PRESETS["llama3-8b"]
-    assert ModelConfig.from_params({**meta, "use_scaled_rope": True}, 128256) == PRESETS["llama3.1-8b"]
+    assert config_from_params(meta, 128256) == PRESETS["llama3-8b"]
+    assert config_from_params({**meta, "use_scaled_rope": True}, 128256) == PRESETS["llama3.1-8b"]
     llama2 = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
-    assert ModelConfig.from_params(llama2, 32000) == PRESETS["llama2-7b"]
-    assert ModelConfig.from_params({**llama2, "norm_eps": 1e-06}, 32000) == FAMILIES["llama-7b"].config
+    assert config_from_params(llama2, 32000) == PRESETS["llama2-7b"]
+    assert config_from_params({**llama2, "norm_eps": 1e-06}, 32000) == FAMILIES["llama-7b"].config
     llama65b = {"dim": 8192, "multiple_of": 256, "n_heads": 64, "n_layers": 80, "norm_eps": 1e-05, "vocab_size": -1}
-    assert ModelConfig.from_params(llama65b, 32000) == FAMILIES["llama-65b"].config
+    assert config_from_params(llama65b, 32000) == FAMILIES["llama-65b"].config
     code = {"dim": 8192, "n_layers": 48, "n_heads": 64, "n_kv_heads": 8, "ffn_dim_multiplier": 1.0, "rope_theta": 1e6}
-    assert ModelConfig.from_params(code, 32000) == FAMILIES["code-llama-34b"].config
+    assert config_from_params(code, 32000) == FAMILIES["code-llama-34b"].config
     mistral = {"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8}
     mistral |= {"norm_eps": 1e-05, "vocab_size": 32000}
-    assert ModelConfig.from_params({**mistral, "sliding_window": 4096}, 32000) == PRESETS["mistral-7b-v0.1"]
-    assert ModelConfig.from_params({**mistral, "rope_theta": 1e6}, 32768) == PRESETS["mistral-7b-v0.3"]
+    assert config_from_params({**mistral, "sliding_window": 4096}, 32000) == PRESETS["mistral-7b-v0.1"]
+    assert config_from_params({**mistral, "rope_theta": 1e6}, 32768) == PRESETS["mistral-7b-v0.3"]
     for dim, context in ((5120, 131_072), (12_288, 131_072), (6144, 32_768)):  # Nemo, Large, Small and Codestral
-        assert ModelConfig.from_params({**mistral, "dim": dim, "rope_theta": 1e6}, 32768).max_seq_len == context
+        assert config_from_params({**mistral, "dim": dim, "rope_theta": 1e6}, 32768).max_seq_len == context
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -89,7 +89,7 @@ def test_every_family_has_as_many_parameters_as_published(name: str) -> None:
 def test_transformers_5_spelling() -> None:
     rope = {**LLAMA31_8B["rope_scaling"], "rope_theta": 500000.0}  # type: ignore[dict-item]
     raw = {key: value for key, value in LLAMA31_8B.items() if key not in ("rope_scaling", "rope_theta")}
-    assert ModelConfig.from_hf({**raw, "rope_parameters": rope}) == PRESETS["llama3.1-8b"]
+    assert config_from_hf({**raw, "rope_parameters": rope}) == PRESETS["llama3.1-8b"]
     both = hf(rope_parameters={"rope_type": "default"}, rope_scaling={"rope_type": "linear", "factor": 2.0})
     assert both.rope_scaling == RopeScaling("linear", 2.0)  # transformers takes the latter
 
@@ -163,7 +163,7 @@ def test_the_context_of_a_stretched_model(scaling: dict[str, Any], stated: int, 
     gguf = {f"llama.rope.scaling.{key}": scaling[key] for key in ("type", "factor") if scaling["type"] != "dynamic"}
     if ORIGINAL in scaling:
         gguf["llama.rope.scaling.original_context_length"] = scaling[ORIGINAL]
-    config = ModelConfig.from_gguf(GGUF | {"llama.context_length": stated} | gguf, tied=True)
+    config = config_from_gguf(GGUF | {"llama.context_length": stated} | gguf, tied=True)
     assert (config.max_seq_len, config.longest_seq_len) == (context, longest)
 
 
@@ -276,7 +276,7 @@ def test_what_is_not_understood_is_refused_by_name(changes: dict[str, Any], says
 def test_what_params_json_says_of_itself_is_true_or_false() -> None:
     for key in ("use_scaled_rope", "tied_embeddings"):
         with pytest.raises(MinisaError, match=f"{key} is 'false': expected true or false"):
-            ModelConfig.from_params({"dim": 8, "n_heads": 1, "n_layers": 1, "vocab_size": 8, key: "false"}, 8)
+            config_from_params({"dim": 8, "n_heads": 1, "n_layers": 1, "vocab_size": 8, key: "false"}, 8)
 
 
 @pytest.mark.parametrize("key", ["yarn", "llama_4_scaling", "_sliding_window", "quantization", "sliding_window"])
@@ -284,12 +284,12 @@ def test_options_of_newer_params_json_are_refused(key: str) -> None:
     """Ministral 8B, Devstral 2: all their tensors are a Llama's, and what they do is not."""
     value = [4096, None] if key.endswith("sliding_window") else {"factor": 16}
     with pytest.raises(MinisaError, match=f"params.json: {key} is not supported"):
-        ModelConfig.from_params({"dim": 8, "n_heads": 1, "n_layers": 1, "hidden_dim": 8, key: value}, 8)
+        config_from_params({"dim": 8, "n_heads": 1, "n_layers": 1, "hidden_dim": 8, key: value}, 8)
 
 
 def test_metas_llama_3_2_has_the_factor_of_hugging_faces() -> None:
     meta = {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "ffn_dim_multiplier": 1.5, "multiple_of": 256}
-    config = ModelConfig.from_params({**meta, "rope_theta": 500000.0, "use_scaled_rope": True}, 128256)
+    config = config_from_params({**meta, "rope_theta": 500000.0, "use_scaled_rope": True}, 128256)
     assert config.rope_scaling == PRESETS["llama3.2-1b"].rope_scaling
 
 
@@ -318,29 +318,29 @@ def test_metas_llama_3_2_has_the_factor_of_hugging_faces() -> None:
     ],
 )
 def test_gguf_scaling_as_llama_cpp_reads_it(keys: dict[str, Any], scaling: RopeScaling | None) -> None:
-    assert ModelConfig.from_gguf({**GGUF, **keys}, tied=True).rope_scaling == scaling
+    assert config_from_gguf({**GGUF, **keys}, tied=True).rope_scaling == scaling
     if scaling:
         with pytest.raises(MinisaError, match=r"both rope_freqs\.weight and a llama"):
-            ModelConfig.from_gguf({**GGUF, **keys}, tied=True, rope_factors=(1.0,) * 32)
+            config_from_gguf({**GGUF, **keys}, tied=True, rope_factors=(1.0,) * 32)
     with pytest.raises(MinisaError, match="'longrope' is not supported"):
-        ModelConfig.from_gguf({**GGUF, "llama.rope.scaling.type": "longrope"}, tied=True, rope_factors=(1.0,) * 32)
+        config_from_gguf({**GGUF, "llama.rope.scaling.type": "longrope"}, tied=True, rope_factors=(1.0,) * 32)
 
 
 def test_other_gguf_architectures_experts_and_factors_are_refused() -> None:
     with pytest.raises(MinisaError, match=r"general\.architecture 'qwen2'"):
-        ModelConfig.from_gguf({**GGUF, "general.architecture": "qwen2"}, tied=True)
+        config_from_gguf({**GGUF, "general.architecture": "qwen2"}, tied=True)
     with pytest.raises(MinisaError, match="expert_count"):
-        ModelConfig.from_gguf({**GGUF, "llama.expert_count": 8}, tied=True)
+        config_from_gguf({**GGUF, "llama.expert_count": 8}, tied=True)
     with pytest.raises(MinisaError, match=r"rope\.dimension_count"):
-        ModelConfig.from_gguf({**GGUF, "llama.rope.dimension_count": 32}, tied=True)
+        config_from_gguf({**GGUF, "llama.rope.dimension_count": 32}, tied=True)
     for factor in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
         with pytest.raises(MinisaError, match=rf"llama\.rope\.scaling\.{factor} is 0\.5: expected 1, or none"):
-            ModelConfig.from_gguf({**GGUF, f"llama.rope.scaling.{factor}": 0.5}, tied=True)
+            config_from_gguf({**GGUF, f"llama.rope.scaling.{factor}": 0.5}, tied=True)
     with pytest.raises(MinisaError, match="layer_norm_rms_epsilon is None"):  # llama.cpp guesses none either
-        ModelConfig.from_gguf({**GGUF, "llama.attention.layer_norm_rms_epsilon": None}, tied=True)
+        config_from_gguf({**GGUF, "llama.attention.layer_norm_rms_epsilon": None}, tied=True)
     with pytest.raises(MinisaError, match=r"attention\.causal is false"):
-        ModelConfig.from_gguf({**GGUF, "llama.attention.causal": False}, tied=True)
+        config_from_gguf({**GGUF, "llama.attention.causal": False}, tied=True)
     with pytest.raises(MinisaError, match="causal is false"):
-        ModelConfig.from_params({"dim": 8, "n_heads": 1, "causal": False}, 8)
+        config_from_params({"dim": 8, "n_heads": 1, "causal": False}, 8)
     with pytest.raises(MinisaError, match="mixture-of-experts"):
-        ModelConfig.from_params({"dim": 8, "n_heads": 1, "moe": {"num_experts": 8}}, 8)
+        config_from_params({"dim": 8, "n_heads": 1, "moe": {"num_experts": 8}}, 8)

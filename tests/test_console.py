@@ -17,9 +17,9 @@ from click.testing import CliRunner
 import bench
 from minisa import cli, console
 from minisa.errors import MinisaError
+from minisa.files import written_whole
 from minisa.study.heal_command import heal
 from minisa.study.search_command import search
-from minisa.untrusted import written_whole
 
 
 def torch_allocates() -> None:

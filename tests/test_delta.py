@@ -15,9 +15,9 @@ from minisa.checkpoint import load_weights, open_checkpoint, with_delta, write_d
 from minisa.checkpoint.safetensors import read_safetensors, write_safetensors
 from minisa.errors import MinisaError
 from minisa.model import Transformer
-from minisa.native.build import open_library
-from minisa.native.runner import NativeRunner
-from minisa.registry import choose_plan
+from minisa.models.registry import choose_plan
+from minisa.runners.native.build import open_library
+from minisa.runners.native.runner import NativeRunner
 from minisa.sharing import Delta, SharingPlan
 from tests.models import in_one_go, random_tokens
 from tests.tiny import random_weights, tiny_config, write_gguf, write_hf

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from minisa.chat_format import find_dialog
-from minisa.dialog import DIALOGS, Message
 from minisa.errors import MinisaError
-from minisa.tokenizer import Tokenizer, load_tokenizer
+from minisa.text.chat_format import find_dialog
+from minisa.text.dialog import DIALOGS, Message
+from minisa.text.tokenizer import Tokenizer, load_tokenizer
 from tests.vocabularies import CHATML, LLAMA3, byte_level_json, load_real, sentencepiece_model, tekken_json, write_json
 
 SYSTEM: Message = {"role": "system", "content": "Be brief."}

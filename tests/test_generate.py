@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from minisa.cache import StaticCache
-from minisa.decode import TorchRunner
-from minisa.dialog import Dialog, Message
 from minisa.engine import load
 from minisa.errors import MinisaError
-from minisa.row import StopStrings
+from minisa.generation.row import StopStrings
+from minisa.runners.eager import TorchRunner
+from minisa.text.dialog import Dialog, Message
 from tests.engines import PROMPTS, byte_llm, llm_of, text_of, tokens_of
 from tests.loadable import chat_model
 from tests.models import PLANS, SIX_LAYERS, build_model

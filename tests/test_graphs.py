@@ -16,14 +16,14 @@ import torch
 
 pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux')
 
+from minisa.benchmark.selfcheck import _logits_of_pieces
 from minisa.cache import StaticCache
-from minisa.decode import TorchRunner, compile_layers
-from minisa.graphs import AHEAD, GraphRunner
-from minisa.kernels.decode_attention import MOST_QUERIES
+from minisa.generation.sampling import Chooser
 from minisa.model import Transformer
 from minisa.quantize import Format, quantize, replace_matrix, use_kernels
-from minisa.sampling import Chooser
-from minisa.selfcheck import _logits_of_pieces
+from minisa.runners.eager import TorchRunner, compile_layers
+from minisa.runners.graphs import AHEAD, GraphRunner
+from minisa.runners.kernels.decode_attention import MOST_QUERIES
 from tests.engines import DEVICE, PROMPTS, Recorder, byte_llm, graph_llm, llm_of, text_of, tokens_of
 from tests.models import PLANS, SIX_LAYERS, build_model
 from tests.rings import CONTEXT, SLOTS, WINDOWED, WINDOWED_PLANS, windowed_llm

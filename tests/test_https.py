@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from minisa import https
-from minisa.download import pull
 from minisa.errors import MinisaError
-from minisa.registry import ModelFile, find, local_path
+from minisa.models import https
+from minisa.models.download import pull
+from minisa.models.registry import ModelFile, find, local_path
 from tests.publisher import BIG, Publisher, contents, failure, isolate, model, sha256
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux')
 
 from minisa.attention import HeadMap
-from minisa.kernels.decode_attention import BLOCK, KERNELS
-from minisa.selfcheck import BOUNDS, attention_errors, attention_tensors
+from minisa.benchmark.selfcheck import BOUNDS, attention_errors, attention_tensors
+from minisa.runners.kernels.decode_attention import BLOCK, KERNELS
 from tests.engines import DEVICE
 
 LENGTHS = (1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 7)

@@ -22,7 +22,7 @@ def compile_for(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from minisa.kernels import decode_attention, quantized_product
+    from minisa.runners.kernels import decode_attention, quantized_product
 
     sizes = {"GROUP": 4, "ROWS": 16, "HEAD_DIM": 128, "DIMS": 128, "QUERIES": 8}
     types = {"bf16": triton.language.bfloat16, "fp16": triton.language.float16, "fp32": triton.language.float32}

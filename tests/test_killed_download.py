@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from minisa import download, https
-from minisa.download import pull
-from minisa.registry import ModelEntry, ModelFile, local_path
+from minisa.models import download, https
+from minisa.models.download import pull
+from minisa.models.registry import ModelEntry, ModelFile, local_path
 from tests.publisher import WHEEL_GGUF, FakePip, Publisher, contents, isolate, model, sha256, wheel_model
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minisa.errors import MinisaError
-from minisa.lease import Leases
+from minisa.generation.lease import Leases
 from tests.engines import ENGINES, PROMPTS, llm_of, text_of, tokens_of
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from minisa import MinisaError, load
-from minisa.dialog import DIALOGS
-from minisa.registry import find
+from minisa.models.registry import find
+from minisa.text.dialog import DIALOGS
 from tests.loadable import N_TOKENS, chat_model, loadable_hf
 from tests.tiny import tiny_config
 

@@ -11,20 +11,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minisa import measure
+from minisa.benchmark import measure
 from minisa.benchmark.contender import Facts, Minisa, Opening
 from minisa.benchmark.gguf_writer import own_gguf, write_gguf
 from minisa.benchmark.report import decode_cost
 from minisa.benchmark.run import Measured
+from minisa.benchmark.synthetic import random_llm
 from minisa.benchmark.worker import Worker
 from minisa.checkpoint import load_weights, open_checkpoint, read_gguf
-from minisa.config import ModelConfig
+from minisa.config import ModelConfig, RopeScaling
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.rope import rope_frequencies
-from minisa.rope_scaling import RopeScaling
 from minisa.sharing import SharingPlan
-from minisa.synthetic import random_llm
 from tests.tiny import random_weights, tiny_config
 from tests.tiny import write_gguf as write_tiny_gguf
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisa.bytelevel import ByteLevelBPE
 from minisa.errors import MinisaError
-from minisa.merges import BYTES, rank_merges
+from minisa.text.bytelevel import ByteLevelBPE
+from minisa.text.merges import BYTES, rank_merges
 
 
 def bpe(piece: bytes, merges: list[tuple[bytes, bytes]]) -> list[bytes]:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisa import decode
 from minisa.cache import StaticCache
+from minisa.config import RopeScaling
 from minisa.costs import parameter_count
-from minisa.decode import TorchRunner, prefill_chunks
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.rope import rope_frequencies
-from minisa.rope_scaling import RopeScaling
+from minisa.runners import eager as decode
+from minisa.runners.eager import TorchRunner, prefill_chunks
 from minisa.sharing import SharingPlan
 from tests.models import N_LAYERS, PLANS, SIX_LAYERS, build_model, in_one_go, random_tokens
 from tests.tiny import random_weights, tiny_config

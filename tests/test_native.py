@@ -15,18 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from minisa.benchmark.synthetic import random_checkpoint
 from minisa.cache import StaticCache, to_dtype
 from minisa.checkpoint import load_weights
 from minisa.config import ModelConfig
 from minisa.costs import SLACK, parameter_count
-from minisa.decode import TorchRunner
 from minisa.device import _openmp, one_torch_thread
 from minisa.errors import MinisaError
 from minisa.model import Linear, Transformer
-from minisa.native.runner import NativeRunner
 from minisa.quantize import Format
+from minisa.runners.eager import TorchRunner
+from minisa.runners.native.runner import NativeRunner
 from minisa.sharing import SharingPlan
-from minisa.synthetic import random_checkpoint
 from tests.families import FAMILIES
 from tests.models import build_model, random_tokens
 from tests.tiny import tiny_config
@@ -209,7 +209,7 @@ def test_chunks_no_longer_than_their_weights_have_room(
     config = SHAPES["gqa"]
     reference, native = pair(config, plan_of(config, plan, True), library)
     n_spans = {"none": 0, "interleaved": 2}[plan]
-    monkeypatch.setattr("minisa.native.runner.SCRATCH", 100 * 4 * config.n_heads * n_spans * 20)
+    monkeypatch.setattr("minisa.runners.native.runner.SCRATCH", 100 * 4 * config.n_heads * n_spans * 20)
     ids = random_tokens(config, 1, 150)
     expected_cache, cache = caches(reference.model, 1, 150)
     chunks = list(native.all_logits(ids, 0, cache))
@@ -324,9 +324,9 @@ ONE_THREAD = """
 import os, torch
 torch.set_num_threads(1)
 from minisa.cache import StaticCache
-from minisa.native.build import open_library
-from minisa.native.runner import NativeRunner
-from minisa.sampling import Chooser, Sampling
+from minisa.runners.native.build import open_library
+from minisa.runners.native.runner import NativeRunner
+from minisa.generation.sampling import Chooser, Sampling
 from tests.models import PLANS, build_model
 from tests.tiny import tiny_config
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from minisa.cache import StaticCache
 from minisa.device import choose_dtype
 from minisa.model import Transformer
-from minisa.native import build
-from minisa.native.build import compiler_works, open_library
-from minisa.native.packing import Packed, pack_bf16
-from minisa.native.runner import supports
-from minisa.runners import choose_runner, may_become_native, native_step
+from minisa.runners.choice import choose_runner, may_become_native, native_step
+from minisa.runners.native import build
+from minisa.runners.native.build import compiler_works, open_library
+from minisa.runners.native.packing import Packed, pack_bf16
+from minisa.runners.native.runner import supports
 from minisa.sharing import SharingPlan
 from tests.engines import byte_llm
 from tests.models import build_model
@@ -78,12 +78,12 @@ def test_what_pytorch_computed_does_not_stay_in_the_cache(
     """A text that goes on from a prompt, and one that begins with a prefix, from before the step was built."""
     beginning = "The quick brown fox jumps over the lazy dog, and "
     cache = StaticCache.allocate(bf16_model.config, bf16_model.plan, max_seq_len=96, dtype=torch.bfloat16)
-    monkeypatch.setattr("minisa.runners.open_library", lambda wait: None)
+    monkeypatch.setattr("minisa.runners.choice.open_library", lambda wait: None)
     llm = byte_llm(bf16_model, cache)
     list(llm.generate(beginning, max_new_tokens=1))
     prefix = llm.prefix(beginning)
     assert llm.runner.name == "eager"
-    monkeypatch.setattr("minisa.runners.open_library", lambda wait: library)
+    monkeypatch.setattr("minisa.runners.choice.open_library", lambda wait: library)
 
     def kept(**options: Any) -> tuple[Tensor, int]:
         *_, last = llm.generate(beginning + "runs", max_new_tokens=1, **options)
@@ -106,11 +106,11 @@ def test_an_interrupt_leaves_no_model_half_packed(
 ) -> None:
     """It waits until the weights have moved into the step that has been built meanwhile."""
     cache = StaticCache.allocate(bf16_model.config, bf16_model.plan, max_seq_len=32)
-    monkeypatch.setattr("minisa.runners.open_library", lambda wait: None)
+    monkeypatch.setattr("minisa.runners.choice.open_library", lambda wait: None)
     llm = byte_llm(bf16_model, cache)
     list(llm.generate("a", max_new_tokens=2))
     assert llm._held != []
-    monkeypatch.setattr("minisa.runners.open_library", lambda wait: library)
+    monkeypatch.setattr("minisa.runners.choice.open_library", lambda wait: library)
     packing = []
 
     def interrupted(weight: Tensor) -> Packed:
@@ -119,7 +119,7 @@ def test_an_interrupt_leaves_no_model_half_packed(
             signal.raise_signal(signal.SIGINT)
         return pack_bf16(weight)
 
-    monkeypatch.setattr("minisa.native.runner.pack_bf16", interrupted)
+    monkeypatch.setattr("minisa.runners.native.runner.pack_bf16", interrupted)
     with pytest.raises(KeyboardInterrupt):
         next(llm.generate("a"))
     assert llm.runner.name == "C++ step"
@@ -138,7 +138,7 @@ def test_auto_is_bf16_on_any_cpu_once_the_step_is_built(monkeypatch: pytest.Monk
 
 def test_who_waits_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[bool] = []
-    monkeypatch.setattr("minisa.runners.open_library", lambda *, wait: waits.append(wait))
+    monkeypatch.setattr("minisa.runners.choice.open_library", lambda *, wait: waits.append(wait))
     cpu, config = torch.device("cpu"), GQA
     for compile in (None, True):
         for quantized in (False, True):

@@ -14,8 +14,8 @@ from torch import Tensor
 from minisa import LLM
 from minisa.cache import StaticCache
 from minisa.checkpoint import load_weights, open_checkpoint
+from minisa.config import RopeScaling
 from minisa.model import Transformer
-from minisa.rope_scaling import RopeScaling
 from minisa.sharing import SharingPlan
 from tests.families import FAMILIES
 from tests.models import in_one_go

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from minisa.benchmark.presets import PRESETS
 from minisa.errors import MinisaError
-from minisa.presets import PRESETS
-from minisa.registry import choose_plan, find, shipped_plan
+from minisa.models.registry import choose_plan, find, shipped_plan
 from minisa.sharing import SharingPlan
 from minisa.study.plans import save_plan
 

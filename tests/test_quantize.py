@@ -15,9 +15,9 @@ from minisa.cache import StaticCache
 from minisa.checkpoint import load_weights, open_checkpoint
 from minisa.errors import MinisaError
 from minisa.model import Transformer
-from minisa.native.runner import NativeRunner
 from minisa.quantize import BLOCK, Blocks, check_quantization, quantize
-from minisa.runners import choose_runner
+from minisa.runners.choice import choose_runner
+from minisa.runners.native.runner import NativeRunner
 from minisa.sharing import SharingPlan
 from tests.models import in_one_go, random_tokens
 from tests.tiny import random_weights, tiny_config, write_gguf, write_hf

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux')
 
-from minisa.kernels.quantized_product import multiply_row, quantized_product
+from minisa.benchmark.selfcheck import BOUNDS, product_error
 from minisa.quantize import Format, quantize
-from minisa.selfcheck import BOUNDS, product_error
+from minisa.runners.kernels.quantized_product import multiply_row, quantized_product
 from tests.engines import DEVICE
 
 

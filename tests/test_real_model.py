@@ -12,7 +12,7 @@ import pytest
 
 from minisa import LLM, load
 from minisa.costs import kv_bytes
-from minisa.registry import DEFAULT_MODEL
+from minisa.models.registry import DEFAULT_MODEL
 from minisa.sharing import SharingPlan
 
 pytestmark = pytest.mark.real_model
@@ -147,10 +147,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from minisa.presets import PRESETS
+from minisa.benchmark.presets import PRESETS
 from minisa.sharing import SharingPlan
-from minisa.synthetic import random_llm
-from minisa.tokenizer import load_tokenizer
+from minisa.benchmark.synthetic import random_llm
+from minisa.text.tokenizer import load_tokenizer
 from tests.memory import resident
 
 config, plan = replace(PRESETS["smollm2-135m"], n_layers=6), SharingPlan.parse("2:3,4:5", 6)

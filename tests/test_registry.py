@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from minisa import registry as registry_module
+from minisa.benchmark.presets import PRESETS
 from minisa.costs import parameter_count
 from minisa.errors import MinisaError
-from minisa.presets import PRESETS
-from minisa.registry import (
+from minisa.models.registry import (
     DEFAULT_MODEL,
     ModelEntry,
     ModelFile,

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisa import decode
+from minisa.benchmark.presets import PRESETS
 from minisa.cache import StaticCache
 from minisa.costs import SLACK, kv_bytes, prefill_flops, step_cost
-from minisa.decode import TorchRunner, prefill_chunks
 from minisa.errors import MinisaError
-from minisa.presets import PRESETS
-from minisa.row import WRITTEN_AHEAD
+from minisa.generation.row import WRITTEN_AHEAD
+from minisa.generation.speculate import LONGEST
+from minisa.runners import eager as decode
+from minisa.runners.eager import TorchRunner, prefill_chunks
 from minisa.sharing import SharingPlan
-from minisa.speculate import LONGEST
 from tests.engines import DEVICE, text_of, tokens_of
 from tests.models import build_model, random_tokens
 from tests.rings import CONTEXT, SLOTS, WINDOW, WINDOWED, WINDOWED_PLANS, windowed_cache, windowed_llm
@@ -256,8 +256,8 @@ def test_a_prefix_longer_than_the_ring(cut: int) -> None:
 def test_the_slack_is_enough() -> None:
     """Of a chunk of the C++ step the first token sees its window, which the last has not written over; nor have
     guesses, or steps that ran ahead, what is left when a turn takes back what it may."""
-    from minisa.graphs import WARM_UP
-    from minisa.native.runner import CHUNK
+    from minisa.runners.graphs import WARM_UP
+    from minisa.runners.native.runner import CHUNK
 
     assert CHUNK <= SLACK + 2
     assert WRITTEN_AHEAD > LONGEST + WARM_UP

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minisa.errors import MinisaError
-from minisa.sampling import (
+from minisa.generation.sampling import (
     NO_TOKEN,
     NUCLEUS,
     Chooser,

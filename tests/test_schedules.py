@@ -11,7 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from minisa.engine import LLM
-from minisa.row import Chunk
+from minisa.generation.row import Chunk
 from tests.engines import ENGINES, PROMPTS, WAYS
 
 SHARED = "the beginning that some have in common"

@@ -10,10 +10,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from minisa import cli, selfcheck
+from minisa import cli
 from minisa.attention import AttentionBackend, HeadMap
-from minisa.decode import TorchRunner
-from minisa.selfcheck import attention_errors, attention_tensors
+from minisa.benchmark import selfcheck
+from minisa.benchmark.selfcheck import attention_errors, attention_tensors
+from minisa.runners.eager import TorchRunner
 
 CPU = torch.device("cpu")
 
@@ -46,9 +47,9 @@ def test_a_wrong_result_is_a_failure(quick: None, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         TorchRunner, "stepper", lambda *given: lambda *state: (chosen(*given)(*state)[0] * 0, state[1] + 1)
     )
-    monkeypatch.setattr("minisa.selfcheck.native_step", lambda *_, **__: object())
+    monkeypatch.setattr("minisa.benchmark.selfcheck.native_step", lambda *_, **__: object())
     monkeypatch.setattr("minisa.engine.choose_runner", lambda model, compile: TorchRunner(model))
-    monkeypatch.setattr("minisa.selfcheck.local_path", lambda _: None)
+    monkeypatch.setattr("minisa.benchmark.selfcheck.local_path", lambda _: None)
     monkeypatch.setitem(selfcheck.CHECKS, "quantized products", lambda _: 1 / 0)  # type: ignore[misc,arg-type,return-value]
     ran = run("--no-bench")
     assert ran.return_value == 1

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minisa.benchmark.presets import PRESETS
 from minisa.errors import MinisaError
-from minisa.presets import PRESETS
 from minisa.sharing import SharingPlan
 
 

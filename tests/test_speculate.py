@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from minisa.errors import MinisaError
-from minisa.speculate import EARNED, LONGEST, NGRAM, PRICE, TRIED, Price, PromptLookup
+from minisa.generation.speculate import EARNED, LONGEST, NGRAM, PRICE, TRIED, Price, PromptLookup
 from tests.engines import llm_of, text_of, tokens_of
 
 CIRCLES = {"repetition_penalty": 0.01}

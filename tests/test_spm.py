@@ -15,8 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minisa.errors import MinisaError
-from minisa.spm import _fields, _float, _message, _string
-from minisa.tokenizer import Tokenizer, load_tokenizer
+from minisa.text.spm import _fields, _float, _message, _string
+from minisa.text.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny import encode_gguf
 from tests.vocabularies import (
     METASPACE,

@@ -18,10 +18,10 @@ from minisa import cli, load
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
 from minisa.costs import kv_bytes
-from minisa.decode import TorchRunner, prefill_chunks
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.rope import apply_rope
+from minisa.runners.eager import TorchRunner, prefill_chunks
 from minisa.sharing import Delta, SharingPlan
 from minisa.study import cheapest as cheapest_module
 from minisa.study.cheapest import KEPT, Step, cheapest, extensions

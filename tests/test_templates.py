@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from minisa.chat_format import find_dialog
-from minisa.dialog import DIALOGS, Message
 from minisa.errors import MinisaError
-from minisa.templates import Beyond, written
-from minisa.tokenizer import load_tokenizer
+from minisa.text.chat_format import find_dialog
+from minisa.text.dialog import DIALOGS, Message
+from minisa.text.templates import Beyond, written
+from minisa.text.tokenizer import load_tokenizer
 from tests.vocabularies import CHATML, SPECIAL, jinja_writes, sentencepiece_model, write_json
 
 SYSTEM: Message = {"role": "system", "content": "Be brief."}

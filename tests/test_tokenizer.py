@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from minisa.bytelevel import TEKKEN_SPLIT
 from minisa.checkpoint.gguf import read_gguf
 from minisa.errors import MinisaError
-from minisa.tokenizer import load_tokenizer
-from minisa.untrusted import read_json
+from minisa.files import read_json
+from minisa.text.bytelevel import TEKKEN_SPLIT
+from minisa.text.tokenizer import load_tokenizer
 from tests.encode import encode_gguf
 from tests.makers_ids import TEXT_IDS
 from tests.vocabularies import (

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minisa.checkpoint.safetensors import write_safetensors
-from minisa.untrusted import write_whole, written_whole
+from minisa.files import write_whole, written_whole
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "text": lambda path: write_whole(path, "text"),

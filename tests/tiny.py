@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minisa.checkpoint import read_gguf
-from minisa.config import ModelConfig
-from minisa.rope_scaling import RopeScaling
+from minisa.config import ModelConfig, RopeScaling
 from tests.encode import GGML_CODES, encode_gguf, quantize, write_safetensors
 
 Weights = Mapping[str, Tensor]

@@ -19,9 +19,9 @@ import sentencepiece
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minisa.bytelevel import TEKKEN_SPLIT
-from minisa.dialog import Message
-from minisa.tokenizer import Tokenizer, load_tokenizer
+from minisa.text.bytelevel import TEKKEN_SPLIT
+from minisa.text.dialog import Message
+from minisa.text.tokenizer import Tokenizer, load_tokenizer
 
 SPLIT_LLAMA3 = "|".join(
     [

@@ -10,15 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from minisa.benchmark.measure import timed
+from minisa.benchmark.synthetic import random_checkpoint, random_llm
 from minisa.checkpoint import load_weights, open_checkpoint
 from minisa.config import ModelConfig
 from minisa.device import begin_reading, dtype_name, peak_memory, synchronize
 from minisa.engine import LLM, load
-from minisa.measure import timed
+from minisa.generation.sampling import Chooser
 from minisa.model import Transformer
-from minisa.sampling import Chooser
 from minisa.sharing import SharingPlan
-from minisa.synthetic import random_checkpoint, random_llm
 
 LEAD_IN = 2  # decode steps before those that count: the turn before has emptied the processor's caches
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from minisa.benchmark.report import Record
 from minisa.errors import MinisaError
-from minisa.untrusted import written_whole
+from minisa.files import written_whole
 
 
 def check_matplotlib() -> None:

@@ -35,11 +35,11 @@ from typing import Any
 
 import torch
 
+from minisa.benchmark.measure import Spread
 from minisa.benchmark.run import Benchmark, Ceiling, Measured
 from minisa.benchmark.settings import GREEDY_TOKENS, Settings
 from minisa.costs import StepCost, kv_bytes, parameter_count, prefill_flops, step_cost
 from minisa.device import dtype_name
-from minisa.measure import Spread
 from minisa.quantize import INT8_BYTES
 
 VERSION = 1

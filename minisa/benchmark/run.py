@@ -18,11 +18,11 @@ import torch
 from minisa.benchmark.contender import Facts, Minisa, Opening
 from minisa.benchmark.gguf_writer import ggml_type, own_gguf, write_gguf
 from minisa.benchmark.llamacpp_peer import LlamaCpp
+from minisa.benchmark.measure import ReadBandwidth, matrix_rates, turns
 from minisa.benchmark.settings import GREEDY_PROMPT, GREEDY_TOKENS, Settings
 from minisa.benchmark.transformers_peer import TransformersPeer
 from minisa.benchmark.worker import Worker
 from minisa.device import free_memory
-from minisa.measure import ReadBandwidth, matrix_rates, turns
 from minisa.sharing import SharingPlan
 
 READINGS = 12  # of the bandwidth, at the start and at the end

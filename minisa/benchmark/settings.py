@@ -11,16 +11,17 @@ import torch
 
 from minisa.benchmark.contender import Opening
 from minisa.benchmark.peers import check_peer
+from minisa.benchmark.presets import PRESETS
 from minisa.checkpoint import open_checkpoint
+from minisa.checkpoint.description import config_from_hf
 from minisa.checkpoint.layouts import describing
 from minisa.config import ModelConfig
 from minisa.device import choose_device, choose_dtype, choose_kv_dtype
 from minisa.errors import MinisaError
-from minisa.presets import PRESETS
-from minisa.registry import ModelEntry, choose_plan, registry, resolve
-from minisa.runners import native_step
+from minisa.files import read_json
+from minisa.models.registry import ModelEntry, choose_plan, registry, resolve
+from minisa.runners.choice import native_step
 from minisa.sharing import SharingPlan
-from minisa.untrusted import read_json
 
 CONTEXTS = (0, 512, 1500, 4096)
 PROMPT_LENGTHS = (128, 512, 2048)
@@ -118,7 +119,7 @@ def _shape(name: str) -> tuple[str, ModelConfig, ModelEntry | None]:
     if name.endswith(".json"):
         try:
             with describing(Path(name)):
-                return name, ModelConfig.from_hf(read_json(Path(name))), None
+                return name, config_from_hf(read_json(Path(name))), None
         except OSError as error:
             raise MinisaError(f"--random-weights {name}: {error.strerror}") from error
     if name.lower() in PRESETS:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from minisa.benchmark.contender import LEAD_IN, Facts, Opening
+from minisa.benchmark.measure import timed
 from minisa.benchmark.peers import foreign_name
 from minisa.checkpoint.names import HUGGING_FACE
 from minisa.config import ModelConfig
 from minisa.device import dtype_name, peak_memory
-from minisa.measure import timed
 from minisa.model import Transformer
 from minisa.rope import rope_frequencies
 

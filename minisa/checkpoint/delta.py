@@ -18,8 +18,8 @@ from minisa.checkpoint.files import StoredTensor
 from minisa.checkpoint.layouts import Checkpoint, interleave
 from minisa.checkpoint.safetensors import read_safetensors, write_safetensors
 from minisa.errors import MinisaError
+from minisa.files import sha256_of
 from minisa.sharing import Delta
-from minisa.untrusted import sha256_of
 
 STORED = torch.bfloat16
 

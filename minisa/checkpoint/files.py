@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from minisa.errors import MinisaError
-from minisa.untrusted import open_plain
+from minisa.files import open_plain
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

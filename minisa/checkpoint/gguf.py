@@ -20,7 +20,7 @@ import numpy as np
 
 from minisa.checkpoint.ggml import TYPES, GGMLType
 from minisa.errors import MinisaError
-from minisa.untrusted import MAX_VALUES, open_plain
+from minisa.files import MAX_VALUES, open_plain
 
 MAGIC = b"GGUF"
 MAX_HEADER = 64 << 20  # bytes; the largest vocabularies take 16 MB, and all below is bounded by this

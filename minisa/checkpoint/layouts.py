@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minisa.checkpoint import ggml, names
+from minisa.checkpoint.description import config_from_gguf, config_from_hf, config_from_params
 from minisa.checkpoint.files import DataFile, FileTensor, StoredTensor
 from minisa.checkpoint.gguf import TensorInfo, find_gguf, read_gguf_parts
 from minisa.checkpoint.pth import merge, read_pth
@@ -19,7 +20,7 @@ from minisa.checkpoint.safetensors import read_safetensors
 from minisa.checkpoint.shards import read_shards
 from minisa.config import ModelConfig
 from minisa.errors import MinisaError
-from minisa.untrusted import read_json
+from minisa.files import read_json
 
 LOOKED_FOR = (
     "config.json with model.safetensors or pytorch_model.bin (or an index of either), params.json with "
@@ -120,7 +121,7 @@ def _consolidated_shards(path: Path) -> list[Path]:
 def _open_hugging_face(path: Path, stored: dict[str, FileTensor], format: str) -> Checkpoint:
     description = read_json(path / "config.json")
     with describing(path / "config.json"):
-        config = ModelConfig.from_hf(description)
+        config = config_from_hf(description)
     tensors, unknown = names.HUGGING_FACE.rename(stored)
     _refuse_overlaps(tensors)
     for tensor in tensors.values():
@@ -158,7 +159,7 @@ def _open_consolidated(path: Path, shards: list[dict[str, FileTensor]], format: 
     if embedding is None or len(embedding.shape) != 2:
         raise MinisaError(f"{path}: the weights lack a matrix tok_embeddings.weight: are they a Llama's?")
     with describing(path / "params.json"):
-        config = ModelConfig.from_params(params, vocab_size=embedding.shape[0])
+        config = config_from_params(params, vocab_size=embedding.shape[0])
     unknown = tuple(dict.fromkeys(name for _, strange in named for name in strange))
     return Checkpoint(path, config, tensors, unknown, True, format, _files(plain))
 
@@ -180,7 +181,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     files = {info.name: file for header in headers for file in [DataFile(header.path)] for info in header.tensors}
     with describing(headers[0].path):
         factors = _rope_factors(infos.get("rope_freqs.weight"), files)
-        config = ModelConfig.from_gguf(headers[0].metadata, tied="output.weight" not in infos, rope_factors=factors)
+        config = config_from_gguf(headers[0].metadata, tied="output.weight" not in infos, rope_factors=factors)
         if factors and len(factors) != config.head_dim // 2:
             raise MinisaError(
                 f"rope_freqs.weight has {len(factors)} values: expected {config.head_dim // 2}, half of head_dim"

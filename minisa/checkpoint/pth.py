@@ -21,7 +21,7 @@ import torch
 from minisa.checkpoint.files import DataFile, FileTensor, is_size
 from minisa.checkpoint.pickled import PickledTensor, read_pickle
 from minisa.errors import MinisaError
-from minisa.untrusted import open_plain
+from minisa.files import open_plain
 
 MAX_PICKLE = 1 << 20  # bytes; that of Llama 3 405B, and its archive's directory, are far below one megabyte
 

@@ -17,7 +17,7 @@ import torch
 
 from minisa.checkpoint.files import DataFile, FileTensor, is_size
 from minisa.errors import MinisaError
-from minisa.untrusted import MAX_JSON, parse_json, written_whole
+from minisa.files import MAX_JSON, parse_json, written_whole
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

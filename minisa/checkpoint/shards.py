@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minisa.checkpoint.files import FileTensor
 from minisa.errors import MinisaError, shown
-from minisa.untrusted import is_plain_name, read_json
+from minisa.files import is_plain_name, read_json
 
 MAX_SHARDS = 1024
 

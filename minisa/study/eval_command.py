@@ -15,7 +15,7 @@ from minisa.console import KV_DTYPE, OutputFile, keep_apart, open_model, weights
 from minisa.device import dtype_name
 from minisa.engine import LLM
 from minisa.errors import MinisaError
-from minisa.registry import resolve
+from minisa.models.registry import resolve
 from minisa.study.evaluate import Evaluation, Perplexity, questions_for
 from minisa.study.evaluation_report import plot, summarize, table
 from minisa.study.progress import Progress

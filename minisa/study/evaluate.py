@@ -19,14 +19,14 @@ from torch import Tensor
 from minisa.cache import StaticCache
 from minisa.device import one_torch_thread
 from minisa.engine import LLM
-from minisa.generate import generate
-from minisa.row import Options
+from minisa.generation.generate import generate
+from minisa.generation.row import Options
 from minisa.study.likelihood import Item, batches, encode, likelihoods
 from minisa.study.loss import token_losses, window_cache
 from minisa.study.results import Record
 from minisa.study.tasks import GENERATION_STOPS, Question, Scores, Task, score_numbers
 from minisa.study.text import windows
-from minisa.tokenizer import check_ids
+from minisa.text.tokenizer import check_ids
 
 ANSWER_TOKENS = 256  # that a generated answer may take
 

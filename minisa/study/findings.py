@@ -11,9 +11,9 @@ from typing import Any
 
 from minisa.config import ModelConfig
 from minisa.errors import MinisaError
+from minisa.files import MAX_JSON, read_plain, write_whole
 from minisa.sharing import SharingPlan
 from minisa.study.resuming import left_by, require_same_settings
-from minisa.untrusted import MAX_JSON, read_plain, write_whole
 
 Heads = tuple[int, ...]
 

@@ -9,7 +9,7 @@ import click
 from minisa.benchmark.plot import check_matplotlib
 from minisa.console import OutputFile, keep_apart, open_model, weights_options, write_json
 from minisa.device import dtype_name
-from minisa.registry import resolve
+from minisa.models.registry import resolve
 from minisa.study.isotropy import similarity
 from minisa.study.isotropy_report import as_record, plot, table
 from minisa.study.options import LENGTH

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from minisa.cache import StaticCache
-from minisa.decode import prefill_chunks
 from minisa.errors import MinisaError
 from minisa.model import Transformer
+from minisa.runners.eager import prefill_chunks
 from minisa.study.loss import ROWS, window_cache
-from minisa.tokenizer import Tokenizer
+from minisa.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

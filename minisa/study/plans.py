@@ -13,7 +13,7 @@ from minisa.checkpoint.safetensors import read_safetensors
 from minisa.config import ModelConfig
 from minisa.costs import kv_bytes, parameter_count
 from minisa.errors import MinisaError
-from minisa.registry import choose_plan, resolve
+from minisa.models.registry import choose_plan, resolve
 from minisa.sharing import SharingPlan
 from minisa.study.text import sha256_of
 

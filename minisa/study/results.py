@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minisa.errors import MinisaError
-from minisa.untrusted import read_text
+from minisa.files import read_text
 
 Record = dict[str, Any]
 LARGEST = 1e15  # that a score can be: its sums and squares are numbers still

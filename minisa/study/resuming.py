@@ -12,8 +12,8 @@ from typing import Any
 from minisa.checkpoint import open_checkpoint
 from minisa.checkpoint.layouts import BESIDE_THE_WEIGHTS
 from minisa.errors import MinisaError
-from minisa.registry import resolve
-from minisa.untrusted import open_plain
+from minisa.files import open_plain
+from minisa.models.registry import resolve
 
 EDGE = 64 << 10  # bytes
 

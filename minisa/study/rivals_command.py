@@ -8,7 +8,7 @@ import click
 
 from minisa.console import OutputFile, keep_apart, open_model, weights_options, write_json
 from minisa.device import dtype_name
-from minisa.registry import resolve
+from minisa.models.registry import resolve
 from minisa.study.cheapest import KEPT, cheapest
 from minisa.study.compare import exp
 from minisa.study.evaluation_report import finite

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisa import untrusted
+from minisa import files as untrusted
 from minisa.engine import LLM
 from minisa.errors import MinisaError
-from minisa.tokenizer import check_ids
+from minisa.text.tokenizer import check_ids
 
 
 def read_text(path: str | Path) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor
 from minisa.checkpoint.files import StoredTensor
 from minisa.checkpoint.safetensors import read_safetensors, write_safetensors
 from minisa.errors import MinisaError
+from minisa.files import MAX_JSON, parse_json
 from minisa.study.resuming import left_by, require_same_settings
-from minisa.untrusted import MAX_JSON, parse_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as torch.optim calls them
 _TENSORS = ("weights", "best_weights", *MOMENTS)

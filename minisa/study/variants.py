@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from minisa.config import ModelConfig
 from minisa.engine import LLM
 from minisa.errors import MinisaError
-from minisa.registry import ModelEntry, choose_plan
+from minisa.models.registry import ModelEntry, choose_plan
 from minisa.sharing import SharingPlan
 from minisa.study.rivals import Rival, altered, slot_bytes
 

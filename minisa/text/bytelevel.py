@@ -15,7 +15,7 @@ import regex
 import tiktoken
 
 from minisa.errors import MinisaError
-from minisa.merges import BYTES, rank_merges, token_to_bytes
+from minisa.text.merges import BYTES, rank_merges, token_to_bytes
 
 MAX_TOKENS = 1 << 20  # sanity bounds for files that lie; the largest vocabularies have 260,000
 MAX_TOKEN = 1024  # bytes; the longest of the makers' has 128

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from minisa.dialog import Message
 from minisa.engine import LLM
-from minisa.row import Chunk, Stats
+from minisa.generation.row import Chunk, Stats
+from minisa.text.dialog import Message
 
 
 class Conversation:

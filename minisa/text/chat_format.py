@@ -12,10 +12,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from minisa.dialog import BOS, BOS_IF_ADDED, DIALOGS, ROLES, Dialog, Message, Text
 from minisa.errors import MinisaError
-from minisa.templates import Beyond, Refused, written
-from minisa.tokenizer import Tokenizer
+from minisa.text.dialog import BOS, BOS_IF_ADDED, DIALOGS, ROLES, Dialog, Message, Text
+from minisa.text.templates import Beyond, Refused, written
+from minisa.text.tokenizer import Tokenizer
 
 # What Mistral publishes at Hugging Face with no tokenizer but tekken.json are instruct models without a template.
 _TEKKEN_ALONE = {"params.json", "config.json", "tekken.json"}

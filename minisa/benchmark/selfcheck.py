@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from minisa.attention import REFERENCE, HeadMap, find_backend, visible_slots
+from minisa.benchmark.synthetic import random_llm
 from minisa.config import ModelConfig
-from minisa.decode import plain_step
 from minisa.device import runs_kernels
 from minisa.engine import LLM, load
+from minisa.generation.sampling import Chooser
+from minisa.generation.speculate import LONGEST
+from minisa.models.registry import DEFAULT_MODEL, find, local_path
 from minisa.quantize import QUANTIZATIONS, quantize
-from minisa.registry import DEFAULT_MODEL, find, local_path
-from minisa.runners import Runner, native_step
-from minisa.sampling import Chooser
+from minisa.runners.choice import Runner, native_step
+from minisa.runners.eager import plain_step
 from minisa.sharing import SharingPlan
-from minisa.speculate import LONGEST
-from minisa.synthetic import random_llm
 
 SMALL = ModelConfig(
     dim=512, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=64, hidden_dim=1024, vocab_size=4096, max_seq_len=2048
@@ -186,7 +186,7 @@ def attention_errors(
 
 def product_error(format: str, n: int, k: int, dtype: torch.dtype, device: torch.device) -> float:
     """Of a row of noise [1, k] times a quantized matrix [n, k] of noise."""
-    from minisa.kernels.quantized_product import quantized_product
+    from minisa.runners.kernels.quantized_product import quantized_product
 
     generator = torch.Generator().manual_seed(n * k)
     blocks = quantize(torch.randn(n, k, generator=generator).to(device), format).packed()  # type: ignore[arg-type]

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from minisa.cache import StaticCache
-from minisa.decode import Step, TorchRunner, decode_one_token
+from minisa.generation.sampling import Chooser
+from minisa.generation.speculate import LONGEST, Price
 from minisa.model import Transformer
 from minisa.quantize import QuantizedLinear
-from minisa.sampling import Chooser
-from minisa.speculate import LONGEST, Price
+from minisa.runners.eager import Step, TorchRunner, decode_one_token
 
 MOST_GRAPHS = 16  # kept at once, each for a number of rows and a way of sampling; the oldest goes first
 AHEAD = 1 + LONGEST  # tokens of a step that guesses ahead

@@ -14,12 +14,12 @@ from minisa.attention import fastest_backend
 from minisa.cache import StaticCache
 from minisa.checkpoint import Checkpoint, load_weights
 from minisa.config import ModelConfig
-from minisa.dialog import DIALOGS
 from minisa.engine import LLM
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.quantize import check_quantization
 from minisa.sharing import SharingPlan
+from minisa.text.dialog import DIALOGS
 
 NOISE = 1_048_573  # values drawn, then repeated; a prime, so that the rows of a matrix differ
 

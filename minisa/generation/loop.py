@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisa.cache import StaticCache
-from minisa.decode import Step
 from minisa.device import begin_reading, dtype_name
 from minisa.errors import MinisaError, shown
-from minisa.row import Chunk, Options, Prefix, Row, reusable
-from minisa.runners import Runner
-from minisa.sampling import NO_TOKEN, Chooser, Sampling
-from minisa.tokenizer import Tokenizer
+from minisa.generation.row import Chunk, Options, Prefix, Row, reusable
+from minisa.generation.sampling import NO_TOKEN, Chooser, Sampling
+from minisa.runners.choice import Runner
+from minisa.runners.eager import Step
+from minisa.text.tokenizer import Tokenizer
 
 
 class DecodingLoop:

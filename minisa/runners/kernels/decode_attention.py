@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisa.attention import TORCH, AttentionBackend, HeadMap, Shared, Visible
-from minisa.kernels.common import INTERPRETED
+from minisa.runners.kernels.common import INTERPRETED
 
 BLOCK = 64  # slots a program looks at at once; half of it in fp32, so that a stage of them fits every card
 LEAST_ROWS = 16  # of a matrix product in Triton: fewer are padded

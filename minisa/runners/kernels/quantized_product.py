@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisa.kernels.common import INTERPRETED
+from minisa.runners.kernels.common import INTERPRETED
 
 # A warp or a few for a row of the weight; the interpreter takes as long for many rows as for one.
 _CONFIGS = [triton.Config({"BLOCK_N": 1, "BLOCKS": 32 * warps}, num_warps=warps) for warps in (1, 2, 4)]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minisa.config import ModelConfig
-from minisa.rope_scaling import RopeScaling
+from minisa.config import ModelConfig, RopeScaling
 
 
 def _llama(

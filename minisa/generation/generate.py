@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from minisa.cache import StaticCache
-from minisa.loop import DecodingLoop
-from minisa.row import Chunk, Options, Prefix
-from minisa.runners import Runner
-from minisa.speculate import PromptLookup
-from minisa.tokenizer import Tokenizer
+from minisa.generation.loop import DecodingLoop
+from minisa.generation.row import Chunk, Options, Prefix
+from minisa.generation.speculate import PromptLookup
+from minisa.runners.choice import Runner
+from minisa.text.tokenizer import Tokenizer
 
 
 @torch.inference_mode()

@@ -23,10 +23,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from urllib.parse import urljoin
 
-from minisa import https
 from minisa.errors import MinisaError
-from minisa.https import Progress
-from minisa.registry import ModelEntry, ModelFile, is_present, local_path, required_files, weights_dir
+from minisa.models import https
+from minisa.models.https import Progress
+from minisa.models.registry import ModelEntry, ModelFile, is_present, local_path, required_files, weights_dir
 
 TICK = 0.2  # seconds between two looks at pip, or at the lock
 

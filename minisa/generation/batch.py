@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from minisa.dialog import Message
 from minisa.errors import MinisaError
-from minisa.lease import Lease
-from minisa.loop import DecodingLoop
-from minisa.prompts import Prompt
-from minisa.row import Chunk, Options, Prefix
+from minisa.generation.lease import Lease
+from minisa.generation.loop import DecodingLoop
+from minisa.generation.prompts import Prompt
+from minisa.generation.row import Chunk, Options, Prefix
+from minisa.text.dialog import Message
 
 
 class Batch:

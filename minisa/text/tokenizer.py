@@ -15,10 +15,10 @@ from os.path import lexists
 from pathlib import Path
 from typing import Any, Protocol
 
-from minisa import bytelevel, spm
 from minisa.checkpoint.gguf import find_gguf, gguf_parts, is_gguf, read_gguf
 from minisa.errors import MinisaError, shown
-from minisa.untrusted import read_json, read_plain
+from minisa.files import read_json, read_plain
+from minisa.text import bytelevel, spm
 
 BOS_NAMES = ("<|begin_of_text|>", "<s>")
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>")

@@ -24,9 +24,9 @@ from urllib.parse import urlsplit
 from minisa.checkpoint.shards import read_weight_map
 from minisa.config import ModelConfig
 from minisa.errors import MinisaError, shown
-from minisa.folders import cache_dir, expand_user
+from minisa.files import is_plain_name, open_plain
+from minisa.models.folders import cache_dir, expand_user
 from minisa.sharing import SharingPlan
-from minisa.untrusted import is_plain_name, open_plain
 
 DEFAULT_MODEL = "smollm2-135m"
 WHEEL = "wheel:"  # how a source names a wheel; every other source is a URL
@@ -219,7 +219,7 @@ def _plan_of(path: str | Path, config: ModelConfig) -> SharingPlan:
 
 def _models_toml() -> Path:
     """Beside the package in a checkout, inside it in an installed wheel."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for path in (package / "models.toml", package.parent / "weights" / "models.toml"):
         if path.is_file():
             return path

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from minisa.cache import StaticCache
+from minisa.generation.sampling import Chooser
+from minisa.generation.speculate import PRICE, Price
 from minisa.model import Layer, Transformer
 from minisa.quantize import QuantizedLinear
-from minisa.sampling import Chooser
-from minisa.speculate import PRICE, Price
 
 # Tokens of a prompt at a time: bounds the memory of activations and masks, however long the prompt. A GPU needs more of
 # them to be busy.

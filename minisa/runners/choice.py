@@ -11,14 +11,14 @@ from torch import Tensor
 
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
-from minisa.decode import Step, TorchRunner
-from minisa.graphs import GraphRunner
+from minisa.generation.sampling import Chooser
+from minisa.generation.speculate import Price
 from minisa.model import Transformer
-from minisa.native.build import compiler_works, open_library
-from minisa.native.runner import NativeRunner, supports
 from minisa.quantize import QuantizedEmbedding, use_kernels
-from minisa.sampling import Chooser
-from minisa.speculate import Price
+from minisa.runners.eager import Step, TorchRunner
+from minisa.runners.graphs import GraphRunner
+from minisa.runners.native.build import compiler_works, open_library
+from minisa.runners.native.runner import NativeRunner, supports
 
 
 class Runner(Protocol):

@@ -15,8 +15,8 @@ from minisa.cache import StaticCache
 from minisa.costs import SLACK
 from minisa.device import peak_memory
 from minisa.errors import MinisaError, shown
-from minisa.sampling import Sampling, SamplingOptions, check_number
-from minisa.tokenizer import Tokenizer
+from minisa.generation.sampling import Sampling, SamplingOptions, check_number
+from minisa.text.tokenizer import Tokenizer
 
 WRITTEN_AHEAD = 16  # positions, at most, after the last token of a row that a step may have written to: wrong guesses
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
-from minisa.decode import RunnerBase, joined
 from minisa.device import one_torch_thread
 from minisa.model import Layer, Transformer
-from minisa.native.packing import FORMATS, LANES, PANEL, Packed, interleave, pack_bf16, pack_int4, pack_int8
 from minisa.rope import rope_angles
+from minisa.runners.eager import RunnerBase, joined
+from minisa.runners.native.packing import FORMATS, LANES, PANEL, Packed, interleave, pack_bf16, pack_int4, pack_int8
 
 CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # as in tables.h
 CHUNK = 64  # rows of prefill at a time, or as many as have room for their attention weights until their span ends

@@ -7,8 +7,8 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from operator import index
 
-from minisa.dialog import Message
 from minisa.errors import MinisaError, shown
+from minisa.text.dialog import Message
 
 Prompt = str | Sequence[int]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisa.errors import MinisaError, shown
-from minisa.tokenizer import Tokenizer
+from minisa.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 

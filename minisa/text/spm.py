@@ -14,9 +14,9 @@ from typing import Any
 
 import sentencepiece
 
-from minisa.bytelevel import bos_of, check_bpe, check_ids, is_marker, pairs_of, require_marker
 from minisa.errors import MinisaError, shown
-from minisa.merges import MAX_LENGTH, rank_merges
+from minisa.text.bytelevel import bos_of, check_bpe, check_ids, is_marker, pairs_of, require_marker
+from minisa.text.merges import MAX_LENGTH, rank_merges
 
 _SPACE = "▁"  # how a piece spells a space
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # piece types; GGUF's token types are the same

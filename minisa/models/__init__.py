@@ -1,0 +1,1 @@
+"""Model names to files: what can be fetched, and fetching it."""
