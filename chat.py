@@ -23,8 +23,7 @@ if __name__ == "__main__":
 from minisa import MinisaError
 from minisa.console import banner, mebibytes, model_options, open_model, run
 from minisa.costs import kv_bytes
-from minisa.generation.row import Options
-from minisa.generation.sampling import Sampling, SamplingOptions
+from minisa.generation.options import Options
 from minisa.models.registry import choose_plan, resolve
 from minisa.text.conversation import Conversation
 from minisa.text.dialog import DIALOGS
@@ -108,7 +107,7 @@ def main(
         raise MinisaError("--raw continues the text as it stands: leave out --system")
     if raw and chat_format:
         raise MinisaError("--raw continues the text as it stands: leave out --chat-format")
-    sampling: SamplingOptions = {
+    sampling: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -116,7 +115,7 @@ def main(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    Options(Sampling(**sampling), max_new_tokens, stop)  # what is out of range is told before a model loads
+    Options(**sampling, max_new_tokens=max_new_tokens, stop=stop)  # what is out of range is told before a model loads
     options = {"max_new_tokens": max_new_tokens, "stop": stop, "speculate": speculate}
     loading = {
         "device": device,
@@ -129,7 +128,7 @@ def main(
     }
     conversation = Conversation(open_model(model, sa=sa, **loading), system, raw, **sampling, **options)
     click.echo(banner(conversation.llm, model), err=True)
-    if not raw and conversation.llm.dialog.name == "raw":
+    if not raw and conversation.llm.template.name == "raw":
         click.echo("(no chat template: texts go in one after the other; --chat-format names a format)", err=True)
     if prompt is not None:
         answer(conversation, prompt)

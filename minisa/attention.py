@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minisa.errors import MinisaError
 
-MAX_MASK_ELEMENTS = 1 << 25  # at a time: on a CPU the fused call makes a float of each of a mask's booleans
+MAX_MASK_ELEMENTS = 1 << 25  # at a time: on a CPU the fused call turns a mask's booleans into floats
 
 
 class Queries(NamedTuple):
@@ -40,8 +40,8 @@ class Queries(NamedTuple):
 class HeadMap(NamedTuple):
     """Whose attention weights a follower's heads use.
 
-    heads [H] int64: the leader's query head for each query head. keys [Hkv] int64: where the heads of every group meet
-    one key head only, the leader's key head for each value head; else None.
+    heads [H] int64: the leader's query head for each query head.
+    keys [Hkv] int64: the leader's key head for each value head; None where the heads of a group use several.
     """
 
     heads: Tensor
@@ -55,8 +55,8 @@ class HeadMap(NamedTuple):
         return cls(torch.tensor(heads, device=device), None if keys is None else torch.tensor(keys, device=device))
 
 
-Visible = Any  # which slots the queries see, as the backend likes to know it; what it is stays with the backend
-Shared = Any  # what a leader leaves for its followers; likewise
+Visible = Any  # which slots the queries see, in a form of the backend's own
+Shared = Any  # what a leader leaves for its followers, likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +77,18 @@ class AttentionBackend:
 def visible_slots(positions: Tensor, length: int, window: int | None = None, ring: bool = False) -> Tensor | None:
     """Which of `length` cache slots each query may attend to: bool [B, 1, T, length], True for visible.
 
-    positions [B, T] ascend along T; where B is 1 and T > 1 they are the last T of the slots. None stands for plain
-    causal attention of T queries over T slots, which fused kernels do without a mask; a CausalBias stands for that of
-    the last T of more slots, which a GPU's kernels do without one too. window: tokens a query looks back over, itself
-    included. ring: position p lies in slot p % length; for T = 1, and a window that fits.
+    None stands for plain causal attention of T queries over T slots, and on a GPU a CausalBias for that of the last T
+    of more slots: fused kernels need no mask for either.
+    positions [B, T] ascend along T; for B = 1 and T > 1 they are the last T of the slots.
+    window: tokens a query looks back over, itself included.
+    ring: position p lies in slot p % length; for T = 1, and a window no longer than that.
     """
     n_queries = positions.shape[1]
     if window is None or window >= length:
         if n_queries == length:
             return None
         if n_queries > 1 and len(positions) == 1 and positions.is_cuda:
-            from torch.nn.attention.bias import causal_lower_right  # takes a second to import
+            from torch.nn.attention.bias import causal_lower_right  # a second to import, and for CUDA only
 
             return causal_lower_right(n_queries, length)
     slots = torch.arange(length, device=positions.device)

@@ -2,64 +2,51 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
-from numbers import Integral
 from pathlib import Path
-from typing import Any, Unpack
-from weakref import WeakSet
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minisa.attention import fastest_backend
-from minisa.cache import StaticCache
+from minisa.cache import StaticCache, common_prefix
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta
 from minisa.config import ModelConfig
 from minisa.costs import cache_slots, kv_bytes
-from minisa.device import (
-    choose_device,
-    choose_dtype,
-    choose_kv_dtype,
-    dtype_name,
-    free_memory,
-    keep_forks_running,
-    runs_kernels,
-)
-from minisa.errors import MinisaError, shown
-from minisa.generation.batch import Batch
-from minisa.generation.generate import compute_prefix, generate
-from minisa.generation.lease import Lease, Leases
+from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_name, free_memory, runs_kernels
+from minisa.errors import MinisaError
+from minisa.generation.batch import Batch, Prompt
 from minisa.generation.loop import DecodingLoop
-from minisa.generation.prompts import Prompt, as_ids, as_list, check_names, is_dialog
-from minisa.generation.row import Chunk, GenerationOptions, Options, Prefix, common_prefix
-from minisa.generation.sampling import Sampling, SamplingOptions, check_number
-from minisa.interrupts import uninterrupted
+from minisa.generation.options import Options, Sampling
+from minisa.generation.row import Chunk, Prefix
+from minisa.generation.runner import Runner
 from minisa.model import Transformer
 from minisa.models.registry import choose_plan, resolve
 from minisa.quantize import check_quantization
-from minisa.runners.choice import choose_runner, may_become_native, native_step
+from minisa.runners import choose_runner, native_library
 from minisa.sharing import SharingPlan
-from minisa.text.chat_format import find_dialog
-from minisa.text.dialog import DIALOGS, Dialog, Message
-from minisa.text.tokenizer import Tokenizer, check_ids, load_tokenizer
+from minisa.text.chat import ChatTemplate, Message, find_template
+from minisa.text.tokenizer import Tokenizer, load_tokenizer
 
 
 def load(
     model: str | Path,
     sa: str | Path | SharingPlan | None = None,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     max_seq_len: int | None = None,
     max_batch: int = 1,
     *,
     quantize: str | None = None,
-    kv_dtype: str = "auto",
+    kv_dtype: str | torch.dtype = "auto",
     compile: bool | None = None,
     backend: str | None = None,
-    chat_format: str | None = None,
+    chat_format: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LLM:
     """A model ready to run.
@@ -68,18 +55,19 @@ def load(
         Face's, Meta's or Mistral's layout, or a .gguf file).
     sa: None for plain attention, spans such as "27-30", "default" for the model's own plan, a SharingPlan, or the
         path of a plan's JSON file.
-    device: auto, cpu, cuda, cuda:N, mps. dtype: auto, fp32, bf16, fp16.
+    device: auto, cpu, cuda, cuda:N, mps. dtype: auto, fp32, bf16, fp16, or torch's own names.
     max_seq_len: tokens that a row of the cache is for; None takes the context the model was trained for, or what fits
         in half of the free memory if that is less. With a sliding window their slots are a ring, and more are free.
         RoPE that is stretched linearly allows the stretch's factor times the context that the checkpoint states.
     max_batch: rows of the cache.
     quantize: None, "int8" or "int4": the matrices' format, as in quantize.py.
     kv_dtype: what keys and values are kept in: auto for the weights' dtype, fp32, bf16, fp16, or fp8 (e4m3).
-    compile: True, False or None for what is ready now, as in `choose_runner`.
+    compile: None for the fastest there is without a long wait, True for a compiled step, False for eager PyTorch, as
+        in `choose_runner`.
     backend: None for the fastest attention there is for the device, "torch", "kernels" (Triton's, on CUDA), or
         "reference" for attention written out, which runs eager.
-    chat_format: one of DIALOGS in dialog.py, for a checkpoint that comes without a chat template, or with one that is
-        not known; None for the checkpoint's own.
+    chat_format: a name in text/formats or a .jinja file, for a checkpoint that comes without a chat template, or in
+        place of its own.
     progress: called with (bytes done, bytes in all) while weights load.
     Raises MinisaError for whatever the caller can put right.
     """
@@ -90,34 +78,30 @@ def load(
     plan = choose_plan(sa, config, entry)
     if plan.delta is not None:
         checkpoint = with_delta(checkpoint, plan.delta)
-    check_number("max_batch", max_batch, 1, math.inf, "1 or more", Integral)
     limit = config.longest_seq_len
-    if max_seq_len is not None:
-        check_number("max_seq_len", max_seq_len, 1, limit, f"1 to {limit}, the longest that the model allows", Integral)
-        max_seq_len = int(max_seq_len)  # numpy's would be multiplied in so many bits
-    max_batch = int(max_batch)
+    if max_seq_len is not None and not 1 <= max_seq_len <= limit:
+        raise MinisaError(f"max_seq_len is {max_seq_len}: expected 1 to {limit}, the longest that the model allows")
+    if max_batch < 1:
+        raise MinisaError(f"max_batch is {max_batch}: expected 1 or more")
     if backend == "kernels" and not runs_kernels(target):
         raise MinisaError(f"backend 'kernels' is for CUDA, the device is {target}: leave it out, or take 'torch'")
-    if chat_format is not None and (not isinstance(chat_format, str) or chat_format not in DIALOGS):
-        raise MinisaError(f"chat_format is {shown(chat_format)}: expected one of {', '.join(DIALOGS)}")
     tokenizer = load_tokenizer(path)
+    template = partial(find_template, path, tokenizer, chat_format, None if entry is None else entry.chat)
+    if chat_format is not None:
+        template()  # a wrong name or file is told before the weights load
     with torch.device("meta"):
         transformer = Transformer(config, plan, backend or fastest_backend(target))
     compile = False if backend == "reference" else compile
     weight_format = check_quantization(quantize)
-    native = native_step(config, target, compile=compile, quantized=weight_format is not None) is not None
-    number_format = choose_dtype(dtype, target, native=native)
+    library = native_library(config, target, compile)
+    number_format = choose_dtype(dtype, target, native=library is not None)
     kv_format = choose_kv_dtype(kv_dtype, number_format)
     load_weights(transformer, checkpoint, device=target, dtype=number_format, quantize=weight_format, progress=progress)
     transformer.to(target)  # the buffers; the weights are there already
+    runner = choose_runner(transformer, compile, library)
     length = max_seq_len or _affordable_length(config, plan, max_batch, kv_format, target)
     cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=length, device=target, dtype=kv_format)
-
-    def dialog() -> Dialog:
-        known = chat_format or (entry.chat if entry is not None and tokenizer.chat_template is None else None)
-        return DIALOGS[known] if known else find_dialog(path, tokenizer)
-
-    return LLM(transformer, tokenizer, dialog, cache, compile=compile, quantized=weight_format)
+    return LLM(runner, tokenizer, cache, template, weight_format or dtype_name(number_format))
 
 
 def _affordable_length(
@@ -131,37 +115,30 @@ def _affordable_length(
 
 
 class LLM:
-    """A loaded model. One generation at a time: starting the next one ends the one before, in whatever thread.
-
-    It goes on in a forked process too, where PyTorch then has one thread (keep_forks_running in device.py).
-    """
+    """A loaded model. One generation at a time: starting the next one ends the one before, in whatever thread."""
 
     def __init__(
         self,
-        model: Transformer,
+        runner: Runner,
         tokenizer: Tokenizer,
-        find_dialog: Callable[[], Dialog],
         cache: StaticCache,
-        *,
-        compile: bool | None = None,
-        quantized: str | None = None,
+        find_template: Callable[[], ChatTemplate],
+        weight_format: str,
     ) -> None:
-        keep_forks_running()
-        self.model = model
+        """weight_format: for people, "bf16" or "int4" say."""
+        self.runner = runner
+        self.model = runner.model
         self.tokenizer = tokenizer
-        self._find_dialog = find_dialog
         self.cache = cache
-        self.runner = choose_runner(model, compile)
-        self._compile = compile
-        self.weight_format = quantized or dtype_name(self.dtype)
-        self._held: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
-        self._prefixes: WeakSet[Prefix] = WeakSet()
-        self._leases = Leases()
+        self.weight_format = weight_format
+        self._find_template = find_template
+        self._lock = threading.RLock()  # held while anything is computed
+        self._generation = 0  # the latest one begun: it has the cache
 
     @cached_property
-    def dialog(self) -> Dialog:
-        """The model's chat format. Raises MinisaError where it is not known: such a model can still `generate`."""
-        return self._find_dialog()
+    def template(self) -> ChatTemplate:
+        """The model's chat template. Raises MinisaError where it is broken: such a model can still `generate`."""
+        return self._find_template()
 
     @property
     def config(self) -> ModelConfig:
@@ -190,34 +167,29 @@ class LLM:
 
         Raises MinisaError where T goes beyond the model's own context, and for ids outside the vocabulary.
         """
-        ids = as_ids(token_ids, "token_ids")
-        check_ids(ids, self.config.vocab_size, "token_ids")
-        if len(ids) > (limit := self.config.longest_seq_len):
-            raise MinisaError(f"token_ids: {len(ids)} of them, the model's context is {limit}: expected no more")
+        ids = self._checked(token_ids, self.config.longest_seq_len, "token_ids")
         tokens, cache = torch.tensor([ids], device=self.device), self._cache_for(ids)
-        with self._leases.alone, torch.inference_mode():
+        with self._lock, torch.inference_mode():
             parts = [logits.float() for logits in self.runner.all_logits(tokens, 0, cache)]
         return torch.cat(parts)  # out here, so that the caller may change it
 
     def prefix(self, beginning: Prompt | Sequence[Message]) -> Prefix:
         """A beginning that prompts share, computed once: keys and values for `prefix=` of `generate` and `chat`.
 
-        beginning: text, token ids, or the messages that dialogs begin with, a system prompt for example. It takes
+        beginning: text, token ids, or the messages that chats begin with, a system prompt for example. It takes
         memory of its own, `costs.kv_bytes` of so many tokens, and leaves llm.cache alone.
         Raises MinisaError as `generate` does.
         """
-        if is_dialog(beginning):
-            # What two dialogs have in common that part there.
-            one, other = (
-                self.dialog.render([*beginning, {"role": "user", "content": text}], self.tokenizer)
-                for text in ("a", "b")
-            )
+        if is_chat(beginning):
+            # What two chats have in common that part there.
+            one, other = (self.template.ids([*beginning, {"role": "user", "content": text}]) for text in ("a", "b"))
             beginning = one[: common_prefix(one, other)]
         ids = self._prompt_ids(beginning)  # type: ignore[arg-type]
-        with self._leases.alone:
-            found = compute_prefix(self.runner, self._cache_for(ids), ids)
-        self._prefixes.add(found)
-        return found
+        cache = self._cache_for(ids)
+        with self._lock, torch.inference_mode():
+            self.runner.prefill(torch.tensor([ids], device=self.device), 0, cache)
+        cache.tokens[0][:] = ids
+        return Prefix(cache, self.model)
 
     def _cache_for(self, ids: list[int]) -> StaticCache:
         """One row, for these tokens."""
@@ -225,137 +197,136 @@ class LLM:
             self.config, self.plan, max_seq_len=len(ids), device=self.device, dtype=self.cache.values.dtype
         )
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], **options: Unpack[GenerationOptions]) -> Iterator[Chunk]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Iterator[Chunk]:
         """Continue one prompt or several at once, streaming.
 
         prompts: text, token ids, or a list of either (at most max_batch). Text gets the BOS token where the model's
             maker puts it; special tokens spelled in it are plain text.
-        options: max_new_tokens, stop (a string or several), stop_ids (the model's own by default) and speculate, as in
-            `Options`; temperature, top_k, top_p, min_p, repetition_penalty and seed, as in `Sampling`; prefix, from
-            `prefix`: what a prompt has in common with it is not computed again.
+        options: the fields of `Options` in generation/options.py: temperature, top_k, top_p, min_p,
+            repetition_penalty, seed, max_new_tokens, stop, stop_ids, prefix and speculate.
         Raises MinisaError for an empty or too long prompt or an option out of range, before anything is computed; on
-        the way once another generation has begun on the model, after an interrupted step, and for logits that are no
-        numbers.
+        the way once another generation has begun on the model, after an interrupted step, and for logits that are not
+        finite.
         """
-        check_names(options, GenerationOptions, "generate")
-        return self._start([self._prompt_ids(prompt) for prompt in as_list(prompts)], mid_text=True, **options)
+        asked = Options.of("generate", options)
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        rows = [prompts] if one else list(prompts)
+        return self._start([self._prompt_ids(prompt) for prompt in rows], asked, mid_text=True)  # type: ignore[arg-type]
 
-    def chat(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> Iterator[Chunk]:
+    def chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
         """Answer the last of messages, [{"role": "user", "content": ...}, ...]; options as in `generate`.
 
-        What the dialog has in common with the cache, usually everything but the last message, is not computed again.
-        Raises MinisaError as `generate` does, for messages that the chat format has no place for, and where it is not
-        known.
+        What the chat has in common with the cache, usually everything but the last message, is not computed again.
+        Raises MinisaError as `generate` does, and for messages that the chat template has no place for.
         """
-        check_names(options, GenerationOptions, "chat")
-        if options.get("stop_ids") is None:
-            options["stop_ids"] = self.dialog.stop_ids(self.tokenizer)
-        return self._start([self._prompt_ids(self.dialog.render(messages, self.tokenizer))], mid_text=False, **options)
+        asked = self._stopping(Options.of("chat", options))
+        return self._start([self._prompt_ids(self.template.ids(messages))], asked, mid_text=False)
 
-    def batch(self, **sampling: Unpack[SamplingOptions]) -> Batch:
+    def batch(self, **sampling: Any) -> Batch:
         """Rows, max_batch of them, that prompts can be added to and cancelled from while others are continued.
 
         sampling: temperature, top_k, top_p, min_p and repetition_penalty, as in `Sampling`, for every row.
         Like the start of a generation it ends the one before.
         Raises MinisaError for an option out of range.
         """
-        if "seed" in sampling:
-            raise MinisaError("batch: seed is each prompt's own: leave it to add")
-        check_names(sampling, SamplingOptions, "batch")
-        same = Sampling(**sampling)
-        lease = self._begin()
-        with lease():
-            self._held.clear()
-        loop = DecodingLoop(self.runner, self.cache, self.tokenizer, same, self.cache.batch)
-        return Batch(loop, partial(self._request, same), lease, self._leases.alone)
+        loop = DecodingLoop(self.runner, self.cache, Sampling.of("batch", sampling), self.cache.batch)
 
-    def _request(
-        self, sampling: Sampling, prompt: Prompt | Sequence[Message], *, seed: int | None, **options: Any
-    ) -> tuple[list[int], Options]:
-        """What Batch.add is given, as token ids and options."""
-        dialog = is_dialog(prompt)
-        if dialog:
-            prompt = self.dialog.render(prompt, self.tokenizer)  # type: ignore[arg-type]
-            if options["stop_ids"] is None:
-                options["stop_ids"] = self.dialog.stop_ids(self.tokenizer)
-        ids = self._prompt_ids(prompt)  # type: ignore[arg-type]
-        sampling = replace(sampling, seed=seed)
-        sampling.seeds(1)  # as in _start
-        return ids, self._options(sampling, mid_text=not dialog, **options)
+        def add(prompt: Prompt | Sequence[Message], options: Mapping[str, Any]) -> int:
+            if wrong := options.keys() & {*(field for field in Sampling.__slots__), "speculate"}:
+                raise MinisaError(f"add: {min(wrong)} is not a row's own: give it to batch, or leave it out")
+            asked = Options.of("add", options)
+            asked.seeds(1)
+            chat = is_chat(prompt)
+            if chat:
+                asked, prompt = self._stopping(asked), self.template.ids(prompt)  # type: ignore[arg-type]
+            return self._add(loop, self._prompt_ids(prompt), asked, mid_text=not chat)  # type: ignore[arg-type]
 
-    def _options(
-        self, sampling: Sampling, stop: str | Sequence[str], stop_ids: Iterable[int] | None, prefix: Prefix | None,
-        **others: Any,
-    ) -> Options:  # fmt: skip
-        if prefix is not None and prefix not in self._prefixes:
-            raise MinisaError("generate: prefix is another model's: make it by this one's llm.prefix")
-        if isinstance(stop, str):
-            stop = (stop,)
-        if not isinstance(stop, Iterable):
-            raise MinisaError(f"stop is {shown(stop)}: expected a string, or several")
-        ids = self.tokenizer.eos_ids if stop_ids is None else frozenset(as_ids(stop_ids, "stop_ids", ordered=False))
-        return Options(sampling, stop=tuple(stop), stop_ids=ids, **others)
+        return Batch(loop, add, partial(self._turn, self._begin()))
 
-    def _start(
-        self,
-        rows: list[list[int]],
-        *,
-        mid_text: bool,
-        max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
-        stop_ids: Iterable[int] | None = None,
-        prefix: Prefix | None = None,
-        speculate: bool = False,
-        **sampling: Unpack[SamplingOptions],
-    ) -> Iterator[Chunk]:
-        if not rows:
+    def _start(self, prompts: list[list[int]], options: Options, *, mid_text: bool) -> Iterator[Chunk]:
+        if not prompts:
             raise MinisaError("generate: no prompt; give text or token ids")
-        if len(rows) > self.cache.batch:
-            raise MinisaError(f"generate: {len(rows)} prompts for max_batch {self.cache.batch}: load with a larger one")
-        if speculate and len(rows) > 1:
-            raise MinisaError(f"generate: speculate is for one prompt, {len(rows)} are given: leave it out")
-        how = {"max_new_tokens": max_new_tokens, "mid_text": mid_text, "speculate": speculate}
-        options = self._options(Sampling(**sampling), stop, stop_ids, prefix, **how)
-        options.sampling.seeds(len(rows))  # a wrong number of them is an error of this call, not of the first next
-        return self._stream(rows, options, prefix)
+        if len(prompts) > self.cache.batch:
+            raise MinisaError(
+                f"generate: {len(prompts)} prompts for max_batch {self.cache.batch}: load with a larger one"
+            )
+        if options.speculate and len(prompts) > 1:
+            raise MinisaError(f"generate: speculate is for one prompt, {len(prompts)} are given: leave it out")
+        self._check_prefix(options)
+        seeds = options.seeds(len(prompts))
 
-    def _stream(self, rows: list[list[int]], options: Options, prefix: Prefix | None) -> Iterator[Chunk]:
-        lease = self._begin()
-        held = self._held if len(rows) == 1 else None
-        if held is None:
-            with lease():
-                self._held.clear()
-        chunks = generate(self.runner, self.cache, self.tokenizer, rows, options, held, prefix)
-        while True:
-            with lease():
-                chunk = next(chunks, None)
-            if chunk is None:
-                return
-            yield chunk
+        def stream() -> Iterator[Chunk]:
+            generation = self._begin()
+            with self._turn(generation):
+                loop = DecodingLoop(self.runner, self.cache, options.sampling, len(prompts))
+                for prompt, seed in zip(prompts, seeds, strict=True):
+                    self._add(loop, prompt, replace(options, seed=seed), mid_text=mid_text)
+            while True:
+                with self._turn(generation):
+                    chunk = next(loop, None)
+                if chunk is None:
+                    return
+                yield chunk
 
-    def _begin(self) -> Lease:
-        """Take the cache for a generation, with the fastest runner by now."""
-        with self._leases.alone:
-            if may_become_native(self.runner, self._compile):
-                with uninterrupted():  # half of the weights packed would leave no model
-                    self.runner = choose_runner(self.model, self._compile)
-                    if not may_become_native(self.runner, self._compile):  # any more: it rounds otherwise than PyTorch
-                        self._held.clear()
-                        for prefix in self._prefixes:
-                            compute_prefix(self.runner, prefix.cache, prefix.tokens)
-            return self._leases.begin()
+        return stream()
+
+    def _add(self, loop: DecodingLoop, prompt: list[int], options: Options, *, mid_text: bool) -> int:
+        """mid_text: the text goes on from the prompt's, so that a leading space belongs to it; an answer's does not."""
+        self._check_prefix(options)
+        stop_ids = self.tokenizer.eos_ids if options.stop_ids is None else frozenset(options.stop_ids)
+        return loop.add(prompt, options, stop_ids, self.tokenizer.stream(mid_text=mid_text))
+
+    def _check_prefix(self, options: Options) -> None:
+        if options.prefix is not None and options.prefix.model is not self.model:
+            raise MinisaError("prefix is another model's: make it by this one's llm.prefix")
+
+    def _stopping(self, options: Options) -> Options:
+        """The options of a chat, whose template says what ends an answer."""
+        return options if options.stop_ids is not None else replace(options, stop_ids=self.template.stop_ids)
+
+    def _begin(self) -> int:
+        """A new generation takes the cache."""
+        with self._lock:
+            self._generation += 1
+            return self._generation
+
+    @contextmanager
+    def _turn(self, generation: int) -> Iterator[None]:
+        """One step of a generation, alone. Raises MinisaError once another has begun, and after a step that was broken
+        off half way: what has been computed and what has been given out no longer agree then."""
+        with self._lock:
+            if generation != self._generation:
+                raise MinisaError(
+                    "generate: another generation has begun on this model, or a step was interrupted: begin anew"
+                )
+            try:
+                yield
+            except MinisaError:
+                raise
+            except BaseException:
+                self._generation += 1
+                raise
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str) and not prompt:
+        if prompt == "":
             raise MinisaError("the prompt is empty: give some text")
-        ids = self._encode(prompt) if isinstance(prompt, str) else as_ids(prompt, "the prompt")
-        check_ids(ids, self.config.vocab_size, "the prompt")
-        if len(ids) > self.cache.length:
-            raise MinisaError(
-                f"the prompt is {len(ids)} tokens long, the context {self.cache.length}: "
-                "shorten it or raise max_seq_len"
-            )
-        return ids
+        ids = self.tokenizer.bos_ids + self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self._checked(ids, self.cache.length, "the prompt")
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.bos_ids + self.tokenizer.encode(text)
+    def _checked(self, ids: Sequence[int], limit: int, what: str) -> list[int]:
+        """Token ids as a list. Raises MinisaError for none, too many, and what is no id of the vocabulary."""
+        vocab_size = self.config.vocab_size
+        wrong = [token for token in ids if not (isinstance(token, int) and 0 <= token < vocab_size)]
+        if wrong or not len(ids):
+            found = f"has {wrong[0]!r}" if wrong else "is empty"
+            raise MinisaError(f"{what} {found}: expected text or token ids, 0 to {vocab_size - 1}")
+        if len(ids) > limit:
+            raise MinisaError(
+                f"{what} is {len(ids)} tokens long, the context {limit}: shorten it or raise max_seq_len"
+            )
+        return list(ids)
+
+
+def is_chat(prompt: Prompt | Sequence[Message]) -> bool:
+    """Whether it is messages, not text or token ids."""
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)

@@ -55,14 +55,14 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
         """The final hidden states [B, T, dim] of tokens [B, T], after the last norm; keys and values go to the cache.
 
-        positions [B, T] int64 ascend along T and lie inside the cache, whose earlier slots they attend to. Where T > 1,
-        and either B is 1 or the cache is a ring, they are the cache's last T. Triton's kernels take up to MOST_QUERIES
-        anywhere, but in a ring.
+        positions [B, T] int64 ascend along T and lie inside the cache; they attend to what lies before them and to
+        themselves. For T > 1 with one row, or in a ring, they must be the cache's last T (Triton's kernels take a few
+        positions anywhere, except in a ring).
         """
         angles = self.angles(positions)
         read_at, n_slots, ring = cache.as_read(positions)
         visible = self.backend.visible(read_at, n_slots, self.config.sliding_window, ring)
-        shared: dict[int, Shared] = {}  # what the leaders of spans still open have left
+        shared: dict[int, Shared] = {}  # what each leader left, until its last follower has read it
         x = self.tok_embeddings(tokens)  # [B, T, dim]
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)  # for the type checker
@@ -115,7 +115,7 @@ class Layer(nn.Module):
         values = cache.update_values(i, positions, self.project_values(x))
         return self.finish(x, self.backend.follow(shared, values, self.attention.head_map))
 
-    # The parts of a layer that touch no cache: pure functions of x, which decode.py compiles.
+    # The parts of a layer that touch no cache: pure functions of x, which runners/eager.py compiles.
 
     def project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """A leader's q [B, H, T, D], k and v [B, Hkv, T, D], q and k turned by their positions."""
@@ -131,7 +131,7 @@ class Layer(nn.Module):
         """x [B, T, dim] after the layer, for attention's output [B, H, T, D]."""
         return self.down(*self.up(x, mixed))
 
-    # In two, since a compiler that saw both would work out the hidden activations again for every row of w2.
+    # In two: a compiler that sees both would recompute the hidden activations for every row of w2.
 
     def up(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, dim] after attention, and the feed-forward's activations [B, T, hidden_dim]."""
@@ -160,7 +160,7 @@ class Attention(nn.Module):
         self.wo = Linear(n_queries, config.dim)
         self.wqkv: nn.Module | None = None
         self.widths = (n_queries, n_keys, n_keys)
-        # On the CPU even under torch.device("meta"): it is data of the plan and no weight will fill it.
+        # On the CPU even under torch.device("meta"): it is data of the plan, and no weight will fill it.
         self.set_head_map(head_map, device="cpu")
 
     @property
@@ -168,12 +168,11 @@ class Attention(nn.Module):
         return None if self.head_map_heads is None else HeadMap(self.head_map_heads, self.head_map_keys)
 
     def set_head_map(self, heads: tuple[int, ...] | None, device: torch.device | str) -> None:
-        """Use the leader's weights by this map, None for the identity."""
+        """Use the leader's weights by this map; None is the identity."""
         n_queries, n_keys, _ = (width // self.head_dim for width in self.widths)
-        identity = heads is None or heads == tuple(range(n_queries))
-        indices = (None, None) if identity else HeadMap.of(heads or (), n_keys, device)
-        for name, index in zip(("head_map_heads", "head_map_keys"), indices, strict=True):
-            self.register_buffer(name, index, persistent=False)
+        mapped = None if heads is None or heads == tuple(range(n_queries)) else HeadMap.of(heads, n_keys, device)
+        self.register_buffer("head_map_heads", mapped and mapped.heads, persistent=False)
+        self.register_buffer("head_map_keys", mapped and mapped.keys, persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A leader's q [B, H, T, D], k and v [B, Hkv, T, D], before RoPE."""
@@ -183,7 +182,7 @@ class Attention(nn.Module):
         return self._heads(q), self._heads(k), self._heads(v)
 
     def join(self) -> None:
-        """Make a leader's wq, wk and wv one matrix: of three products two would be too small to keep a GPU busy."""
+        """Make a leader's wq, wk and wv one matrix: apart, two of the three products are too small for a GPU."""
         parts = [self.wq, self.wk, self.wv]
         for name, first in (*parts[0].named_parameters(), *parts[0].named_buffers()):
             rows = torch.cat([getattr(part, name) for part in parts])
@@ -253,7 +252,7 @@ class Embedding(nn.Module):
 
 
 class Linear(nn.Module):
-    """x @ weight.T. The weight starts empty: torch's own Linear would spend a second on values to be overwritten."""
+    """x @ weight.T. The weight starts empty: torch's own Linear would initialize what is overwritten at once."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()

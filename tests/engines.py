@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -14,12 +14,13 @@ from minisa.cache import StaticCache
 from minisa.config import ModelConfig
 from minisa.engine import LLM
 from minisa.generation.row import Chunk
+from minisa.generation.runner import Runner
 from minisa.model import Transformer
+from minisa.runners.eager import TorchRunner
 from minisa.runners.graphs import WARM_UP, Body, CudaGraphs, GraphRunner
 from minisa.runners.native.build import open_library
 from minisa.runners.native.runner import NativeRunner
 from minisa.sharing import SharingPlan
-from minisa.text.dialog import DIALOGS
 from tests.models import PLANS, SIX_LAYERS, build_model
 from tests.tiny import tiny_config
 
@@ -64,8 +65,17 @@ class ByteTokenizer:
         return ByteStream()
 
 
-def byte_llm(model: Transformer, cache: StaticCache, **options: Any) -> LLM:
-    return LLM(model, ByteTokenizer(), lambda: DIALOGS["raw"], cache, **options)  # type: ignore[arg-type]
+class PlainTemplate:
+    """Messages as bytes, one after the other."""
+
+    stop_ids: frozenset[int] = frozenset()
+
+    def ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return [byte for message in messages for byte in message["content"].encode()]
+
+
+def byte_llm(cache: StaticCache, runner: Runner) -> LLM:
+    return LLM(runner, ByteTokenizer(), cache, PlainTemplate, "fp32")  # type: ignore[arg-type]
 
 
 def llm_of(
@@ -73,10 +83,10 @@ def llm_of(
     max_seq_len: int = 96,
     max_batch: int = 4,
     model: Transformer | None = None,
-    **options: Any,
+    compile: bool = False,
 ) -> LLM:
     cache = StaticCache.allocate(SIX_LAYERS, plan, batch=max_batch, max_seq_len=max_seq_len)
-    return byte_llm(model or build_model(SIX_LAYERS, plan), cache, **options)
+    return byte_llm(cache, TorchRunner(model or build_model(SIX_LAYERS, plan), compile=compile))
 
 
 def tokens_of(chunks: Iterable[Chunk], row: int = 0) -> list[int]:
@@ -114,18 +124,16 @@ def graph_llm(
     for."""
     model = build_model(config, plan, backend).to(DEVICE)
     cache = StaticCache.allocate(config, plan, batch=4, max_seq_len=max_seq_len, device=DEVICE)
-    llm = byte_llm(model, cache, compile=False)
-    llm.runner = GraphRunner(model, compile=False, record=recorder)
-    return llm
+    return byte_llm(cache, GraphRunner(model, compile=False, record=recorder))
 
 
-def eager(**options: Any) -> LLM:
-    return llm_of(max_seq_len=64, max_batch=ROWS, **options)
+def eager() -> LLM:
+    return llm_of(max_seq_len=64, max_batch=ROWS)
 
 
 def queueing() -> LLM:
     llm = eager()
-    llm.runner.asynchronous = True  # type: ignore[misc]
+    llm.runner.asynchronous = True
     return llm
 
 
@@ -148,9 +156,7 @@ def native() -> LLM:
     plan = SharingPlan.following(6, {2: 1, 3: 1, 5: 4}, {2: [1, 0], 5: [0, 0]})
     model = build_model(config, plan)
     cache = StaticCache.allocate(config, plan, batch=ROWS, max_seq_len=64)
-    llm = byte_llm(model, cache, compile=False)
-    llm.runner = NativeRunner(model, library, n_threads=1)
-    return llm
+    return byte_llm(cache, NativeRunner(model, library, n_threads=1))
 
 
 ENGINES: dict[str, Callable[[], LLM]] = {

@@ -7,6 +7,7 @@ from typing import Any
 from minisa.cache import StaticCache
 from minisa.costs import SLACK
 from minisa.engine import LLM
+from minisa.runners.eager import TorchRunner
 from minisa.sharing import SharingPlan
 from tests.engines import byte_llm
 from tests.models import build_model
@@ -28,4 +29,4 @@ def windowed_cache(plan: SharingPlan, *, max_seq_len: int = CONTEXT, **options: 
 
 def windowed_llm(*, ring: bool = True) -> LLM:
     plan = WINDOWED_PLANS["head maps"]
-    return byte_llm(build_model(WINDOWED, plan), windowed_cache(plan, batch=4, ring=ring), compile=False)
+    return byte_llm(windowed_cache(plan, batch=4, ring=ring), TorchRunner(build_model(WINDOWED, plan)))

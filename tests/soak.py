@@ -132,7 +132,7 @@ class Soak:
 
 def fresh_answer(llm: LLM, turns: list[Any], system: str | None, text: str, options: dict[str, Any]) -> str:
     """What a session answers that has nothing in its cache."""
-    llm._held.clear()
+    llm.cache.tokens[0].clear()
     llm.cache.values.zero_()
     llm.cache.keys.zero_()
     conversation = Conversation(llm, system, **options)

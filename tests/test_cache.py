@@ -100,10 +100,3 @@ def test_fp8_rounds_and_keeps_to_its_largest_number(batch: int) -> None:
     assert kept[..., 0].eq(448).all() and kept[..., 1].eq(-448).all()
     assert kept[..., 2:].eq(0.3125).all()  # 1.25 · 2^-2: three bits of mantissa
     assert not cache.values[:, :, :, :2].float().any()
-
-
-@pytest.mark.parametrize("batch", [10**20, 1 << 40])
-def test_a_cache_that_fits_no_machine_is_refused(batch: int) -> None:
-    config = tiny_config()
-    with pytest.raises(MinisaError, match="fits no machine: lower the batch or the length"):
-        StaticCache.allocate(config, SharingPlan.none(config.n_layers), batch=batch, max_seq_len=128)

@@ -176,7 +176,7 @@ def test_another_cache_gets_a_graph_of_its_own(recorder: Recorder) -> None:
     llm = graph_llm(recorder)
     first = text_of(llm.generate("one", max_new_tokens=6))
     llm.cache = StaticCache.allocate(SIX_LAYERS, llm.plan, batch=2, max_seq_len=64, device=DEVICE)
-    llm._held.clear()
+    llm.cache.tokens[0].clear()
     assert text_of(llm.generate("one", max_new_tokens=6)) == first
     assert recorder.recorded == 2
 
@@ -195,7 +195,7 @@ def compare_compiled_with_eager(quantized: Format | None) -> None:
     expected = text_of(llm.generate("compiled", max_new_tokens=4))  # dequantized
     use_kernels(llm.model)
     llm.runner = GraphRunner(llm.model, record=Recorder())
-    llm._held.clear()
+    llm.cache.tokens[0].clear()
     assert text_of(llm.generate("compiled", max_new_tokens=4)) == expected
     if DEVICE.type == "cpu":  # on a GPU prompts are compiled too
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4

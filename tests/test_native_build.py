@@ -93,9 +93,9 @@ def test_what_pytorch_computed_does_not_stay_in_the_cache(
     assert llm.runner.name == "C++ step"
     assert reused == 0
     llm.logits([1])
-    llm._held.clear()
+    llm.cache.tokens[0].clear()
     assert torch.equal(kept()[0], found)
-    llm._held.clear()
+    llm.cache.tokens[0].clear()
     found_behind, reused = kept(prefix=prefix)
     assert reused == len(beginning)
     assert torch.equal(found_behind, found)
@@ -109,7 +109,7 @@ def test_an_interrupt_leaves_no_model_half_packed(
     monkeypatch.setattr("minisa.runners.choice.open_library", lambda wait: None)
     llm = byte_llm(bf16_model, cache)
     list(llm.generate("a", max_new_tokens=2))
-    assert llm._held != []
+    assert llm.cache.tokens[0] != []
     monkeypatch.setattr("minisa.runners.choice.open_library", lambda wait: library)
     packing = []
 
@@ -123,7 +123,7 @@ def test_an_interrupt_leaves_no_model_half_packed(
     with pytest.raises(KeyboardInterrupt):
         next(llm.generate("a"))
     assert llm.runner.name == "C++ step"
-    assert llm._held == []
+    assert llm.cache.tokens[0] == []
     assert llm.logits([1, 2]).isfinite().all()
 
 

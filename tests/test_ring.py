@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from minisa.benchmark.presets import PRESETS
-from minisa.cache import StaticCache
+from minisa.cache import WRITTEN_AHEAD, StaticCache
 from minisa.costs import SLACK, kv_bytes, prefill_flops, step_cost
 from minisa.errors import MinisaError
-from minisa.generation.row import WRITTEN_AHEAD
-from minisa.generation.speculate import LONGEST
+from minisa.generation.speculate import MAX_GUESSES
 from minisa.runners import eager as decode
 from minisa.runners.eager import TorchRunner, prefill_chunks
 from minisa.sharing import SharingPlan
@@ -260,4 +259,4 @@ def test_the_slack_is_enough() -> None:
     from minisa.runners.native.runner import CHUNK
 
     assert CHUNK <= SLACK + 2
-    assert WRITTEN_AHEAD > LONGEST + WARM_UP
+    assert WRITTEN_AHEAD > MAX_GUESSES + WARM_UP

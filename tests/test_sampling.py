@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import sys
-from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from minisa.errors import MinisaError
+from minisa.generation import sampling
+from minisa.generation.options import Options, Sampling
 from minisa.generation.sampling import (
     NO_TOKEN,
     NUCLEUS,
     Chooser,
-    Sampling,
+    choose,
     draw,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     none_refused,
     penalize,
+    uniforms_of,
 )
 
 PROBABILITIES = torch.tensor([[0.05, 0.5, 0.25, 0.15, 0.05]])
@@ -68,7 +69,7 @@ def test_penalty_moves_seen_tokens_down_whatever_their_sign() -> None:
 
 def test_greedy_is_argmax_and_ignores_the_draw() -> None:
     for u in (0.0, 0.5, 0.999):
-        assert Sampling(top_k=3, top_p=0.1).choose(LOGITS, torch.tensor([u])).tolist() == [1]
+        assert choose(Sampling(top_k=3, top_p=0.1), LOGITS, torch.tensor([u])).tolist() == [1]
 
 
 def test_draw_is_the_inverse_of_the_running_sum() -> None:
@@ -87,8 +88,8 @@ def test_a_gpus_sums_lead_to_no_refused_token() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's threads are libgomp's on Linux")
 def test_a_choice_leaves_the_other_cores_to_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's threads would spin there while the next step's begin."""
-    seen, choose, threads = [], Sampling.choose, torch.get_num_threads()
-    monkeypatch.setattr(Sampling, "choose", lambda *given: seen.append(torch.get_num_threads()) or choose(*given))
+    seen, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(sampling, "choose", lambda *given: seen.append(torch.get_num_threads()) or choose(*given))
     torch.set_num_threads(3)
     try:
         Chooser.greedy(1)(LOGITS, torch.tensor([0]))
@@ -98,29 +99,28 @@ def test_a_choice_leaves_the_other_cores_to_the_step(monkeypatch: pytest.MonkeyP
 
 
 def test_frequencies_follow_the_distribution() -> None:
-    uniforms = Sampling(temperature=1.0, seed=7).uniforms(1, 20_000)[0]
-    drawn = Sampling(temperature=1.0).choose(LOGITS.expand(20_000, -1), uniforms)
+    uniforms = uniforms_of(7, 20_000)
+    drawn = choose(Sampling(temperature=1.0), LOGITS.expand(20_000, -1), uniforms)
     frequencies = drawn.bincount(minlength=5) / 20_000
     assert (frequencies - PROBABILITIES[0]).abs().max() < 0.012  # about three standard deviations
-    sharp = Sampling(temperature=0.5).choose(LOGITS.expand(20_000, -1), uniforms).bincount(minlength=5) / 20_000
+    sharp = choose(Sampling(temperature=0.5), LOGITS.expand(20_000, -1), uniforms).bincount(minlength=5) / 20_000
     squared = PROBABILITIES[0] ** 2 / (PROBABILITIES[0] ** 2).sum()
     assert (sharp - squared).abs().max() < 0.012
 
 
 def test_filters_are_composed_after_the_temperature() -> None:
     """At temperature 0.5 token 1 holds 0.71 of the mass, so top_p 0.6 leaves it alone; at 1 it would not."""
-    cold, warm = (Sampling(temperature=t, top_p=0.6).choose(LOGITS, torch.tensor([0.9])).item() for t in (0.5, 1.0))
+    cold, warm = (choose(Sampling(temperature=t, top_p=0.6), LOGITS, torch.tensor([0.9])).item() for t in (0.5, 1.0))
     assert (cold, warm) == (1, 2)
 
 
 def test_a_seed_fixes_the_numbers_of_its_row() -> None:
-    one = Sampling(seed=3).uniforms(2, 8)
-    assert torch.equal(one[0], one[1])  # a row of a batch draws what it would draw alone
-    assert torch.equal(one, Sampling(seed=[3, 3]).uniforms(2, 8))
-    assert not torch.equal(*Sampling(seed=[3, 4]).uniforms(2, 8))
-    assert not torch.equal(*Sampling().uniforms(2, 8))
+    assert torch.equal(uniforms_of(3, 8), uniforms_of(3, 8))
+    assert not torch.equal(uniforms_of(3, 8), uniforms_of(4, 8))
+    assert not torch.equal(uniforms_of(None, 8), uniforms_of(None, 8))
+    assert Options(seed=3).seeds(2) == Options(seed=[3, 3]).seeds(2) == [3, 3]
     with pytest.raises(MinisaError, match="3 seeds for 2 prompts"):
-        Sampling(seed=[1, 2, 3]).uniforms(2, 8)
+        Options(seed=[1, 2, 3]).seeds(2)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,6 @@ def test_a_seed_fixes_the_numbers_of_its_row() -> None:
         ("top_k", -1),
         ("top_k", 2.5),
         ("top_k", True),
-        pytest.param("top_k", -(10**5000), id="a number of thousands of digits"),
         ("top_p", 0.0),
         ("top_p", 1e-50),
         ("top_p", 1.1),
@@ -143,26 +142,15 @@ def test_a_seed_fixes_the_numbers_of_its_row() -> None:
         ("min_p", 1.5),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", 1e-300),
-        ("repetition_penalty", [1.1]),
         ("seed", 1 << 64),
-        ("seed", 10**400),
         ("seed", 1.5),
         ("seed", "1"),
-        ("seed", [1, None]),
+        ("seed", [1, 2.5]),
     ],
 )
 def test_values_out_of_range_are_named(option: str, value: Any) -> None:
     with pytest.raises(MinisaError, match=f"^{option} is .*: expected"):
-        Sampling(**{option: value})
-
-
-def test_numbers_of_other_kinds() -> None:
-    assert Sampling(top_k=10**400).choose(LOGITS, None).tolist() == [1]
-    own = Sampling(np.float32(1), np.int64(2), seed=np.int64(3)), Sampling(1.0, 2, seed=3)
-    assert torch.equal(*(sampling.uniforms(1, 8) for sampling in own))
-    half = Fraction(1, 2)
-    assert Sampling(half, top_p=half, min_p=half, repetition_penalty=half) == Sampling(0.5, 0, 0.5, 0.5, 0.5)
-    Sampling(half, top_p=half, repetition_penalty=half).choose(LOGITS, torch.tensor([0.3]), LOGITS > 0)
+        Options(**{option: value})
 
 
 EXTREMES = {"temperature": (1e-4, 1e4), "top_p": (1e-6, 1), "min_p": (1e-320, 1), "repetition_penalty": (1e-9, 1e9)}
@@ -171,7 +159,7 @@ EXTREMES = {"temperature": (1e-4, 1e4), "top_p": (1e-6, 1), "min_p": (1e-320, 1)
 @pytest.mark.parametrize(("option", "value"), [(option, value) for option in EXTREMES for value in EXTREMES[option]])
 def test_the_ends_of_the_ranges_choose_from_the_vocabulary(option: str, value: float) -> None:
     logits, uniforms = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)) * 30, torch.rand(64)
-    tokens = Sampling(**({"temperature": 1.0} | {option: value})).choose(logits, uniforms, logits > 0)
+    tokens = choose(Sampling(**({"temperature": 1.0} | {option: value})), logits, uniforms, logits > 0)
     assert ((tokens >= 0) & (tokens < 300)).all()
 
 
@@ -179,11 +167,11 @@ def test_the_ends_of_the_ranges_choose_from_the_vocabulary(option: str, value: f
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2, "top_p": 0.5, "min_p": 0.1}]
 )
-def test_no_token_where_the_logits_are_no_numbers(options: dict[str, float], wrong: float) -> None:
+def test_no_token_where_the_logits_are_not_finite(options: dict[str, float], wrong: float) -> None:
     logits = LOGITS.repeat(2, 1)
     logits[0, 3] = wrong
     logits[1, 3] = float("-inf")  # one that is merely refused
-    assert Sampling(**options).choose(logits, torch.tensor([0.3, 0.3])).tolist() == [NO_TOKEN, 1]
+    assert choose(Sampling(**options), logits, torch.tensor([0.3, 0.3])).tolist() == [NO_TOKEN, 1]
 
 
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 3.0}, {"temperature": 1.0, "repetition_penalty": 3.0}])
@@ -194,7 +182,7 @@ def test_guesses_confirmed_at_once_are_those_confirmed_one_by_one(options: dict[
 
     def chooser() -> Chooser:
         fresh = Chooser.idle(Sampling(**options), 1, 20, 12, torch.device("cpu"))
-        fresh.begin([3, 4], Sampling(**options, seed=5))
+        fresh.begin([3, 4], 5)
         return fresh
 
     right: list[int] = []

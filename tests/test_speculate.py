@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from minisa.errors import MinisaError
-from minisa.generation.speculate import EARNED, LONGEST, NGRAM, PRICE, TRIED, Price, PromptLookup
+from minisa.generation.speculate import EARNED, MAX_GUESSES, NGRAM, PRICE, TRIED, Price, PromptLookup
 from tests.engines import llm_of, text_of, tokens_of
 
 CIRCLES = {"repetition_penalty": 0.01}
@@ -15,15 +14,15 @@ REPEATING = "to be or not to be or not to be or"
 
 
 def test_the_guess_is_how_the_text_went_on_last_time() -> None:
-    lookup = PromptLookup([1, 2, 3, 4, 5, 1, 2, 3], tried=LONGEST)
-    assert lookup.guess(most=99) == [4, 5, 1, 2, 3, 4]
-    assert lookup.guess(most=2) == [4, 5]
-    assert lookup.guess(most=0) == []
+    lookup = PromptLookup([1, 2, 3, 4, 5, 1, 2, 3], tried=MAX_GUESSES)
+    assert lookup.guess(limit=99) == [4, 5, 1, 2, 3, 4]
+    assert lookup.guess(limit=2) == [4, 5]
+    assert lookup.guess(limit=0) == []
     for token in (9, 1, 2, 3):
         lookup.append(token)
-    assert lookup.guess(most=2) == [9, 1]  # the later of two places
+    assert lookup.guess(limit=2) == [9, 1]  # the later of two places
     lookup.append(7)
-    assert lookup.guess(most=99) == []
+    assert lookup.guess(limit=99) == []
     assert PromptLookup([5] * NGRAM).guess(99) == []
     assert PromptLookup([5] * (NGRAM + 1)).guess(99) == [5] * TRIED
 
@@ -46,8 +45,8 @@ def test_an_attempt_may_cost_the_same_whatever_it_guesses() -> None:
     attempts = 0
     for _ in range(1000):
         guesses = lookup.guess(99)
-        assert len(guesses) in (0, LONGEST)
-        assert lookup.guess(LONGEST - 1) == []  # too near the end of the context for all
+        assert len(guesses) in (0, MAX_GUESSES)
+        assert lookup.guess(MAX_GUESSES - 1) == []  # too near the end of the context for all
         attempts += bool(guesses)
         lookup.settle(len(guesses), 0)
     assert 1 < attempts <= 1 + EARNED * 1000 / 1.5
@@ -76,7 +75,7 @@ def test_the_text_is_the_same(prompt: str, options: dict[str, Any], queues: bool
     found = list(guessing.generate(prompt, speculate=True, **options))
     assert tokens_of(found) == tokens_of(expected) and text_of(found) == text_of(expected)
     assert found[-1].finish_reason == expected[-1].finish_reason
-    assert guessing._held == plain._held
+    assert guessing.cache.tokens == plain.cache.tokens
     again = [*prompt.encode(), *tokens_of(found)[:5], 65]
     assert tokens_of(guessing.generate(again, max_new_tokens=8)) == tokens_of(
         llm_of().generate(again, max_new_tokens=8)
@@ -94,7 +93,7 @@ def test_repeating_text_takes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(llm.runner, "decode", lambda *inputs: steps.append(1) or decode(*inputs))
     assert tokens_of(llm.generate("go", speculate=True, **options)) == expected
     assert len(fed) + len(steps) < 40
-    assert max(fed) == 1 + LONGEST
+    assert max(fed) == 1 + MAX_GUESSES
 
 
 def test_an_answer_begins_with_few_guesses_at_risk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,9 +102,9 @@ def test_an_answer_begins_with_few_guesses_at_risk(monkeypatch: pytest.MonkeyPat
     fed: list[int] = []
     guess = PromptLookup.guess
 
-    def guess_zeros(lookup: PromptLookup, most: int) -> list[int]:
+    def guess_zeros(lookup: PromptLookup, limit: int) -> list[int]:
         lookup._found = 0  # there is something to copy
-        return [0] * len(guess(lookup, most))
+        return [0] * len(guess(lookup, limit))
 
     monkeypatch.setattr(PromptLookup, "guess", guess_zeros)
     all_logits = llm.runner.all_logits
@@ -127,8 +126,3 @@ def test_closed_early_the_cache_is_what_it_says() -> None:
         assert tokens_of(llm.generate(follow_up, max_new_tokens=6)) == tokens_of(
             llm_of().generate(follow_up, max_new_tokens=6)
         )
-
-
-def test_it_is_for_one_prompt() -> None:
-    with pytest.raises(MinisaError, match="speculate is for one prompt, 2 are given"):
-        llm_of().generate(["a", "b"], speculate=True)

@@ -24,7 +24,7 @@ from minisa.config import ModelConfig
 from minisa.device import runs_kernels
 from minisa.engine import LLM, load
 from minisa.generation.sampling import Chooser
-from minisa.generation.speculate import LONGEST
+from minisa.generation.speculate import MAX_GUESSES
 from minisa.models.registry import DEFAULT_MODEL, find, local_path
 from minisa.quantize import QUANTIZATIONS, quantize
 from minisa.runners.choice import Runner, native_step
@@ -207,7 +207,7 @@ def _logits_of_steps(llm: LLM, runner: Runner) -> Tensor:
 def _logits_of_pieces(llm: LLM, runner: Runner) -> Tensor:
     """Logits [T, vocab_size] of a prompt that comes in two pieces, and of a token and as many guesses as are made."""
     ids, row = _noise(llm), llm.cache.view(rows=slice(1))
-    first, second, guesses = ids[:, :100], ids[:, 100:290], ids[:, 290 : 291 + LONGEST]
+    first, second, guesses = ids[:, :100], ids[:, 100:290], ids[:, 290 : 291 + MAX_GUESSES]
     logits = [*runner.all_logits(first, 0, row), *runner.all_logits(second, 100, row)]
     return torch.cat([*logits, runner.verify(guesses, 290, row)])
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from minisa.errors import MinisaError
-from minisa.generation.lease import Lease
 from minisa.generation.loop import DecodingLoop
-from minisa.generation.prompts import Prompt
-from minisa.generation.row import Chunk, Options, Prefix
-from minisa.text.dialog import Message
+from minisa.generation.row import Chunk
+
+Prompt = str | Sequence[int]  # text, or token ids
 
 
 class Batch:
@@ -28,53 +27,43 @@ class Batch:
     """
 
     def __init__(
-        self, loop: DecodingLoop, request: Callable[..., tuple[list[int], Options]], lease: Lease,
-        alone: AbstractContextManager[Any],
-    ) -> None:  # fmt: skip
+        self,
+        loop: DecodingLoop,
+        add: Callable[..., int],
+        turn: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """add(prompt, options) fills a row of the loop; a step happens inside of `with turn():`."""
         self._loop = loop
-        self._request = request
-        self._lease = lease
-        self._alone = alone
+        self._add = add
+        self._turn = turn
 
     @property
     def free(self) -> int:
         """Rows that a prompt could take now."""
         return self._loop.free
 
-    def add(
-        self,
-        prompt: Prompt | Sequence[Message],
-        *,
-        max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
-        stop_ids: Iterable[int] | None = None,
-        prefix: Prefix | None = None,
-        seed: int | None = None,
-    ) -> int:
+    def add(self, prompt: Prompt | Sequence[Mapping[str, Any]], **options: Any) -> int:
         """Let a prompt take a free row. It is computed when the next chunk is asked for, and the other rows wait.
 
-        prompt: text or token ids, to be continued as by `LLM.generate`, or messages, to be answered as by `LLM.chat`;
-            so are the options.
+        prompt: text or token ids, to be continued as by `LLM.generate`, or messages, to be answered as by `LLM.chat`.
+        options: seed, max_new_tokens, stop, stop_ids and prefix, as in `Options`; sampling is the batch's.
         Returns the number that its chunks carry as `row`: 0 for the batch's first prompt, then 1, and so on.
         Raises MinisaError as `LLM.generate` does, and if every row is taken.
         """
-        ids, options = self._request(
-            prompt, max_new_tokens=max_new_tokens, stop=stop, stop_ids=stop_ids, prefix=prefix, seed=seed
-        )
-        with self._lease():
+        with self._turn():
             if not self.free:
                 raise MinisaError(
-                    f"batch: all {self._loop.most_rows} rows are taken: go on until one ends, cancel one, or load with "
+                    f"batch: all {self._loop.n_rows} rows are taken: go on until one ends, cancel one, or load with "
                     "a larger max_batch"
                 )
-            return self._loop.add(ids, options, prefix=prefix)
+            return self._add(prompt, options)
 
     def cancel(self, row: int) -> None:
         """End a row, by the number `add` returned: no chunk of it follows. One that has ended stays as it is.
 
         Raises MinisaError for a number that `add` never returned.
         """
-        with self._alone:
+        with self._turn():
             self._loop.cancel(row)
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -82,8 +71,8 @@ class Batch:
 
     def __next__(self) -> Chunk:
         """Raises MinisaError once another generation has begun on the model, after an interrupted step, and for logits
-        that are no numbers."""
-        with self._lease():
+        that are not finite."""
+        with self._turn():
             chunk = next(self._loop, None)
         if chunk is None:
             raise StopIteration

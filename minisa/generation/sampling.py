@@ -1,138 +1,68 @@
 """From logits to tokens, on the device, without waiting for it.
 
-A sampler is a composition of small functions of logits [B, vocab_size]. All the randomness of a row is drawn
-up front, one uniform number for each position of each row, so that a step stays a pure function: from the same logits
-the same seed chooses the same text in eager, compiled and graph mode, in a batch and alone.
+A sampler is a composition of small functions of logits [B, vocab_size]. All the randomness of a row is drawn up
+front, one uniform number for each position, so that a step stays a pure function: from the same logits the same seed
+chooses the same text in eager, compiled and graph mode, in a batch and alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
-from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from minisa.device import one_torch_thread
-from minisa.errors import MinisaError, shown
+from minisa.generation.options import Sampling
 
-NO_TOKEN = -1  # chosen where the logits are no numbers: the host finds it among the tokens it reads
+NO_TOKEN = -1  # chosen where a row's logits are not finite: the host finds it among the tokens it reads
 NUCLEUS = 1024  # of the likeliest tokens, which mostly reach top_p
 
-LogitsFilter = Callable[[Tensor], Tensor]  # [B, vocab_size] fp32 → the same, refused tokens at -inf
 
+def choose(sampling: Sampling, logits: Tensor, uniforms: Tensor | None, seen: Tensor | None = None) -> Tensor:
+    """Tokens [B] from logits [B, vocab_size]; NO_TOKEN where a logit is NaN, or the greatest infinite.
 
-class SamplingOptions(TypedDict, total=False):
-    """The fields of `Sampling`, as keywords."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    seed: int | Sequence[int] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen. temperature 0 is greedy: the filters then have no say.
-
-    top_k 0, top_p 1 and min_p 0 are off; so is repetition_penalty 1. seed: one number for every row, one a row, or
-    None for a fresh one each time.
-    Raises MinisaError, naming the option, for a value out of range.
+    uniforms [B], in [0, 1); greedy needs none. seen [B, vocab_size] bool: the text so far, to be penalized.
     """
+    logits = logits.float()
+    if seen is not None:
+        logits = penalize(logits, seen, sampling.repetition_penalty)
+    if sampling.greedy:
+        tokens = logits.argmax(dim=-1)  # a NaN, if there is one
+        best = logits.gather(-1, tokens[:, None])[:, 0]
+        return tokens.masked_fill((best - best).isnan(), NO_TOKEN)
+    assert uniforms is not None
+    return draw(filtered(sampling, logits).softmax(dim=-1), uniforms)
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | Sequence[int] | None = None
 
-    def __post_init__(self) -> None:
-        # What fp32 can tell from 0 and from infinity, also after it has met the logits.
-        if not isinstance(self.temperature, Real) or self.temperature != 0:
-            check_number("temperature", self.temperature, 1e-4, 1e4, "0 (greedy), or 0.0001 to 10000")
-        check_number("top_k", self.top_k, 0, math.inf, "a whole number, 0 (off) or more", Integral)
-        check_number("top_p", self.top_p, 1e-6, 1, "0.000001 to 1 (off)")
-        check_number("min_p", self.min_p, 0, 1, "0 (off) to 1")
-        check_number("repetition_penalty", self.repetition_penalty, 1e-9, 1e9, "1e-9 to 1e9; 1 is off")
-        for option in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            object.__setattr__(self, option, float(getattr(self, option)))  # torch knows no fractions
-        if self.seed is not None:
-            for seed in self.seed if isinstance(self.seed, Sequence) else [self.seed]:
-                check_number("seed", seed, -(1 << 63), (1 << 63) - 1, "a 64-bit whole number", Integral)
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
-    def seeds(self, batch: int) -> list[int | None]:
-        """The seed of every row. Raises MinisaError if a list of them is not one a row."""
-        seeds: list[int | None] = list(self.seed) if isinstance(self.seed, Sequence) else [self.seed] * batch
-        if len(seeds) != batch:
-            raise MinisaError(f"seed: {len(seeds)} seeds for {batch} prompts: expected one number or one a prompt")
-        return seeds
-
-    def uniforms(self, batch: int, max_seq_len: int) -> Tensor:
-        """One number in [0, 1) for every position of every row: [batch, max_seq_len] fp32, on the CPU.
-
-        Raises MinisaError if a list of seeds is not one a row.
-        """
-        rows = []
-        for seed in self.seeds(batch):
-            generator = torch.Generator()
-            if seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(int(seed))
-            rows.append(torch.rand(max_seq_len, generator=generator))
-        return torch.stack(rows)
-
-    def choose(self, logits: Tensor, uniforms: Tensor | None, seen: Tensor | None = None) -> Tensor:
-        """Tokens [B] from logits [B, vocab_size]; uniforms [B], which greedy does without; seen [B, vocab_size] bool,
-        the text so far. NO_TOKEN where a logit is NaN, or the greatest of them infinite."""
-        logits = logits.float()
-        if seen is not None:
-            logits = penalize(logits, seen, self.repetition_penalty)
-        if self.greedy:
-            tokens = logits.argmax(dim=-1)  # a NaN, if there is one
-            best = logits.gather(-1, tokens[:, None])[:, 0]
-            return tokens.masked_fill((best - best).isnan(), NO_TOKEN)
-        assert uniforms is not None
-        for refuse in self.filters():
-            logits = refuse(logits)
-        return draw(logits.softmax(dim=-1), uniforms)
-
-    def filters(self) -> list[LogitsFilter]:
-        """The temperature and the filters that are on, in the order they apply."""
-        composed: list[LogitsFilter] = [lambda logits: logits / self.temperature]
-        if self.top_k:
-            composed.append(lambda logits: keep_top_k(logits, self.top_k))
-        if self.top_p < 1:
-            composed.append(lambda logits: keep_top_p(logits, self.top_p))
-        if self.min_p > 0:
-            composed.append(lambda logits: keep_min_p(logits, self.min_p))
-        return composed
+def filtered(sampling: Sampling, logits: Tensor) -> Tensor:
+    """Logits [B, vocab_size] fp32 over the temperature, refused tokens at -inf."""
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p > 0:
+        logits = keep_min_p(logits, sampling.min_p)
+    return logits
 
 
 @dataclass(frozen=True, slots=True)
 class Chooser:
     """A Sampling at work on rows, all of its state on the device.
 
-    uniforms [B, max_seq_len], None for greedy: a number for each position. seen [B, vocab_size] bool, kept up to date:
-    each row's text so far, None where repetitions are not penalized.
+    uniforms [B, max_seq_len]: a number for each position; None for greedy. seen [B, vocab_size] bool, kept up to date:
+    each row's text so far; None where repetitions are not penalized.
     """
 
     sampling: Sampling
     batch: int
-    uniforms: Tensor | None
-    seen: Tensor | None
+    uniforms: Tensor | None = None
+    seen: Tensor | None = None
 
-    # What comes between C++ steps keeps to one thread: theirs need the cores.
+    # What runs between C++ steps keeps to one thread: theirs need the cores.
 
     @classmethod
     @one_torch_thread()
@@ -146,13 +76,22 @@ class Chooser:
     @classmethod
     def greedy(cls, batch: int) -> Chooser:
         """The likeliest tokens of so many rows."""
-        return cls(Sampling(), batch, uniforms=None, seen=None)
+        return cls(Sampling(), batch)
+
+    @one_torch_thread()
+    def begin(self, prompt: Sequence[int], seed: int | None) -> None:
+        """A prompt comes into these rows, which are one."""
+        if self.uniforms is not None:
+            self.uniforms.copy_(uniforms_of(seed, self.uniforms.shape[1]))
+        if self.seen is not None:
+            self.seen.zero_()
+            self.seen[:, list(prompt)] = True
 
     @one_torch_thread()
     def __call__(self, logits: Tensor, positions: Tensor) -> Tensor:
         """The tokens [B] to follow those at positions [B], which logits [B, vocab_size] were computed for."""
         uniforms = None if self.uniforms is None else self.uniforms.gather(1, positions[:, None])[:, 0]
-        tokens = self.sampling.choose(logits, uniforms, self.seen)
+        tokens = choose(self.sampling, logits, uniforms, self.seen)
         self.note(tokens)
         return tokens
 
@@ -167,8 +106,8 @@ class Chooser:
         return replace(self, batch=len(range(self.batch)[rows]), uniforms=uniforms, seen=seen)
 
     def confirm(self, logits: Tensor, guesses: list[int], position: int) -> list[int]:
-        """Of one row: the tokens to follow the one at a position and the N guesses after it, which logits [1 + N,
-        vocab_size] were computed for, up to the first that was not guessed: 1 to 1 + N of them."""
+        """Of one row: the tokens that follow the one at a position and the N guesses after it, up to the first that
+        was not guessed: 1 to 1 + N of them. logits [1 + N, vocab_size] were computed for these."""
         # On a CPU each takes as long as the first, and a wrong one saves the rest; a GPU is waited for once.
         confirm = self.confirm_one_by_one if logits.is_cpu else self.confirm_at_once
         return confirm(logits, guesses, position)
@@ -197,14 +136,15 @@ class Chooser:
         self.note(torch.tensor([tokens[: n_right + 1]], device=logits.device))
         return tokens[: n_right + 1]
 
-    @one_torch_thread()
-    def begin(self, prompt: Sequence[int], sampling: Sampling) -> None:
-        """A prompt comes into these rows, which are one, with the seed of `sampling`."""
-        if self.uniforms is not None:
-            self.uniforms.copy_(sampling.uniforms(*self.uniforms.shape))
-        if self.seen is not None:
-            self.seen.zero_()
-            self.seen[:, list(prompt)] = True
+
+def uniforms_of(seed: int | None, n: int) -> Tensor:
+    """A number in [0, 1) for each of a row's positions: [n] fp32, on the CPU; fresh ones for None."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return torch.rand(n, generator=generator)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -258,9 +198,3 @@ def none_refused(tokens: Tensor, probabilities: Tensor) -> Tensor:
     quite in order, may lead to one (https://github.com/pytorch/pytorch/issues/21780)."""
     refused = probabilities.gather(-1, tokens[:, None])[:, 0] == 0
     return torch.where(refused, probabilities.argmax(dim=-1), tokens)
-
-
-def check_number(option: str, value: object, least: float, most: float, expected: str, kind: type = Real) -> None:
-    """MinisaError where an option's value is not of the kind, or out of its range; True is no number."""
-    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:  # type: ignore[operator]
-        raise MinisaError(f"{option} is {shown(value)}: expected {expected}")

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 NGRAM = 3  # tokens that must agree before what followed them is guessed
-LONGEST = 6  # tokens guessed at once
-EARNED = 0.02  # of a step, to be risked on guesses, for every token that comes
-SPARE = 3  # attempts beside the next that may be paid for
+MAX_GUESSES = 6  # tokens guessed at once
+EARNED = 0.02  # speculation budget earned by each token that comes, in steps
+SPARE = 3  # attempts beside the next that the budget may hold
 TRIED = 2  # guesses that an answer may risk before it has earned any; right ones soon pay for more
 
 
 class Price(NamedTuple):
-    """What a step that guesses ahead costs more than one that does not, in steps: attempt, whatever it guesses, and
-    guess for each token of it."""
+    """What a step that guesses costs more than one that does not, in steps: attempt, whatever it guesses, and guess
+    for each token of it."""
 
     attempt: float
     guess: float
@@ -28,15 +28,15 @@ class Price(NamedTuple):
         return self.attempt + self.guess * guesses if guesses else 0.0
 
     @property
-    def most(self) -> float:
+    def max_budget(self) -> float:
         """Steps that right guesses may earn at most: where an attempt has its price, several more."""
-        return self.of(LONGEST) + SPARE * self.attempt
+        return self.of(MAX_GUESSES) + SPARE * self.attempt
 
-    def affordable(self, credit: float, most: int) -> int:
-        """How many guesses, at most so many, that many steps pay for; where one more costs nothing, LONGEST or none."""
-        if credit < self.attempt or (not self.guess and most < LONGEST):
+    def affordable(self, budget: float, limit: int) -> int:
+        """How many guesses, up to a limit, a budget of steps pays for; where one more is free, MAX_GUESSES or none."""
+        if budget < self.attempt or (not self.guess and limit < MAX_GUESSES):
             return 0
-        return min(most, LONGEST, int((credit - self.attempt) / self.guess)) if self.guess else LONGEST
+        return min(limit, MAX_GUESSES, int((budget - self.attempt) / self.guess)) if self.guess else MAX_GUESSES
 
 
 PRICE = Price(0.0, 0.3)  # on a CPU: more than any measured on one core (0.21) or two (0.28)
@@ -53,7 +53,7 @@ class PromptLookup:
         self._after: dict[tuple[int, ...], int] = {}  # where the text went on after its last NGRAM tokens
         self._found: int | None = None
         self._price = price
-        self._credit = 0.0 if price is None else price.of(tried)  # steps that may be risked now
+        self._budget = 0.0 if price is None else price.of(tried)  # steps that may be risked now
         for token in tokens:
             self.append(token)
 
@@ -65,13 +65,13 @@ class PromptLookup:
             self._found = self._after.get(key)
             self._after[key] = len(self._tokens)
 
-    def guess(self, most: int) -> list[int]:
-        """At most so many tokens that may come next; none where the text has not been here before."""
+    def guess(self, limit: int) -> list[int]:
+        """Up to `limit` tokens that may come next; none where the text has not been here before."""
         if self._price is None or self._found is None:
             return []
         guesses: list[int] = []
-        for place in range(self._found, self._found + self._price.affordable(self._credit, most)):
-            beyond = place - len(self._tokens)  # a short circle is gone round more than once
+        for place in range(self._found, self._found + self._price.affordable(self._budget, limit)):
+            beyond = place - len(self._tokens)  # a short cycle is copied more than once
             guesses.append(guesses[beyond] if beyond >= 0 else self._tokens[place])
         return guesses
 
@@ -79,4 +79,4 @@ class PromptLookup:
         """After a step: how many tokens it was fed as guesses, and how many of these were right."""
         if self._price is not None:
             earned = right + EARNED * (right + 1)
-            self._credit = min(self._credit + earned - self._price.of(guessed), self._price.most)
+            self._budget = min(self._budget + earned - self._price.of(guessed), self._price.max_budget)

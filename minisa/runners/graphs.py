@@ -16,13 +16,13 @@ from torch import Tensor
 
 from minisa.cache import StaticCache
 from minisa.generation.sampling import Chooser
-from minisa.generation.speculate import LONGEST, Price
+from minisa.generation.speculate import MAX_GUESSES, Price
 from minisa.model import Transformer
 from minisa.quantize import QuantizedLinear
 from minisa.runners.eager import Step, TorchRunner, decode_one_token
 
 MOST_GRAPHS = 16  # kept at once, each for a number of rows and a way of sampling; the oldest goes first
-AHEAD = 1 + LONGEST  # tokens of a step that guesses ahead
+AHEAD = 1 + MAX_GUESSES  # tokens of a step that guesses ahead
 # Its tokens are computed together, and read before the next step is known: on an H200 that cost 0.4 steps more with
 # Llama-3-8B, 1.1 to 1.4 with SmolLM2-135M. A quantized model's weights are dequantized for it: 2.3 with int4.
 GRAPH_PRICE, QUANTIZED_PRICE = Price(1.5, 0.0), Price(3.0, 0.0)
@@ -72,14 +72,14 @@ class GraphRunner(TorchRunner):
         return QUANTIZED_PRICE if isinstance(self.model.tok_embeddings, QuantizedLinear) else GRAPH_PRICE
 
     def verify(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
-        """As TorchRunner.verify, for [1, AHEAD] tokens: by this price, LONGEST are guessed or none. No ring."""
+        """As TorchRunner.verify, for [1, AHEAD] tokens: by this price, MAX_GUESSES are guessed or none. No ring."""
         key = (cache.values.data_ptr(), cache.values.stride(), cache.length, "guesses")
         graph = self._kept(key, lambda: _Verification(self.model, cache, tokens, start, self._record))
         return graph.verify(tokens, start)
 
     def _graph(self, cache: StaticCache, tokens: Tensor, positions: Tensor, choose: Chooser) -> _Graph:
         bucket = min(1 << (choose.batch - 1).bit_length(), cache.batch)
-        sampling = replace(choose.sampling, seed=None)  # the seed is in the uniforms
+        sampling = choose.sampling
         key = (cache.values.data_ptr(), cache.values.stride(), cache.length, bucket, sampling)
         rows = cache.view(rows=slice(bucket))
         return self._kept(key, lambda: _Graph(self.model, rows, tokens, positions, choose, self._record))
