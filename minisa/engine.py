@@ -321,9 +321,7 @@ class LLM:
             found = f"has {wrong[0]!r}" if wrong else "is empty"
             raise MinisaError(f"{what} {found}: expected text or token ids, 0 to {vocab_size - 1}")
         if len(ids) > limit:
-            raise MinisaError(
-                f"{what} is {len(ids)} tokens long, the context {limit}: shorten it or raise max_seq_len"
-            )
+            raise MinisaError(f"{what} is {len(ids)} tokens long, the context {limit}: shorten it or raise max_seq_len")
         return list(ids)
 
 

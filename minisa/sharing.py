@@ -14,17 +14,17 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
 from minisa.config import MAX_LAYERS, ModelConfig
 from minisa.errors import MinisaError
-from minisa.files import read_json, write_whole
+from minisa.files import is_plain_name, read_json, write_whole
 
 PLAN_VERSION = 1
-_SHA256 = re.compile("[0-9a-f]{64}")
-_LAYER = re.compile("0|[1-9][0-9]{0,3}")
-_GROUP = re.compile(r"(?:(?P<leader>\d{1,99})\s*:\s*)?(?P<first>\d{1,99})(?:\s*-\s*(?P<last>\d{1,99}))?")
+_KEYS = ("version", "n_layers", "followers", "delta", "delta_sha256", "made")
+_GROUP = re.compile(r"(?:(?P<leader>\d{1,9})\s*:\s*)?(?P<first>\d{1,9})(?:\s*-\s*(?P<last>\d{1,9}))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,17 +200,15 @@ class SharingPlan:
         return self
 
     def save(self, path: str | Path, made: Mapping[str, Any] | None = None) -> None:
-        """Write the plan as JSON (the format is what `load` reads). made: how it came to be, for people.
+        """Write the plan as JSON, in the form that `load` reads. made: how it came to be, for people.
 
         Raises MinisaError where the delta lies in another folder: a plan names a file beside it; OSError where the
         plan cannot be written.
         """
-        followers = {}
+        followers: dict[str, Any] = {str(layer): {"leader": self.sources[layer]} for layer in self.followers}
         for layer in self.followers:
-            entry: dict[str, Any] = {"leader": self.sources[layer]}
             if self.head_maps[layer] is not None:
-                entry["heads"] = self.head_maps[layer]
-            followers[str(layer)] = entry
+                followers[str(layer)]["heads"] = self.head_maps[layer]
         record: dict[str, Any] = {"version": PLAN_VERSION, "n_layers": self.n_layers, "followers": followers}
         if self.delta is not None:
             if self.delta.path.parent.resolve() != Path(path).parent.resolve():
@@ -218,7 +216,9 @@ class SharingPlan:
             record |= {"delta": self.delta.path.name, "delta_sha256": self.delta.sha256}
         if made is not None:
             record["made"] = made
-        write_whole(Path(path), _json(record) + "\n")
+        text = json.dumps(record, indent=1)
+        on_one_line = re.sub(r"\[[\d\s,]*\]", lambda numbers: json.dumps(json.loads(numbers[0])), text)
+        write_whole(Path(path), on_one_line + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> SharingPlan:
@@ -238,52 +238,26 @@ class SharingPlan:
             raise MinisaError(
                 f"{path}: plan version {record.get('version')!r} is not supported: expected {PLAN_VERSION}"
             )
-        unknown = sorted(set(record) - set(_KEYS))
-        if unknown:
-            raise MinisaError(f"{path}: unknown key {unknown[0]!r}: expected {', '.join(_KEYS)}")
-        n_layers, followers = record.get("n_layers"), record.get("followers")
-        if not isinstance(n_layers, int) or not isinstance(followers, dict):
-            raise MinisaError(f"{path}: expected a whole number n_layers and an object followers")
-        leaders, head_maps = {}, {}
-        for layer, entry in followers.items():
-            heads = entry.get("heads") if isinstance(entry, dict) else None
-            if (
-                not _LAYER.fullmatch(layer)
-                or not isinstance(entry, dict)
-                or not _is_index(entry.get("leader"))
-                or set(entry) - {"leader", "heads"}
-                or not (heads is None or (isinstance(heads, list) and all(map(_is_index, heads))))
-            ):
-                raise MinisaError(f'{path}: follower {layer!r}: expected {{"leader": layer, "heads": [head, ...]}}')
-            leaders[int(layer)] = entry["leader"]
-            if heads is not None:
-                head_maps[int(layer)] = heads
-        delta = _delta(Path(path), record)
+        if unknown := record.keys() - set(_KEYS):
+            raise MinisaError(f"{path}: unknown key {min(unknown)!r}: expected {', '.join(_KEYS)}")
+        try:
+            entries = {int(layer): dict(entry) for layer, entry in record["followers"].items()}
+            leaders = {layer: index(entry.pop("leader")) for layer, entry in entries.items()}
+            head_maps = {layer: tuple(map(index, entry.pop("heads"))) for layer, entry in entries.items() if entry}
+            if any(entries.values()):
+                raise KeyError
+            n_layers = index(record["n_layers"])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise MinisaError(
+                f'{path}: expected a whole number n_layers, and followers: {{"layer": {{"leader": layer, "heads": '
+                "[head, ...]}, ...}, the heads only where they are mapped"
+            ) from None
+        delta, name = None, record.get("delta")
+        if name is not None:
+            if not isinstance(name, str) or not is_plain_name(name):
+                raise MinisaError(f"{path}: delta is {name!r}: expected the name of a safetensors file beside the plan")
+            delta = Delta(Path(path).resolve().parent / name, str(record.get("delta_sha256")))
         try:
             return cls.following(n_layers, leaders, head_maps, delta)
         except MinisaError as error:
             raise MinisaError(f"{path}: {error}") from None
-
-
-_KEYS = ("version", "n_layers", "followers", "delta", "delta_sha256", "made")
-
-
-def _delta(plan: Path, record: Mapping[str, Any]) -> Delta | None:
-    name, sha256 = record.get("delta"), record.get("delta_sha256")
-    if name is None and sha256 is None:
-        return None
-    if not isinstance(name, str) or name in ("", "..") or "\\" in name or Path(name).name != name:
-        raise MinisaError(f"{plan}: delta is {name!r}: expected the name of a safetensors file beside the plan")
-    if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-        raise MinisaError(f"{plan}: delta_sha256 is {sha256!r}: expected 64 lower-case hexadecimal digits")
-    return Delta(plan.resolve().parent / name, sha256)
-
-
-def _json(record: Mapping[str, Any]) -> str:
-    """Indented JSON, but lists of numbers on one line."""
-    text = json.dumps(record, indent=1)
-    return re.sub(r"\[[\d\s,]*\]", lambda match: " ".join(match[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
-
-
-def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
