@@ -20,7 +20,7 @@ from minisa.config import ModelConfig
 from minisa.costs import cache_slots, kv_bytes
 from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_name, free_memory, runs_kernels
 from minisa.errors import MinisaError
-from minisa.generation.batch import Batch, Prompt
+from minisa.generation.batch import Batch, PreparedRow, Prompt
 from minisa.generation.loop import DecodingLoop
 from minisa.generation.options import Options, Sampling
 from minisa.generation.row import Chunk, Prefix
@@ -211,7 +211,7 @@ class LLM:
         asked = Options.of("generate", options)
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         rows = [prompts] if one else list(prompts)
-        return self._start([self._prompt_ids(prompt) for prompt in rows], asked, mid_text=True)  # type: ignore[arg-type]
+        return self._start([self._prompt_ids(prompt) for prompt in rows], asked, answers=False)  # type: ignore[arg-type]
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
         """Answer the last of messages, [{"role": "user", "content": ...}, ...]; options as in `generate`.
@@ -219,8 +219,8 @@ class LLM:
         What the chat has in common with the cache, usually everything but the last message, is not computed again.
         Raises MinisaError as `generate` does, and for messages that the chat template has no place for.
         """
-        asked = self._stopping(Options.of("chat", options))
-        return self._start([self._prompt_ids(self.template.ids(messages))], asked, mid_text=False)
+        asked = Options.of("chat", options)
+        return self._start([self._chat_ids(messages)], asked, answers=True)
 
     def batch(self, **sampling: Any) -> Batch:
         """Rows, max_batch of them, that prompts can be added to and cancelled from while others are continued.
@@ -230,59 +230,46 @@ class LLM:
         Raises MinisaError for an option out of range.
         """
         loop = DecodingLoop(self.runner, self.cache, Sampling.of("batch", sampling), self.cache.batch)
+        return Batch(loop, partial(self._turn, self._begin()), self._prepare)
 
-        def add(prompt: Prompt | Sequence[Message], options: Mapping[str, Any]) -> int:
-            if wrong := options.keys() & {*(field for field in Sampling.__slots__), "speculate"}:
-                raise MinisaError(f"add: {min(wrong)} is not a row's own: give it to batch, or leave it out")
-            asked = Options.of("add", options)
-            asked.seeds(1)
-            chat = is_chat(prompt)
-            if chat:
-                asked, prompt = self._stopping(asked), self.template.ids(prompt)  # type: ignore[arg-type]
-            return self._add(loop, self._prompt_ids(prompt), asked, mid_text=not chat)  # type: ignore[arg-type]
+    def _prepare(self, prompt: Prompt | Sequence[Message], options: dict[str, Any]) -> PreparedRow:
+        """What `Batch.add` is given, checked."""
+        if wrong := options.keys() & {*Sampling.__slots__, "speculate"}:
+            raise MinisaError(f"add: {min(wrong)} is not a row's own: give it to batch, or leave it out")
+        asked = Options.of("add", options)
+        answers = is_chat(prompt)
+        ids = self._chat_ids(prompt) if answers else self._prompt_ids(prompt)  # type: ignore[arg-type]
+        return self._row(ids, asked, asked.seeds(1)[0], answers)
 
-        return Batch(loop, add, partial(self._turn, self._begin()))
-
-    def _start(self, prompts: list[list[int]], options: Options, *, mid_text: bool) -> Iterator[Chunk]:
-        if not prompts:
-            raise MinisaError("generate: no prompt; give text or token ids")
-        if len(prompts) > self.cache.batch:
+    def _start(self, prompts: list[list[int]], options: Options, *, answers: bool) -> Iterator[Chunk]:
+        if not 0 < len(prompts) <= self.cache.batch:
             raise MinisaError(
-                f"generate: {len(prompts)} prompts for max_batch {self.cache.batch}: load with a larger one"
+                f"generate: {len(prompts) or 'no'} prompts for max_batch {self.cache.batch}: give one or more, and load "
+                "with a max_batch that is large enough"
             )
         if options.speculate and len(prompts) > 1:
             raise MinisaError(f"generate: speculate is for one prompt, {len(prompts)} are given: leave it out")
-        self._check_prefix(options)
         seeds = options.seeds(len(prompts))
+        rows = [self._row(ids, options, seed, answers) for ids, seed in zip(prompts, seeds, strict=True)]
 
         def stream() -> Iterator[Chunk]:
             generation = self._begin()
             with self._turn(generation):
-                loop = DecodingLoop(self.runner, self.cache, options.sampling, len(prompts))
-                for prompt, seed in zip(prompts, seeds, strict=True):
-                    self._add(loop, prompt, replace(options, seed=seed), mid_text=mid_text)
-            while True:
-                with self._turn(generation):
-                    chunk = next(loop, None)
-                if chunk is None:
-                    return
-                yield chunk
+                loop = DecodingLoop(self.runner, self.cache, options.sampling, len(rows))
+                for row in rows:
+                    loop.add(*row)
+            yield from Batch(loop, partial(self._turn, generation), self._prepare)
 
         return stream()
 
-    def _add(self, loop: DecodingLoop, prompt: list[int], options: Options, *, mid_text: bool) -> int:
-        """mid_text: the text goes on from the prompt's, so that a leading space belongs to it; an answer's does not."""
-        self._check_prefix(options)
-        stop_ids = self.tokenizer.eos_ids if options.stop_ids is None else frozenset(options.stop_ids)
-        return loop.add(prompt, options, stop_ids, self.tokenizer.stream(mid_text=mid_text))
-
-    def _check_prefix(self, options: Options) -> None:
+    def _row(self, ids: list[int], options: Options, seed: int | None, answers: bool) -> PreparedRow:
+        """answers: the row's text is a text of its own; else it goes on from the prompt's, whose spaces it shares."""
         if options.prefix is not None and options.prefix.model is not self.model:
             raise MinisaError("prefix is another model's: make it by this one's llm.prefix")
-
-    def _stopping(self, options: Options) -> Options:
-        """The options of a chat, whose template says what ends an answer."""
-        return options if options.stop_ids is not None else replace(options, stop_ids=self.template.stop_ids)
+        stop_ids = options.stop_ids
+        if stop_ids is None:
+            stop_ids = self.template.stop_ids if answers else self.tokenizer.eos_ids
+        return ids, replace(options, seed=seed, stop_ids=stop_ids), self.tokenizer.stream(mid_text=not answers)
 
     def _begin(self) -> int:
         """A new generation takes the cache."""
@@ -312,6 +299,9 @@ class LLM:
             raise MinisaError("the prompt is empty: give some text")
         ids = self.tokenizer.bos_ids + self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return self._checked(ids, self.cache.length, "the prompt")
+
+    def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        return self._checked(self.template.ids(messages), self.cache.length, "the chat")
 
     def _checked(self, ids: Sequence[int], limit: int, what: str) -> list[int]:
         """Token ids as a list. Raises MinisaError for none, too many, and what is no id of the vocabulary."""

@@ -213,15 +213,15 @@ def test_what_a_batch_refuses() -> None:
 
 
 @pytest.mark.real_model
-def test_dialogs_are_answered_as_by_chat(smollm2: LLM) -> None:
+def test_chats_are_answered_as_by_chat(smollm2: LLM) -> None:
     """In the chat format, up to the end of the turn, and as a text of its own."""
-    dialogs = [
+    chats = [
         [{"role": "user", "content": "What is the capital of France?"}],
         [{"role": "system", "content": "Answer with one word."}, {"role": "user", "content": "Say yes."}],
     ]
-    expected = [text_of(smollm2.chat(messages, max_new_tokens=30)) for messages in dialogs]
+    expected = [text_of(smollm2.chat(messages, max_new_tokens=30)) for messages in chats]
     batch = smollm2.batch()
-    for messages in dialogs:
+    for messages in chats:
         batch.add(messages, max_new_tokens=30)
     chunks = list(batch)
     assert [text_of(chunks, row) for row in range(2)] == expected

@@ -57,7 +57,7 @@ def test_it_stops_by_itself(smollm2: LLM) -> None:
 
 def test_four_questions_in_one_batch_are_four_questions_alone(smollm2: LLM) -> None:
     questions = ["Hi", "What is the capital of France?", "Count to ten.", "Write a line about the sea, then stop."]
-    prompts = [smollm2.dialog.render([{"role": "user", "content": text}], smollm2.tokenizer) for text in questions]
+    prompts = [smollm2.template.ids([{"role": "user", "content": text}]) for text in questions]
     together = list(smollm2.generate(prompts, max_new_tokens=24))
     for row, prompt in enumerate(prompts):
         alone = [chunk.token for chunk in smollm2.generate(prompt, max_new_tokens=24)]
@@ -67,11 +67,11 @@ def test_four_questions_in_one_batch_are_four_questions_alone(smollm2: LLM) -> N
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_an_answer_in_bf16_is_its_own_in_any_company(smollm2_path: Path) -> None:
     """In the C++ step, to the last token, near ties and all: asked again, after a prefix, with guesses, in a batch."""
-    llm = load(smollm2_path, device="cpu", compile=True, dtype="bf16", max_seq_len=256, max_batch=8)
+    llm = load(smollm2_path, device="cpu", dtype="bf16", max_seq_len=256, max_batch=8)
     assert llm.runner.name == "C++ step"
     topics = ["rain", "a sea", "bread", "winter", "a dog", "chess", "music", "trade"]
-    dialogs = [[{"role": "user", "content": f"Explain how {topic} comes about."}] for topic in topics]
-    prompts = [llm.dialog.render(dialog, llm.tokenizer) for dialog in dialogs]
+    chats = [[{"role": "user", "content": f"Explain how {topic} comes about."}] for topic in topics]
+    prompts = [llm.template.ids(messages) for messages in chats]
 
     def tokens(*prompts: list[int], **options: object) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in prompts]
@@ -94,18 +94,18 @@ def test_a_second_turn_computes_new_tokens_only(smollm2: LLM) -> None:
     assert last.stats.prompt_tokens - last.stats.reused_tokens < 20
 
 
-def test_dialogs_take_their_system_prompt_from_a_prefix(smollm2: LLM) -> None:
+def test_chats_take_their_system_prompt_from_a_prefix(smollm2: LLM) -> None:
     system = {"role": "system", "content": "You answer in one short sentence. " * 8}
     prefix = smollm2.prefix([system])
-    assert len(prefix.tokens) > 8 * 7
+    assert len(prefix.cache.tokens[0]) > 8 * 7
     found = []
     for given in (prefix, None):
-        list(smollm2.generate("x", max_new_tokens=1))  # nothing of the dialog is left in the cache
+        list(smollm2.generate("x", max_new_tokens=1))  # nothing of the chat is left in the cache
         found.append(list(smollm2.chat([system, *QUESTION], max_new_tokens=12, prefix=given)))
     assert [chunk.token for chunk in found[0]] == [chunk.token for chunk in found[1]]
     stats, without = (chunks[-1].stats for chunks in found)
     assert stats is not None and without is not None
-    assert stats.reused_tokens == len(prefix.tokens) and without.reused_tokens < 3
+    assert stats.reused_tokens == len(prefix.cache.tokens[0]) and without.reused_tokens < 3
 
 
 RESIDENT = """

@@ -8,9 +8,12 @@ from typing import Any
 
 from minisa.errors import MinisaError
 from minisa.generation.loop import DecodingLoop
+from minisa.generation.options import Options
 from minisa.generation.row import Chunk
+from minisa.text.tokenizer import TextStream
 
 Prompt = str | Sequence[int]  # text, or token ids
+PreparedRow = tuple[list[int], Options, TextStream]  # what DecodingLoop.add takes
 
 
 class Batch:
@@ -29,13 +32,14 @@ class Batch:
     def __init__(
         self,
         loop: DecodingLoop,
-        add: Callable[..., int],
         turn: Callable[[], AbstractContextManager[None]],
+        prepare: Callable[[Any, dict[str, Any]], PreparedRow],
     ) -> None:
-        """add(prompt, options) fills a row of the loop; a step happens inside of `with turn():`."""
+        """A step, or a change of the rows, happens inside of `with turn():`. prepare: what `add` is given, for the
+        loop's own add."""
         self._loop = loop
-        self._add = add
         self._turn = turn
+        self._prepare = prepare
 
     @property
     def free(self) -> int:
@@ -50,13 +54,14 @@ class Batch:
         Returns the number that its chunks carry as `row`: 0 for the batch's first prompt, then 1, and so on.
         Raises MinisaError as `LLM.generate` does, and if every row is taken.
         """
+        row = self._prepare(prompt, options)
         with self._turn():
             if not self.free:
                 raise MinisaError(
                     f"batch: all {self._loop.n_rows} rows are taken: go on until one ends, cancel one, or load with "
                     "a larger max_batch"
                 )
-            return self._add(prompt, options)
+            return self._loop.add(*row)
 
     def cancel(self, row: int) -> None:
         """End a row, by the number `add` returned: no chunk of it follows. One that has ended stays as it is.

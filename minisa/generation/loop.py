@@ -25,10 +25,11 @@ from minisa.cache import StaticCache
 from minisa.device import begin_reading, dtype_name
 from minisa.errors import MinisaError
 from minisa.generation.options import Options, Sampling
-from minisa.generation.row import Chunk, Row, TextStream
+from minisa.generation.row import Chunk, Row
 from minisa.generation.runner import Runner, Step
 from minisa.generation.sampling import NO_TOKEN, Chooser
 from minisa.generation.speculate import PromptLookup
+from minisa.text.tokenizer import TextStream
 
 
 class DecodingLoop:
@@ -65,13 +66,13 @@ class DecodingLoop:
         """Rows that a prompt could take."""
         return self.n_rows - len(self._rows)
 
-    def add(self, prompt: list[int], options: Options, stop_ids: frozenset[int], stream: TextStream) -> int:
+    def add(self, prompt: list[int], options: Options, stream: TextStream) -> int:
         """Let a prompt take a free row; it is computed when the next chunk is asked for.
 
         Returns the number its chunks carry: of the prompts added so far. speculate is for a loop of one row.
         """
         place = min(set(range(self.n_rows)) - self._rows.keys())
-        row = Row(self._added, prompt, options, stop_ids, stream, self._cache.length)
+        row = Row(self._added, prompt, options, stream, self._cache.length)
         self._rows[place] = row
         self._added += 1
         if options.speculate:

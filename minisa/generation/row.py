@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
 from minisa.cache import StaticCache
 from minisa.device import peak_memory
 from minisa.generation.options import Options
+from minisa.text.tokenizer import TextStream
 
 FinishReason = Literal["stop", "length", "context"]
 
@@ -58,26 +59,11 @@ class Prefix:
     model: object
 
 
-class TextStream(Protocol):
-    """Text as tokens come, whole characters only."""
-
-    def feed(self, token_id: int) -> str: ...
-    def flush(self) -> str: ...
-
-
 class Row:
-    """A prompt and its continuation so far. number: what its chunks carry. max_length: tokens the cache has room for.
-    stop_ids: tokens that end it."""
+    """A prompt and its continuation so far. number: what its chunks carry. stream: its text as tokens come.
+    max_length: tokens the cache has room for."""
 
-    def __init__(
-        self,
-        number: int,
-        prompt: list[int],
-        options: Options,
-        stop_ids: frozenset[int],
-        stream: TextStream,
-        max_length: int,
-    ) -> None:
+    def __init__(self, number: int, prompt: list[int], options: Options, stream: TextStream, max_length: int) -> None:
         self.number = number
         self.prompt = prompt
         self.options = options
@@ -87,7 +73,7 @@ class Row:
         self.finished: FinishReason | None = None
         self.began = time.perf_counter()
         self.first_token_time = 0.0
-        self._stop_ids = stop_ids
+        self._stop_ids = frozenset(options.stop_ids or ())
         self._stream = stream
         self._stops = StopStrings(options.stops)
         self._max_length = max_length
