@@ -48,13 +48,6 @@ def test_identity_map_is_no_map_to_the_bit(backend: AttentionBackend, queries: i
     assert torch.equal(backend.follow(shared, v_own, None), backend.follow(shared, v_own, identity))
 
 
-def test_a_map_of_whole_groups_is_known_as_one() -> None:
-    """Its keys need not be laid out one a query head."""
-    assert HeadMap.of([4, 5, 1, 1, 2, 3], 3).keys.tolist() == [2, 0, 1]  # type: ignore[union-attr]
-    assert HeadMap.of([5, 0, 3, 3, 1, 2], 3).keys is None
-    assert HeadMap.of([5, 0, 3, 3, 1, 2], 6).keys.tolist() == [5, 0, 3, 3, 1, 2]  # type: ignore[union-attr]
-
-
 def test_a_backend_that_is_none_is_named() -> None:
     with pytest.raises(MinisaError, match="backend 'flash' is not one: expected reference, torch or kernels"):
         find_backend("flash")

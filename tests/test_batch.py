@@ -11,7 +11,7 @@ import torch
 from minisa.cache import StaticCache
 from minisa.engine import LLM
 from minisa.errors import MinisaError
-from tests.engines import ENGINES, PROMPTS, WAYS, eager, graphs, llm_of, text_of, tokens_of
+from tests.engines import ENGINES, PROMPTS, WAYS, llm_of, text_of, tokens_of
 
 
 def test_rows_join_leave_and_are_taken_again() -> None:
@@ -65,13 +65,6 @@ def test_iteration_ends_and_is_taken_up_again() -> None:
             assert tokens_of(found, row) == tokens_of(llm_of().generate(prompt, **options))
 
 
-def test_without_a_seed_no_two_rows_are_alike() -> None:
-    batch = llm_of().batch(temperature=1.0)
-    rows = [batch.add("the same", max_new_tokens=20) for _ in range(2)]
-    chunks = list(batch)
-    assert tokens_of(chunks, rows[0]) != tokens_of(chunks, rows[1])
-
-
 def test_steps_take_in_rows_up_to_the_highest_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = llm_of()
     widths: list[int] = []
@@ -104,15 +97,6 @@ def test_a_runner_that_prepares_for_a_number_of_rows_meets_no_other(monkeypatch:
     for row, prompt in zip(rows, PROMPTS, strict=False):
         alone = llm_of().generate(prompt, max_new_tokens=3 + row, repetition_penalty=1.3)
         assert tokens_of(chunks, row) == tokens_of(alone)
-
-
-def test_a_prompt_that_fills_the_context_beside_one_that_goes_on() -> None:
-    """Its row has no slot for another token, and a graph steps on in every row."""
-    llm = graphs()
-    for prompts in (["x" * 64, "y"], ["y", "x" * 64]):
-        found = list(llm.generate(prompts, max_new_tokens=3))
-        for row, prompt in enumerate(prompts):
-            assert tokens_of(found, row) == tokens_of(eager().generate(prompt, max_new_tokens=3))
 
 
 def test_times_of_a_row_begin_with_its_own_add(monkeypatch: pytest.MonkeyPatch) -> None:

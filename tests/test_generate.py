@@ -54,12 +54,6 @@ def test_a_row_of_a_batch_equals_the_row_alone(options: dict[str, Any], queues: 
     assert len(lengths) > 1
 
 
-def test_same_seed_same_text_and_another_seed_another() -> None:
-    llm = llm_of()
-    first, again, other = (tokens_of(llm.generate("x", max_new_tokens=30, temperature=1.0, seed=s)) for s in (1, 1, 2))
-    assert first == again != other
-
-
 def test_repetition_penalty_counts_the_prompt_and_the_answer() -> None:
     llm = llm_of()
     answer = tokens_of(llm.generate("abc", max_new_tokens=40, repetition_penalty=1e9))
@@ -82,13 +76,6 @@ def test_finish_reasons() -> None:
     assert text_of(stopped) == llm.tokenizer.decode(tokens_of(stopped)[:-1])  # the stop token itself is not shown
     *_, full = llm.generate("x" * 20)
     assert (full.finish_reason, full.stats.new_tokens) == ("context", 1)  # type: ignore[union-attr]
-
-
-def test_rows_that_reach_the_context_end_do_not_stop_the_others() -> None:
-    llm = llm_of(max_seq_len=24)
-    together = list(llm.generate(["x" * 22, "y"]))
-    assert (len(tokens_of(together, 0)), len(tokens_of(together, 1))) == (3, 24)
-    assert tokens_of(together, 1) == tokens_of(llm_of(max_seq_len=24).generate("y"))
 
 
 def test_stop_strings_end_the_text_before_them() -> None:
@@ -127,15 +114,6 @@ def test_only_new_tokens_of_a_longer_prompt_are_computed() -> None:
     again = list(llm.generate(changed, max_new_tokens=8))
     assert again[-1].stats.reused_tokens == 3  # type: ignore[union-attr]
     assert tokens_of(again) == tokens_of(llm_of().generate(changed, max_new_tokens=8))
-
-
-def test_a_batch_leaves_nothing_to_reuse() -> None:
-    llm = llm_of()
-    list(llm.generate("hello there", max_new_tokens=3))
-    list(llm.generate(["other", "rows"], max_new_tokens=3))
-    *_, last = llm.generate("hello there", max_new_tokens=3)
-    assert last.stats is not None
-    assert last.stats.reused_tokens == 0
 
 
 def test_a_prefix_is_computed_once_for_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,13 +179,6 @@ def test_a_superseded_generation_ends_with_an_error_not_with_wrong_text() -> Non
     list(llm.generate("other", max_new_tokens=2))
     with pytest.raises(MinisaError, match="another generation has begun"):
         next(old)
-
-
-def test_half_a_character_is_never_given_out() -> None:
-    """The model's bytes are mostly invalid UTF-8: the stream must still equal the decoding of the whole."""
-    llm = llm_of()
-    chunks = list(llm.generate("é", max_new_tokens=60, temperature=2.0, seed=1))
-    assert text_of(chunks) == llm.tokenizer.decode(tokens_of(chunks))
 
 
 def test_logits_leave_the_cache_alone() -> None:

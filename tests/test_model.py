@@ -79,13 +79,6 @@ def test_ragged_rows_decode_as_if_alone(plan: SharingPlan) -> None:
         positions = positions + 1
 
 
-def test_right_padded_batch_is_masked_by_positions() -> None:
-    """Padding after a row's end is never seen by the row, and decoding overwrites it."""
-    model, tokens = build_model(SIX_LAYERS, PLANS["span"]), random_tokens(SIX_LAYERS, 2, 12)
-    padded = in_one_go(model, tokens)
-    assert torch.allclose(padded[0, :5], in_one_go(model, tokens[:1, :5])[0], atol=1e-5)
-
-
 @pytest.mark.parametrize("window", [1, 5, 16])
 @pytest.mark.parametrize("plan", ["none", "head maps"])
 def test_sliding_window_in_chunks_and_steps(window: int, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,11 +67,6 @@ def test_penalty_moves_seen_tokens_down_whatever_their_sign() -> None:
     assert penalize(torch.tensor([[2.0, -2.0, 2.0]]), seen, 2.0).tolist() == [[1.0, -4.0, 2.0]]
 
 
-def test_greedy_is_argmax_and_ignores_the_draw() -> None:
-    for u in (0.0, 0.5, 0.999):
-        assert choose(Sampling(top_k=3, top_p=0.1), LOGITS, torch.tensor([u])).tolist() == [1]
-
-
 def test_draw_is_the_inverse_of_the_running_sum() -> None:
     """Never a token of probability 0, at either end, even for the largest number below 1."""
     p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])

@@ -96,26 +96,6 @@ def test_repeating_text_takes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> No
     assert max(fed) == 1 + MAX_GUESSES
 
 
-def test_an_answer_begins_with_few_guesses_at_risk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short one would not earn back more. Here there always is a guess, and it is wrong: the model never says 0."""
-    llm = llm_of()
-    fed: list[int] = []
-    guess = PromptLookup.guess
-
-    def guess_zeros(lookup: PromptLookup, limit: int) -> list[int]:
-        lookup._found = 0  # there is something to copy
-        return [0] * len(guess(lookup, limit))
-
-    monkeypatch.setattr(PromptLookup, "guess", guess_zeros)
-    all_logits = llm.runner.all_logits
-    monkeypatch.setattr(
-        llm.runner, "all_logits", lambda ids, *rest: fed.append(ids.shape[1] - 1) or all_logits(ids, *rest)
-    )
-    found = tokens_of(llm.generate("zzzz", speculate=True, max_new_tokens=40))
-    assert found == tokens_of(llm_of().generate("zzzz", max_new_tokens=40))
-    assert 0 < PRICE.of(sum(fed)) <= PRICE.of(TRIED) + EARNED * 40
-
-
 def test_closed_early_the_cache_is_what_it_says() -> None:
     llm = llm_of()
     for taken in (1, 2, 7, 20):
