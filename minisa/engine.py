@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from ctypes import CDLL
 from dataclasses import replace
 from functools import cached_property, partial
 from numbers import Integral
@@ -25,7 +26,6 @@ from minisa.device import (
     choose_kv_dtype,
     dtype_name,
     free_memory,
-    keep_forks_running,
     runs_kernels,
 )
 from minisa.errors import MinisaError, shown
@@ -36,11 +36,10 @@ from minisa.generation.loop import DecodingLoop
 from minisa.generation.prompts import Prompt, as_ids, as_list, check_names, is_dialog
 from minisa.generation.row import Chunk, GenerationOptions, Options, Prefix, common_prefix
 from minisa.generation.sampling import Sampling, SamplingOptions, check_number
-from minisa.interrupts import uninterrupted
 from minisa.model import Transformer
 from minisa.models.registry import choose_plan, resolve
 from minisa.quantize import check_quantization
-from minisa.runners.choice import choose_runner, may_become_native, native_step
+from minisa.runners.choice import choose_runner, native_library
 from minisa.sharing import SharingPlan
 from minisa.text.chat_format import find_dialog
 from minisa.text.dialog import DIALOGS, Dialog, Message
@@ -51,12 +50,12 @@ def load(
     model: str | Path,
     sa: str | Path | SharingPlan | None = None,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     max_seq_len: int | None = None,
     max_batch: int = 1,
     *,
     quantize: str | None = None,
-    kv_dtype: str = "auto",
+    kv_dtype: str | torch.dtype = "auto",
     compile: bool | None = None,
     backend: str | None = None,
     chat_format: str | None = None,
@@ -68,14 +67,14 @@ def load(
         Face's, Meta's or Mistral's layout, or a .gguf file).
     sa: None for plain attention, spans such as "27-30", "default" for the model's own plan, a SharingPlan, or the
         path of a plan's JSON file.
-    device: auto, cpu, cuda, cuda:N, mps. dtype: auto, fp32, bf16, fp16.
+    device: auto, cpu, cuda, cuda:N, mps. dtype: auto, fp32, bf16, fp16, or torch's names for them.
     max_seq_len: tokens that a row of the cache is for; None takes the context the model was trained for, or what fits
         in half of the free memory if that is less. With a sliding window their slots are a ring, and more are free.
         RoPE that is stretched linearly allows the stretch's factor times the context that the checkpoint states.
     max_batch: rows of the cache.
     quantize: None, "int8" or "int4": the matrices' format, as in quantize.py.
     kv_dtype: what keys and values are kept in: auto for the weights' dtype, fp32, bf16, fp16, or fp8 (e4m3).
-    compile: True, False or None for what is ready now, as in `choose_runner`.
+    compile: True, False or None, as in `choose_runner`: the C++ step is built first if need be, in some seconds.
     backend: None for the fastest attention there is for the device, "torch", "kernels" (Triton's, on CUDA), or
         "reference" for attention written out, which runs eager.
     chat_format: one of DIALOGS in dialog.py, for a checkpoint that comes without a chat template, or with one that is
@@ -105,8 +104,8 @@ def load(
         transformer = Transformer(config, plan, backend or fastest_backend(target))
     compile = False if backend == "reference" else compile
     weight_format = check_quantization(quantize)
-    native = native_step(config, target, compile=compile, quantized=weight_format is not None) is not None
-    number_format = choose_dtype(dtype, target, native=native)
+    library = native_library(config, target, compile, dtype)
+    number_format = choose_dtype(dtype, target, native=library is not None)
     kv_format = choose_kv_dtype(kv_dtype, number_format)
     load_weights(transformer, checkpoint, device=target, dtype=number_format, quantize=weight_format, progress=progress)
     transformer.to(target)  # the buffers; the weights are there already
@@ -117,7 +116,7 @@ def load(
         known = chat_format or (entry.chat if entry is not None and tokenizer.chat_template is None else None)
         return DIALOGS[known] if known else find_dialog(path, tokenizer)
 
-    return LLM(transformer, tokenizer, dialog, cache, compile=compile, quantized=weight_format)
+    return LLM(transformer, tokenizer, dialog, cache, compile=compile, quantized=weight_format, library=library)
 
 
 def _affordable_length(
@@ -131,10 +130,7 @@ def _affordable_length(
 
 
 class LLM:
-    """A loaded model. One generation at a time: starting the next one ends the one before, in whatever thread.
-
-    It goes on in a forked process too, where PyTorch then has one thread (keep_forks_running in device.py).
-    """
+    """A loaded model. One generation at a time: starting the next one ends the one before, in whatever thread."""
 
     def __init__(
         self,
@@ -145,14 +141,13 @@ class LLM:
         *,
         compile: bool | None = None,
         quantized: str | None = None,
+        library: CDLL | None = None,
     ) -> None:
-        keep_forks_running()
         self.model = model
         self.tokenizer = tokenizer
         self._find_dialog = find_dialog
         self.cache = cache
-        self.runner = choose_runner(model, compile)
-        self._compile = compile
+        self.runner = choose_runner(model, compile, library)
         self.weight_format = quantized or dtype_name(self.dtype)
         self._held: list[int] = []  # the tokens whose keys and values row 0 of the cache holds
         self._prefixes: WeakSet[Prefix] = WeakSet()
@@ -334,15 +329,8 @@ class LLM:
             yield chunk
 
     def _begin(self) -> Lease:
-        """Take the cache for a generation, with the fastest runner by now."""
+        """Take the cache for a generation."""
         with self._leases.alone:
-            if may_become_native(self.runner, self._compile):
-                with uninterrupted():  # half of the weights packed would leave no model
-                    self.runner = choose_runner(self.model, self._compile)
-                    if not may_become_native(self.runner, self._compile):  # any more: it rounds otherwise than PyTorch
-                        self._held.clear()
-                        for prefix in self._prefixes:
-                            compute_prefix(self.runner, prefix.cache, prefix.tokens)
             return self._leases.begin()
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:

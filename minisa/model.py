@@ -56,7 +56,7 @@ class Transformer(nn.Module):
         """The final hidden states [B, T, dim] of tokens [B, T], after the last norm; keys and values go to the cache.
 
         positions [B, T] int64 ascend along T and lie inside the cache, whose earlier slots they attend to. Where T > 1,
-        and either B is 1 or the cache is a ring, they are the cache's last T. Triton's kernels take up to MOST_QUERIES
+        and either B is 1 or the cache is a ring, they are the cache's last T. Triton's kernels take up to MAX_QUERIES
         anywhere, but in a ring.
         """
         angles = self.angles(positions)

@@ -12,8 +12,8 @@ import torch
 from minisa.cache import StaticCache
 from minisa.generation.loop import DecodingLoop
 from minisa.generation.row import Chunk, Options, Prefix
+from minisa.generation.runner import Runner
 from minisa.generation.speculate import PromptLookup
-from minisa.runners.choice import Runner
 from minisa.text.tokenizer import Tokenizer
 
 

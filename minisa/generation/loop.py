@@ -18,9 +18,8 @@ from minisa.cache import StaticCache
 from minisa.device import begin_reading, dtype_name
 from minisa.errors import MinisaError, shown
 from minisa.generation.row import Chunk, Options, Prefix, Row, reusable
+from minisa.generation.runner import Runner, Step
 from minisa.generation.sampling import NO_TOKEN, Chooser, Sampling
-from minisa.runners.choice import Runner
-from minisa.runners.eager import Step
 from minisa.text.tokenizer import Tokenizer
 
 
