@@ -49,15 +49,15 @@ def choose_runner(model: Transformer, compile: bool | None = None, library: ctyp
             return GraphRunner(model)
     if library is not None and weight.dtype == torch.bfloat16:
         return NativeRunner(model, library)
-    if weight.device.type == "cpu" and compile is not False and not _compiler_works():
+    if weight.device.type == "cpu" and compile is not False and not _works(os.environ.get("CXX") or "g++"):
         return TorchRunner(model, name="eager (no C++ compiler)")
     return TorchRunner(model, compile=compile is True)
 
 
 @functools.cache
-def _compiler_works() -> bool:
-    """Whether torch.compile can compile C++ for a CPU here. It takes $CXX for one word."""
-    command = [os.environ.get("CXX") or "g++", "-x", "c++", "-fsyntax-only", "-"]
+def _works(compiler: str) -> bool:
+    """Whether torch.compile, which takes $CXX for one word, can compile C++ for a CPU here."""
+    command = [compiler, "-x", "c++", "-fsyntax-only", "-"]
     try:
         return subprocess.run(command, input=b"#include <cmath>", capture_output=True, check=False).returncode == 0
     except OSError:
