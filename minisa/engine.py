@@ -28,7 +28,7 @@ from minisa.generation.runner import Runner
 from minisa.model import Transformer
 from minisa.models.registry import choose_plan, resolve
 from minisa.quantize import check_quantization
-from minisa.runners import choose_runner, native_library
+from minisa.runners.choice import choose_runner, native_library
 from minisa.sharing import SharingPlan
 from minisa.text.chat import ChatTemplate, Message, find_template
 from minisa.text.tokenizer import Tokenizer, load_tokenizer
@@ -62,8 +62,7 @@ def load(
     max_batch: rows of the cache.
     quantize: None, "int8" or "int4": the matrices' format, as in quantize.py.
     kv_dtype: what keys and values are kept in: auto for the weights' dtype, fp32, bf16, fp16, or fp8 (e4m3).
-    compile: None for the fastest there is without a long wait, True for a compiled step, False for eager PyTorch, as
-        in `choose_runner`.
+    compile: None, True or False, as in `choose_runner`; the C++ step is built first if need be, in some seconds.
     backend: None for the fastest attention there is for the device, "torch", "kernels" (Triton's, on CUDA), or
         "reference" for attention written out, which runs eager.
     chat_format: a name in text/formats or a .jinja file, for a checkpoint that comes without a chat template, or in
@@ -93,7 +92,7 @@ def load(
         transformer = Transformer(config, plan, backend or fastest_backend(target))
     compile = False if backend == "reference" else compile
     weight_format = check_quantization(quantize)
-    library = native_library(config, target, compile)
+    library = native_library(config, target, compile, dtype)
     number_format = choose_dtype(dtype, target, native=library is not None)
     kv_format = choose_kv_dtype(kv_dtype, number_format)
     load_weights(transformer, checkpoint, device=target, dtype=number_format, quantize=weight_format, progress=progress)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minisa.errors import MinisaError
 
 BLOCK = 32
-INT8_BYTES = 1 + 2 / BLOCK  # of a weight and its share of a scale; embeddings and heads are int8, whatever the rest is
+INT8_BYTES = 1 + 2 / BLOCK  # of a weight and its share of a scale
 QUANTIZATIONS = ("int8", "int4")
 Format = Literal["int8", "int4"]
 
@@ -75,10 +75,15 @@ def quantize(weight: Tensor, format: Format) -> Blocks:
         scales = (blocks.abs().amax(-1) / 127).half()
         quants = (blocks * _inverse(scales)).round().clamp(-127, 127)
         return Blocks(quants.flatten(-2).to(torch.int8), scales)
-    low, high = blocks.aminmax(dim=-1)
-    scales, minimums = ((high - low) / 15).half(), low.half()
+    minimums, maximums = blocks.aminmax(dim=-1)
+    scales, minimums = ((maximums - minimums) / 15).half(), minimums.half()
     quants = ((blocks - minimums.float()[..., None]) * _inverse(scales)).round().clamp(0, 15)
     return Blocks(quants.flatten(-2).to(torch.int8), scales, minimums)
+
+
+def _inverse(scales: Tensor) -> Tensor:
+    wide = scales.float()[..., None]
+    return torch.where(wide > 0, 1 / wide, 0.0)  # a block of equal weights has no scale
 
 
 def empty_blocks(shape: tuple[int, ...], format: Format, device: torch.device | str) -> Blocks:
@@ -96,25 +101,10 @@ def replace_matrix(model: nn.Module, name: str, blocks: Blocks, dtype: torch.dty
     model.set_submodule(path, kind(blocks, dtype))
 
 
-def _inverse(scales: Tensor) -> Tensor:
-    wide = scales.float()[..., None]
-    return torch.where(wide > 0, 1 / wide, 0.0)
-
-
-def use_kernels(model: nn.Module) -> None:
-    """Let the quantized matrices of a model multiply single rows in Triton; int4 goes into half the bytes for it."""
-    from minisa.runners.kernels.quantized_product import quantized_product  # not everybody has Triton
-
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.quants = module.blocks.packed().quants
-            module.multiply_row = quantized_product
-
-
 class QuantizedLinear(nn.Module):
     """x @ weight.T with a quantized weight.
 
-    The C++ step computes with the blocks themselves, and so does Triton after `use_kernels`, for one row. Else the
+    multiply_row: a kernel that multiplies a single row by the blocks themselves, as the C++ step does. Without one the
     weight is dequantized at each call, which is right everywhere and fast only where it is compiled and rows are many.
     """
 
@@ -140,9 +130,6 @@ class QuantizedLinear(nn.Module):
         return self.blocks.dequantize(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x)
-
-    def product(self, x: Tensor) -> Tensor:
         """x [..., cols] → [..., rows]."""
         if self.multiply_row is not None and x.shape[:-1].numel() == 1:
             return self.multiply_row(x, self.quants, self.scales, self.minimums)
@@ -158,4 +145,4 @@ class QuantizedEmbedding(QuantizedLinear):
 
     def head(self, hidden: Tensor) -> Tensor:
         """What a tied head computes."""
-        return self.product(hidden)
+        return super().forward(hidden)

@@ -150,7 +150,7 @@ def graphs() -> LLM:
 def native() -> LLM:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    library = open_library(wait=True)
+    library = open_library()
     assert library is not None
     config = tiny_config(n_layers=6, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=64)
     plan = SharingPlan.following(6, {2: 1, 3: 1, 5: 4}, {2: [1, 0], 5: [0, 0]})

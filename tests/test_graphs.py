@@ -20,10 +20,11 @@ from minisa.benchmark.selfcheck import _logits_of_pieces
 from minisa.cache import StaticCache
 from minisa.generation.sampling import Chooser
 from minisa.model import Transformer
-from minisa.quantize import Format, quantize, replace_matrix, use_kernels
+from minisa.quantize import Format, quantize, replace_matrix
 from minisa.runners.eager import TorchRunner, compile_layers
 from minisa.runners.graphs import AHEAD, GraphRunner
-from minisa.runners.kernels.decode_attention import MOST_QUERIES
+from minisa.runners.kernels.decode_attention import MAX_QUERIES
+from minisa.runners.kernels.quantized_product import use_kernels
 from tests.engines import DEVICE, PROMPTS, Recorder, byte_llm, graph_llm, llm_of, text_of, tokens_of
 from tests.models import PLANS, SIX_LAYERS, build_model
 from tests.rings import CONTEXT, SLOTS, WINDOWED, WINDOWED_PLANS, windowed_llm
@@ -244,4 +245,4 @@ def test_prompts_compiled_once_for_any_length() -> None:
 
 
 def test_the_kernels_take_as_many_queries_as_are_verified() -> None:
-    assert MOST_QUERIES >= AHEAD
+    assert MAX_QUERIES >= AHEAD

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +18,6 @@ from minisa.cache import StaticCache, to_dtype
 from minisa.checkpoint import load_weights
 from minisa.config import ModelConfig
 from minisa.costs import SLACK, parameter_count
-from minisa.device import _openmp, one_torch_thread
 from minisa.errors import MinisaError
 from minisa.model import Linear, Transformer
 from minisa.quantize import Format
@@ -290,36 +287,6 @@ def test_what_comes_between_products_is_one_thread_s() -> None:
     subprocess.run([sys.executable, "-c", ONE_THREAD], cwd=Path(__file__).parents[1], check=True)
 
 
-@pytest.mark.skipif(_openmp() is None, reason="needs libgomp")
-def test_an_interrupt_leaves_pytorch_its_threads() -> None:
-    """Wherever it comes until the work is done: a raised exception stands for the signal."""
-    before = torch.get_num_threads()
-    assert before > 1
-    code = one_torch_thread.__wrapped__.__code__  # type: ignore[attr-defined]
-    places: list[int] = []
-
-    def trace(frame: FrameType, event: str, _: object) -> Any:
-        if event == "line" and frame.f_lineno not in places:
-            places.append(frame.f_lineno)
-            raise KeyboardInterrupt
-        return trace
-
-    done = False
-    while not done:
-        sys.settrace(lambda frame, *_: trace if frame.f_code is code else None)
-        try:
-            with one_torch_thread():
-                sys.settrace(None)
-                assert torch.get_num_threads() == 1
-                done = True
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(None)
-        assert torch.get_num_threads() == before, f"line {places[-1]}"
-    assert len(places) > 4
-
-
 ONE_THREAD = """
 import os, torch
 torch.set_num_threads(1)
@@ -331,7 +298,7 @@ from tests.models import PLANS, build_model
 from tests.tiny import tiny_config
 
 config = tiny_config(n_layers=6, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=64, vocab_size=40_000)
-runner = NativeRunner(build_model(config, PLANS["none"]), open_library(wait=True), n_threads=1)
+runner = NativeRunner(build_model(config, PLANS["none"]), open_library(), n_threads=1)
 cache = StaticCache.allocate(config, PLANS["none"], batch=6, max_seq_len=64)
 sampling = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.1)
 torch.set_num_threads(2)

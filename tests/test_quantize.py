@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +127,12 @@ def test_a_damaged_scale_is_not_rounded_away(format: Any, module: str, tmp_path:
     assert NativeRunner(model, library).prefill(random_tokens(CONFIG, 1, 20), 0, cache).isnan().any()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_the_cpp_step_finds_int4_as_it_was_whatever_the_backend(tmp_path: Path) -> None:
+def test_the_cpp_step_finds_int4_as_it_was_whatever_the_backend(tmp_path: Path, library: ctypes.CDLL) -> None:
     """What is packed into half the bytes for Triton would be read as half as many columns."""
     write_hf(tmp_path, CONFIG, random_weights(CONFIG, 0))
     tokens, logits = random_tokens(CONFIG, 1, 20), []
     for backend in ("torch", "kernels"):
-        runner = choose_runner(read(tmp_path, "int4", torch.bfloat16, backend), compile=True)
+        runner = choose_runner(read(tmp_path, "int4", torch.bfloat16, backend), True, library)
         assert runner.name == "C++ step"
         logits.append(runner.prefill(tokens, 0, StaticCache.allocate(CONFIG, PLAN, max_seq_len=20)))
     assert torch.equal(*logits)

@@ -47,8 +47,8 @@ def test_a_wrong_result_is_a_failure(quick: None, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         TorchRunner, "stepper", lambda *given: lambda *state: (chosen(*given)(*state)[0] * 0, state[1] + 1)
     )
-    monkeypatch.setattr("minisa.benchmark.selfcheck.native_step", lambda *_, **__: object())
-    monkeypatch.setattr("minisa.engine.choose_runner", lambda model, compile: TorchRunner(model))
+    monkeypatch.setattr("minisa.benchmark.selfcheck.native_library", lambda *_, **__: object())
+    monkeypatch.setattr("minisa.engine.choose_runner", lambda model, *_: TorchRunner(model))
     monkeypatch.setattr("minisa.benchmark.selfcheck.local_path", lambda _: None)
     monkeypatch.setitem(selfcheck.CHECKS, "quantized products", lambda _: 1 / 0)  # type: ignore[misc,arg-type,return-value]
     ran = run("--no-bench")

@@ -23,12 +23,12 @@ from minisa.benchmark.synthetic import random_llm
 from minisa.config import ModelConfig
 from minisa.device import runs_kernels
 from minisa.engine import LLM, load
+from minisa.generation.runner import Runner
 from minisa.generation.sampling import Chooser
 from minisa.generation.speculate import MAX_GUESSES
 from minisa.models.registry import DEFAULT_MODEL, find, local_path
 from minisa.quantize import QUANTIZATIONS, quantize
-from minisa.runners.choice import Runner, native_step
-from minisa.runners.eager import plain_step
+from minisa.runners.choice import native_library
 from minisa.sharing import SharingPlan
 
 SMALL = ModelConfig(
@@ -104,7 +104,7 @@ def check_steps(device: torch.device) -> tuple[bool, str]:
     Its logits against those of eager PyTorch without kernels, after steps, a prompt in pieces and guesses; and the
     tokens of its whole steps against those of its logits.
     """
-    if device.type == "cpu" and native_step(SMALL, device, compile=True, quantized=False) is None:
+    if device.type == "cpu" and native_library(SMALL, device, compile=True) is None:
         raise LeftOutError("there is no C++ step here: it needs g++")
     dtype = torch.float32 if device.type == "cuda" else torch.bfloat16  # fp32 shows slips that bf16 would hide
     details = []
@@ -217,7 +217,7 @@ def _tokens_of_steps(llm: LLM, runner: Runner, *, whole: bool) -> Tensor:
     """The tokens [STEPS, rows] of greedy steps: whole ones, as generation takes them, or by their logits."""
     tokens, positions = _prefilled(llm, runner)
     greedy = Chooser.greedy(len(PROMPTS))
-    step = runner.stepper(llm.cache, greedy) if whole else plain_step(runner.decode, llm.cache, greedy)
+    step = runner.stepper(llm.cache, greedy) if whole else Runner.stepper(runner, llm.cache, greedy)
     chosen = []
     for i in range(STEPS):
         tokens, positions = step(tokens, positions, max(PROMPTS) + i + 1)

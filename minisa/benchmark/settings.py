@@ -20,7 +20,7 @@ from minisa.device import choose_device, choose_dtype, choose_kv_dtype
 from minisa.errors import MinisaError
 from minisa.files import read_json
 from minisa.models.registry import ModelEntry, choose_plan, registry, resolve
-from minisa.runners.choice import native_step
+from minisa.runners.choice import native_library
 from minisa.sharing import SharingPlan
 
 CONTEXTS = (0, 512, 1500, 4096)
@@ -90,10 +90,8 @@ class Settings:
         contexts = _lengths("--contexts", contexts, CONTEXTS, most - new_tokens)
         prompt_lengths = _lengths("--prompt-lengths", prompt_lengths, PROMPT_LENGTHS, room(prompt_lengths))
         slots = max(max(contexts) + new_tokens, *prompt_lengths, GREEDY_PROMPT + GREEDY_TOKENS)
-        native = dtype in ("auto", "bf16") and native_step(
-            config, target, compile=compile is not False, quantized=quantize is not None
-        )
-        number_format = choose_dtype(dtype, target, native=bool(native))
+        library = native_library(config, target, compile, dtype)
+        number_format = choose_dtype(dtype, target, native=library is not None)
         opening = Opening(
             path=path,
             config=config,

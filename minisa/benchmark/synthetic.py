@@ -18,6 +18,7 @@ from minisa.engine import LLM
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.quantize import check_quantization
+from minisa.runners.choice import native_library
 from minisa.sharing import SharingPlan
 from minisa.text.dialog import DIALOGS
 
@@ -51,7 +52,9 @@ def random_llm(
         config, plan, batch=max_batch, max_seq_len=max_seq_len, device=device, dtype=kv_dtype or dtype
     )
     tokenizer: Any = _NoTokenizer()
-    return LLM(transformer, tokenizer, lambda: DIALOGS["raw"], cache, quantized=weight_format, **options)
+    library = native_library(config, torch.device(device), options.get("compile"), dtype)
+    options |= {"quantized": weight_format, "library": library}
+    return LLM(transformer, tokenizer, lambda: DIALOGS["raw"], cache, **options)
 
 
 def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:

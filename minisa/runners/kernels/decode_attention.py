@@ -32,12 +32,12 @@ import triton.language as tl
 from torch import Tensor
 
 from minisa.attention import TORCH, AttentionBackend, HeadMap, Shared, Visible
-from minisa.runners.kernels.common import INTERPRETED
+from minisa.runners.kernels import INTERPRETED
 
 BLOCK = 64  # slots a program looks at at once; half of it in fp32, so that a stage of them fits every card
-LEAST_ROWS = 16  # of a matrix product in Triton: fewer are padded
+MIN_ROWS = 16  # of a matrix product in Triton: fewer are padded
 MAX_PARTS = 64
-MOST_QUERIES = 8  # a row; with more, those that see the same keys are better multiplied by them together
+MAX_QUERIES = 8  # a row; with more, those that see the same keys are better multiplied by them together
 PROGRAMS_PER_PROCESSOR = 2  # a row's slots are split into parts until there are so many programs
 
 
@@ -192,43 +192,41 @@ def _merge(
     tl.store(out + head * HEAD_DIM + dims, tl.sum(mixed, 0).to(out.dtype.element_ty), mask=is_dim)
 
 
-def lead(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> tuple[Tensor, SharedScores]:
+def lead(q: Tensor, keys: Tensor, values: Tensor, visible: Visible) -> tuple[Tensor, Shared]:
     """q [B, H, T, D], keys and values [B, Hkv, S, D] → (output [B, H, T, D], what followers need).
 
     keys and values are fp32, fp16, bf16 or fp8 (e4m3), with whole slots of D numbers behind each other.
     """
-    _, n_heads, n_queries, head_dim = q.shape
-    by_row = q.transpose(1, 2).contiguous().flatten(0, 1)  # [B · T, H, D]
-    n_rows, length = len(by_row), keys.shape[2]
-    n_parts, sizes = _launch(by_row, keys, n_queries)
-    scores = _fp32(q.device, n_rows, n_heads, length)
-    lse = _fp32(q.device, n_rows, n_heads)
-    partial = _fp32(q.device, n_rows, n_heads, n_parts, head_dim)
-    maxima, sums = _fp32(q.device, 2, n_rows, n_heads, n_parts)
-    scale = math.log2(math.e) / head_dim**0.5
-    _lead[n_rows, keys.shape[1], n_parts](
-        by_row, _bytes(keys), _bytes(values), rows.positions, scores, partial, maxima, sums, scale,
-        keys.stride(0), keys.stride(1), length, WINDOW=rows.window or 0, RING=rows.ring, FP8=_is_fp8(keys),
-        **sizes,
-    )  # fmt: skip
-    out = _merged(by_row, partial, maxima, sums, lse)
-    return _by_head(out, n_queries), SharedScores(scores, lse, rows, q.dtype)
+    if not isinstance(visible, Rows):
+        return TORCH.lead(q, keys, values, visible)
+    by_row = q.transpose(1, 2).flatten(0, 1).contiguous()  # [B · T, H, D]
+    heads = by_row.shape[:2]
+    n_parts, partial, sizes = _launch(by_row, values, visible)
+    scores, lse = _fp32(by_row, *heads, keys.shape[2]), _fp32(by_row, *heads)
+    maxima, sums = _fp32(by_row, 2, *heads, n_parts)
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        _lead[heads[0], keys.shape[1], n_parts](
+            by_row, _bytes(keys), _bytes(values), visible.positions, scores, partial, maxima, sums,
+            math.log2(math.e) / q.shape[3] ** 0.5, keys.stride(0), keys.stride(1), keys.shape[2], **sizes,
+        )  # fmt: skip
+        out = _merged(by_row, partial, maxima, sums, lse)
+    return _by_head(out, visible), SharedScores(scores, lse, visible, q.dtype)
 
 
-def follow(shared: SharedScores, values: Tensor, head_map: Tensor | None) -> Tensor:
-    """The leader's weights on values [B, Hkv, S, D] → output [B, H, T, D]; head_map [H], None for the identity."""
+def follow(shared: Shared, values: Tensor, head_map: HeadMap | None) -> Tensor:
+    """The leader's weights on values [B, Hkv, S, D] → output [B, H, T, D]; head_map None is the identity."""
+    if not isinstance(shared, SharedScores):
+        return TORCH.follow(shared, values, head_map)
     scores, lse, rows, dtype = shared
-    n_rows, n_heads, length = scores.shape
-    n_queries = rows.positions.shape[1]
-    out = torch.empty(n_rows, n_heads, values.shape[-1], device=values.device, dtype=dtype)
-    n_parts, sizes = _launch(out, values, n_queries)
-    partial = _fp32(values.device, n_rows, n_heads, n_parts, values.shape[-1])
-    _follow[n_rows, values.shape[1], n_parts](
-        scores, lse, lse if head_map is None else head_map, _bytes(values), rows.positions, partial,
-        values.stride(0), values.stride(1), length, MAPPED=head_map is not None, WINDOW=rows.window or 0,
-        RING=rows.ring, FP8=_is_fp8(values), DTYPE=_TRITON_TYPES[dtype], **sizes,
-    )  # fmt: skip
-    return _by_head(_merged(out, partial, partial, partial, None), n_queries)
+    out = values.new_empty(*lse.shape, values.shape[3], dtype=dtype)
+    n_parts, partial, sizes = _launch(out, values, rows)
+    with torch.cuda.device_of(values):
+        _follow[len(scores), values.shape[1], n_parts](
+            scores, lse, lse if head_map is None else head_map.heads, _bytes(values), rows.positions, partial,
+            values.stride(0), values.stride(1), scores.shape[2], MAPPED=head_map is not None,
+            DTYPE=_TRITON_TYPES[dtype], **sizes,
+        )  # fmt: skip
+        return _by_head(_merged(out, partial, partial, partial, None), rows)
 
 
 def _merged(like: Tensor, partial: Tensor, maxima: Tensor, sums: Tensor, lse: Tensor | None) -> Tensor:
@@ -243,17 +241,17 @@ def _merged(like: Tensor, partial: Tensor, maxima: Tensor, sums: Tensor, lse: Te
     return out
 
 
-def _fp32(device: torch.device, *shape: int) -> Tensor:
-    return torch.empty(shape, device=device, dtype=torch.float32)
+def _fp32(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
 
 
-def _by_head(out: Tensor, n_queries: int) -> Tensor:
+def _by_head(out: Tensor, rows: Rows) -> Tensor:
     """[B · T, H, D] → [B, H, T, D]."""
-    return out.unflatten(0, (-1, n_queries)).transpose(1, 2)
+    return out.unflatten(0, rows.positions.shape).transpose(1, 2)
 
 
-def _launch(out: Tensor, kv: Tensor, n_queries: int) -> tuple[int, dict[str, int]]:
-    """How many parts a row is split into, and the sizes a kernel is compiled for; out [B · T, H, D]."""
+def _launch(out: Tensor, kv: Tensor, rows: Rows) -> tuple[int, Tensor, dict[str, int]]:
+    """How many parts a row is split into, room for what each makes of out [B · T, H, D], and a kernel's constants."""
     n_rows, n_heads, head_dim = out.shape
     n_kv_heads, length = kv.shape[1:3]
     if kv.stride()[2:] != (head_dim, 1):
@@ -261,14 +259,22 @@ def _launch(out: Tensor, kv: Tensor, n_queries: int) -> tuple[int, dict[str, int
     group = n_heads // n_kv_heads
     enough = -(-PROGRAMS_PER_PROCESSOR * _processors(out.device) // (n_rows * n_kv_heads))
     block = BLOCK if out.dtype.itemsize < 4 else BLOCK // 2
-    return max(1, min(enough, MAX_PARTS, -(-length // block))), {
-        "GROUP": group,
-        "ROWS": max(LEAST_ROWS, triton.next_power_of_2(group)),
-        "HEAD_DIM": head_dim,
-        "DIMS": triton.next_power_of_2(head_dim),
-        "QUERIES": n_queries,
-        "BLOCK": block,
-    }
+    n_parts = max(1, min(enough, MAX_PARTS, -(-length // block)))
+    return (
+        n_parts,
+        _fp32(out, n_rows, n_heads, n_parts, head_dim),
+        {
+            "GROUP": group,
+            "ROWS": max(MIN_ROWS, triton.next_power_of_2(group)),
+            "HEAD_DIM": head_dim,
+            "DIMS": triton.next_power_of_2(head_dim),
+            "QUERIES": rows.positions.shape[1],
+            "WINDOW": rows.window or 0,
+            "RING": rows.ring,
+            "FP8": kv.dtype == torch.float8_e4m3fn,
+            "BLOCK": block,
+        },
+    )
 
 
 @functools.cache
@@ -277,36 +283,18 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _is_fp8(kv: Tensor) -> bool:
-    return kv.dtype == torch.float8_e4m3fn
-
-
 def _bytes(kv: Tensor) -> Tensor:
     """fp8 as bytes: not every card that Triton compiles for has instructions for it."""
-    return kv.view(torch.uint8) if _is_fp8(kv) else kv
+    return kv.view(torch.uint8) if kv.dtype == torch.float8_e4m3fn else kv
 
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def _visible(positions: Tensor, length: int, window: int | None, ring: bool = False) -> Visible:
-    if positions.shape[1] <= MOST_QUERIES:
+    if positions.shape[1] <= MAX_QUERIES:
         return Rows(positions.contiguous(), window, length if ring else 0)
     return TORCH.visible(positions, length, window)
 
 
-def _lead_any(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Shared]:
-    if not isinstance(visible, Rows):
-        return TORCH.lead(q, k, v, visible)
-    with torch.cuda.device_of(q):  # Triton launches on the current one
-        return lead(q, k, v, visible)
-
-
-def _follow_any(shared: Shared, v: Tensor, head_map: HeadMap | None) -> Tensor:
-    if not isinstance(shared, SharedScores):
-        return TORCH.follow(shared, v, head_map)
-    with torch.cuda.device_of(v):
-        return follow(shared, v, None if head_map is None else head_map.heads)
-
-
-KERNELS = AttentionBackend("kernels", _visible, _lead_any, _follow_any)
+KERNELS = AttentionBackend("kernels", _visible, lead, follow)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
-from minisa.runners.kernels.common import INTERPRETED
+from minisa.quantize import QuantizedLinear
+from minisa.runners.kernels import INTERPRETED
 
 # A warp or a few for a row of the weight; the interpreter takes as long for many rows as for one.
 _CONFIGS = [triton.Config({"BLOCK_N": 1, "BLOCKS": 32 * warps}, num_warps=warps) for warps in (1, 2, 4)]
@@ -86,6 +87,14 @@ def _weight(bits, at: tl.constexpr, raised, step, base, TOP: tl.constexpr):
     at_top = bits >> (at - TOP) if at > TOP else bits << (TOP - at)
     mask: tl.constexpr = 0x7FFFFF ^ ((1 << TOP) - 1)
     return tl.fma(((at_top & mask) ^ raised).to(tl.float32, bitcast=True), step, base)
+
+
+def use_kernels(model: nn.Module) -> None:
+    """Let the quantized matrices of a model multiply single rows in Triton; int4 is packed two to a byte for it."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.quants = module.blocks.packed().quants
+            module.multiply_row = quantized_product
 
 
 def quantized_product(x: Tensor, quants: Tensor, scales: Tensor, minimums: Tensor | None) -> Tensor:
