@@ -306,7 +306,7 @@ before = os.listdir("/proc/self/task")
 with torch.inference_mode():
     tokens, positions = torch.arange(30)[None], torch.arange(30, 36)
     choose = Chooser.idle(sampling, 6, 64, 40_000, torch.device("cpu"))
-    choose.rows(slice(1)).begin(list(range(30)), sampling)
+    choose.rows(slice(1)).begin(list(range(30)), 0)
     runner.prefill(tokens, 0, cache)
     runner.verify(tokens[:, :7], 30, cache)
     choose(runner.decode(tokens[0, :6], positions, cache, 36), positions)

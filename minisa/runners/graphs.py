@@ -54,14 +54,13 @@ class GraphRunner(TorchRunner):
     def stepper(self, cache: StaticCache, choose: Chooser) -> Step:
         """As Runner.stepper. The graph is recorded at the first step."""
         bucket = min(1 << (choose.batch - 1).bit_length(), cache.batch)
-        sampling = choose.sampling
         graph: _StepGraph | None = None
 
         def step(tokens: Tensor, positions: Tensor, in_use: int) -> tuple[Tensor, Tensor]:
             nonlocal graph
             if graph is None:
                 rows = cache.view(rows=slice(bucket))
-                graph = self._kept(cache, (bucket, sampling), lambda: _StepGraph(self.model, rows, choose))
+                graph = self._kept(cache, (bucket, choose.sampling), lambda: _StepGraph(self.model, rows, choose))
                 graph.begin(tokens, positions, choose, self._record)
             return graph.step(choose.batch)
 
