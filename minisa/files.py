@@ -48,6 +48,11 @@ def read_plain(path: Path, limit: int, what: str) -> bytes:
         return file.read(limit)
 
 
+def cache_dir() -> Path:
+    """The folder for what can be made or fetched again: minisa in $XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minisa"
+
+
 def is_plain_name(name: str) -> bool:
     """Whether a file of that name can only lie beside the one that names it: no folders, nothing hidden."""
     return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) is not None

@@ -13,7 +13,7 @@ import uuid
 from pathlib import Path
 
 from minisa.errors import MinisaError
-from minisa.models.folders import cache_dir
+from minisa.files import cache_dir
 
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-mtune=generic", "-shared", "-fPIC", "-pthread")
 SOURCES = Path(__file__).parent
