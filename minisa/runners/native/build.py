@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from minisa.files import cache_dir
+
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-mtune=generic", "-shared", "-fPIC", "-pthread")
 SOURCES = Path(__file__).parent
 
@@ -22,7 +24,7 @@ def open_library() -> ctypes.CDLL | None:
     None where it cannot be built; the line then says why. The compiler is $CXX, which may be several words, or g++.
     """
     compiler = os.environ.get("CXX", "").split() or ["g++"]
-    target = _folder() / f"step-{_key(compiler)}.so"
+    target = cache_dir() / f"step-{_key(compiler)}.so"
     try:
         if not target.exists():
             print("minisa: building the C++ step for this processor, once: some seconds", file=sys.stderr, flush=True)
@@ -50,12 +52,6 @@ def _build(compiler: list[str], target: Path) -> None:
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification ignores a relative path: what is loaded must not depend on the current folder.
-    return Path(cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")) / "minisa"
 
 
 def _key(compiler: list[str]) -> str:

