@@ -83,11 +83,11 @@ def stored(
         return FileTensor(name, shape, dtype, file, offset)
     if len(shape) != 2:
         raise MinisaError(f"{name} is {type.name} {list(shape)}: expected only matrices to be quantized")
-    return QuantizedTensor(name, shape, type, decoder(type), file, offset)
+    return QuantizedTensor(name, shape, type, decoder(type, name), file, offset)
 
 
-def decoder(type: GGMLType) -> Decoder:
-    """What turns blocks of `type` into floats.
+def decoder(type: GGMLType, name: str = "a tensor") -> Decoder:
+    """What turns blocks of `type` into floats; `name` is the tensor's, for messages.
 
     Raises MinisaError for a type that needs the `gguf` package where that is absent, or that nobody reads.
     """
@@ -97,7 +97,7 @@ def decoder(type: GGMLType) -> Decoder:
     try:
         from gguf import GGMLQuantizationType, quants
     except ImportError:
-        raise MinisaError(f'weights of type {type.name} need the gguf package: pip install "minisa[gguf]"') from None
+        raise MinisaError(f'{name} is {type.name}, which needs the gguf package: pip install "minisa[gguf]"') from None
 
     def decode(blocks: Tensor) -> Tensor:
         flat = blocks.view(-1, type.nbytes).numpy()
@@ -106,7 +106,7 @@ def decoder(type: GGMLType) -> Decoder:
     try:
         decode(torch.zeros(1, 1, type.nbytes, dtype=torch.uint8))
     except (NotImplementedError, ValueError):
-        raise MinisaError(f"weights of type {type.name} are not supported, nor by the gguf package") from None
+        raise MinisaError(f"{name} is {type.name}, which not even the gguf package can read") from None
     return decode
 
 

@@ -50,9 +50,9 @@ def _reason(error: Exception) -> str:
 
 
 def _tensor(name: Any, tensor: Any, file: DataFile) -> FileTensor:
-    where = f"{file.path}: {name if isinstance(name, str) else type(name)!r}"
+    where = f"{file.path}: {name!r}" if isinstance(name, str) else f"{file.path}: a key that is no name"
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-        raise MinisaError(f"{where} is a {type(tensor).__name__}: expected a dictionary of plain tensors by name")
+        raise MinisaError(f"{where} holds a {type(tensor).__name__}: expected a dictionary of plain tensors")
     if not tensor.is_contiguous():
         raise MinisaError(f"{where} is not contiguous: expected plain tensors")
     storage: Any = tensor.untyped_storage()
