@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,9 +9,9 @@ from minisa.errors import MinisaError
 
 MAX_LAYERS = 1024  # sanity bounds for headers that lie; the largest Llama has 126 layers, and each takes a millisecond
 MAX_WIDTH = 1 << 24
-ROPE_THETAS = (1.0, 1e12)
+ROPE_THETAS = (1.0, 1e12)  # the largest published is 4.5e10
+ROPE_FACTORS = (1e-3, 1e6)  # beyond these fp32 loses the angles; the largest published is 32
 NORM_EPSILONS = (1e-12, 1.0)
-ROPE_FACTORS = (1e-3, 1e6)  # beyond these fp32 loses the angles; the largest published are 32 and a base of 4.5e10
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +48,6 @@ class RopeScaling:
                 f"rope_scaling: low_freq_factor is {self.low_freq_factor}: expected less than high_freq_factor, which "
                 f"is {self.high_freq_factor}"
             )
-
-    def yarn_ramp(self, theta: float, head_dim: int) -> tuple[int, int]:
-        """The rotary pairs between which YaRN goes from frequencies as they were to divided ones.
-
-        Raises MinisaError where there are none.
-        """
-
-        def pair(turns: float) -> float:  # the one that makes so many turns over the original context
-            inverse = self.original_max_seq_len / (2 * math.pi * turns)  # of its frequency
-            return head_dim * math.log(inverse) / (2 * math.log(max(theta, 1.001)))
-
-        first, last = max(math.floor(pair(self.beta_fast)), 0), min(math.ceil(pair(self.beta_slow)), head_dim - 1)
-        if first >= last:
-            raise MinisaError(
-                f"rope_scaling: yarn from rotary pair {first} to {last}: expected an original context, a rope_theta "
-                "and betas that leave some between them"
-            )
-        return first, last
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +87,15 @@ class ModelConfig:
         within("rope_theta", self.rope_theta, ROPE_THETAS)
         if self.sliding_window is not None:
             bounded("sliding_window", self.sliding_window, MAX_WIDTH)
-        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn":
-            self.rope_scaling.yarn_ramp(self.rope_theta, self.head_dim)
 
     @property
     def attention_factor(self) -> float:
-        """By what cosines and sines of RoPE are multiplied."""
+        """What the cosines and sines of RoPE are multiplied by."""
         return 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
 
     @property
     def longest_seq_len(self) -> int:
-        """How far max_seq_len may be raised. Beside a linear scaling some publishers state the context before it."""
+        """The highest max_seq_len to run with: beside a linear scaling, some publishers state the context before it."""
         if self.rope_scaling is None or self.rope_scaling.kind != "linear":
             return self.max_seq_len
         return max(self.max_seq_len, min(int(self.max_seq_len * self.rope_scaling.factor), MAX_WIDTH))

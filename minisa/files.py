@@ -1,4 +1,4 @@
-"""Files nobody vouches for: opened only where they are files, their JSON read only within bounds."""
+"""Small files: JSON read within bounds, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import hashlib
 import json
 import os
 import re
-import stat
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedReader, TextIOWrapper
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +20,10 @@ MAX_VALUES = 1 << 21  # in one header: each takes up to 100 bytes of memory, and
 
 
 def open_plain(path: Path) -> BufferedReader:
-    """The file at a path, to be read.
-
-    Raises OSError, also for what is no file: a pipe or a device might never end, nor ever begin.
-    """
-    try:
-        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 (the caller closes it)
-    except ValueError:  # a NUL, or half a surrogate pair
-        raise OSError(errno.ENOENT, "no file can have that name", str(path)) from None
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    """The file at a path, open for reading. Raises OSError, also for a pipe or a device, which might never end."""
+    if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a file", str(path))
-    return file
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    return path.open("rb")
 
 
 def read_plain(path: Path, limit: int, what: str) -> bytes:
@@ -55,42 +41,37 @@ def cache_dir() -> Path:
     return Path(cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")) / "minisa"
 
 
+def read_text(path: Path) -> str:
+    """All of a UTF-8 file, its lines ending in "\\n". Raises UnicodeDecodeError, OSError where it cannot be read."""
+    return path.read_text(encoding="utf-8")
+
+
 def is_plain_name(name: str) -> bool:
-    """Whether a file of that name can only lie beside the one that names it: no folders, nothing hidden."""
+    """Whether a file of that name lies beside the file that names it: no folders, nothing hidden."""
     return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) is not None
 
 
 def sha256_of(path: Path) -> str:
-    """Of all of a file's bytes, in hexadecimal. Raises OSError where it cannot be read."""
+    """The digest of a file in hexadecimal. Raises OSError where it cannot be read."""
     with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_text(path: Path) -> str:
-    """All of a UTF-8 file, its lines ending in "\\n". Raises UnicodeDecodeError, OSError where it cannot be read."""
-    with TextIOWrapper(open_plain(path), "utf-8") as file:
-        return file.read()
-
-
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """The name to write a file under; it gets its own only once it is whole, and nothing is left where it fails.
-
-    Raises OSError where there is no file to be put there: over a folder, a pipe or a device.
-    """
+    """A temporary name to write under; the file gets its own name at the end, and nothing is left after an error."""
     if path.exists() and not path.is_file():
-        raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "not a file", str(path))
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # two that write the same file do not meet
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield partial
         partial.replace(path)
-    except BaseException:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that has its name only once it is whole. Raises OSError where it cannot be."""
+    """Write a text file that has its name only once it is whole. Raises OSError where it cannot be written."""
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -101,25 +82,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    """The object that `text` holds; `where` names it in messages.
-
-    Raises MinisaError for anything else, for a key that stands twice, for nesting beyond reason and for more than
-    MAX_VALUES values.
-    """
+    """The object in a JSON text; `where` names it in messages. Raises MinisaError for anything else."""
     if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise MinisaError(f"{where} has more than {MAX_VALUES} values: expected the description of a model")
     try:
-        value = json.loads(text, object_pairs_hook=_once)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise MinisaError(f"{where} is not valid JSON ({error}): fetch the file again") from None
     if not isinstance(value, dict):
         raise MinisaError(f"{where} is a JSON {type(value).__name__}: expected an object")
     return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{key!r} stands twice")
-    return unique

@@ -1,6 +1,6 @@
 """Rotary position embeddings in the half-split order: dimension i turns with dimension i + head_dim/2.
 
-Source: Su et al., arXiv 2104.09864; the Llama 3.1 rule is that of Meta's reference code.
+Source: Su et al., arXiv 2104.09864; the Llama 3.1 rule is that of Meta's reference code, YaRN is arXiv 2309.00071.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from minisa.errors import MinisaError
 def rope_frequencies(config: ModelConfig) -> Tensor:
     """Radians a position for each pair of dimensions: [head_dim / 2], fp32, on the CPU.
 
-    In fp32 throughout, as the makers trained it. Raises MinisaError if a GGUF file's own factors do not fit, or YaRN's
-    numbers leave no pairs to go from one rule to the other in.
+    In fp32 throughout, as the models were trained. Raises MinisaError where a GGUF file's own factors do not fit the
+    heads, or YaRN's numbers leave no pairs between its two rules.
     """
     even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)
@@ -34,9 +34,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
             )
         return frequencies / torch.tensor(scaling.factors, dtype=torch.float32, device="cpu")
     if scaling.kind == "yarn":
-        first, last = scaling.yarn_ramp(config.rope_theta, config.head_dim)
-        divided = ((torch.arange(len(frequencies), device="cpu") - first) / (last - first)).clamp(0, 1)
-        return (1 - divided) * frequencies + divided * frequencies / scaling.factor
+        return _yarn(frequencies, scaling, config)
     return _llama3(frequencies, scaling)
 
 
@@ -47,6 +45,24 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1 keeps the frequency, 0 divides it
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+def _yarn(frequencies: Tensor, scaling: RopeScaling, config: ModelConfig) -> Tensor:
+    """Slow pairs stretched by the factor, fast ones kept, a straight line over the pairs between."""
+
+    def pair(turns: float) -> float:  # the one that makes so many turns over the original context
+        inverse = scaling.original_max_seq_len / (2 * math.pi * turns)  # of its frequency
+        return config.head_dim * math.log(inverse) / (2 * math.log(max(config.rope_theta, 1.001)))
+
+    first = max(math.floor(pair(scaling.beta_fast)), 0)
+    last = min(math.ceil(pair(scaling.beta_slow)), config.head_dim - 1)
+    if first >= last:
+        raise MinisaError(
+            f"rope_scaling: yarn from rotary pair {first} to {last}: expected an original context, a rope_theta and "
+            "betas that leave some between them"
+        )
+    divided = ((torch.arange(len(frequencies), device="cpu") - first) / (last - first)).clamp(0, 1)
+    return (1 - divided) * frequencies + divided * frequencies / scaling.factor
 
 
 def rope_angles(frequencies: Tensor, positions: Tensor, factor: float) -> tuple[Tensor, Tensor]:

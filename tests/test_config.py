@@ -13,6 +13,7 @@ from minisa.checkpoint.description import config_from_gguf, config_from_hf, conf
 from minisa.config import ModelConfig, RopeScaling
 from minisa.costs import parameter_count
 from minisa.errors import MinisaError
+from minisa.rope import rope_frequencies
 from minisa.sharing import SharingPlan
 from tests.families import FAMILIES
 
@@ -86,64 +87,46 @@ def test_every_family_has_as_many_parameters_as_published(name: str) -> None:
     assert parameter_count(family.config, SharingPlan.none(family.config.n_layers)) == family.parameters
 
 
+LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+ORIGINAL = "original_max_position_embeddings"
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+
+
 def test_transformers_5_spelling() -> None:
     rope = {**LLAMA31_8B["rope_scaling"], "rope_theta": 500000.0}  # type: ignore[dict-item]
     raw = {key: value for key, value in LLAMA31_8B.items() if key not in ("rope_scaling", "rope_theta")}
     assert config_from_hf({**raw, "rope_parameters": rope}) == PRESETS["llama3.1-8b"]
-    both = hf(rope_parameters={"rope_type": "default"}, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    both = hf(rope_parameters={"rope_type": "default"}, rope_scaling=LINEAR)
     assert both.rope_scaling == RopeScaling("linear", 2.0)  # transformers takes the latter
 
 
-def test_head_dim_is_independent_of_the_width() -> None:
-    """Mistral Nemo: 32 heads of 128 on a width of 5,120."""
-    nemo = hf(architectures=["MistralForCausalLM"], hidden_size=5120, head_dim=128, rope_scaling=None)
-    assert (nemo.head_dim, nemo.dim, nemo.rope_scaling) == (128, 5120, None)
-    assert hf(head_dim=None).head_dim == 128
-
-
-def test_architectures_as_old_and_lazy_converters_wrote_them() -> None:
-    assert hf(architectures=None) == hf(architectures=["LLaMAForCausalLM"]) == PRESETS["llama3.1-8b"]
-    assert hf(architectures=[], model_type="mistral").sliding_window == 4096
-
-
-def test_linear_scaling_and_window() -> None:
-    assert hf(rope_scaling={"type": "linear", "factor": 2.0}).rope_scaling == RopeScaling("linear", 2.0)
-    mistral = {"architectures": ["MistralForCausalLM"], "model_type": None}
-    assert hf(**mistral, sliding_window=4096).sliding_window == 4096
-    assert hf(**mistral, sliding_window=None).sliding_window is None
-    assert hf(**mistral).sliding_window == 4096  # what transformers takes where the key is missing
-    assert hf(architectures=["MistralForCausalLM"], sliding_window=64).sliding_window is None  # its model_type counts
-    assert hf(model_type="mistral", sliding_window=64).sliding_window == 64
-    assert hf(sliding_window=4096).sliding_window is None  # LlamaForCausalLM has none, whatever a fine-tuner left there
-
-
-def test_kinds_of_layers_go_before_the_window() -> None:
-    """As transformers has it, which takes a mistral whose layer_types are given for a ministral."""
-    mistral = {"model_type": "mistral", "sliding_window": 64}
-    assert hf(**mistral, layer_types=["full_attention"] * 32).sliding_window is None
-    assert hf(**mistral, layer_types=["sliding_attention"] * 32).sliding_window == 64
-    assert hf(layer_types=["full_attention"] * 32).sliding_window is None
-
-
-def test_what_the_makers_classes_take_where_a_key_is_missing() -> None:
-    """The context too, which is the original one of a llama3 scaling that does not say its own."""
-    for kind, context in (("llama", 2048), ("mistral", 131_072)):
-        config = hf(model_type=kind, max_position_embeddings=None, rope_scaling=LLAMA3_SCALING)
-        assert config.rope_scaling is not None
-        assert (config.max_seq_len, config.rope_scaling.original_max_seq_len) == (context, context)
-
-
-@pytest.mark.parametrize("value", [1, 2, None])
-def test_the_slices_a_model_was_trained_in_change_nothing(value: int | None) -> None:
-    """Llama 2 was published with pretraining_tp 2: products in slices, of the same weights."""
-    assert hf(pretraining_tp=value) == PRESETS["llama3.1-8b"]
-
-
-LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
-
-ORIGINAL = "original_max_position_embeddings"
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"architectures": None}, {}),  # as old and lazy converters wrote them
+        ({"architectures": ["LLaMAForCausalLM"]}, {}),
+        ({"pretraining_tp": 2}, {}),  # Llama 2: products in slices, of the same weights
+        ({"head_dim": None}, {"head_dim": 128}),
+        ({"hidden_size": 5120, "head_dim": 128}, {"dim": 5120, "head_dim": 128}),  # Mistral Nemo's
+        ({"max_position_embeddings": None, "rope_scaling": None}, {"max_seq_len": 2048, "rope_scaling": None}),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_scaling": RopeScaling("linear", 2.0)}),
+        # LlamaForCausalLM has no window, whatever a fine-tuner left there; the model_type counts
+        ({"sliding_window": 4096}, {}),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 64}, {}),
+        ({"model_type": "mistral", "sliding_window": 64}, {"sliding_window": 64}),
+        (MISTRAL, {"sliding_window": 4096}),  # what transformers takes where the key is missing
+        (MISTRAL | {"sliding_window": None}, {"sliding_window": None}),
+        (MISTRAL | {"max_position_embeddings": None}, {"sliding_window": 4096, "max_seq_len": 131_072}),
+        # kinds of layers go before the window
+        (MISTRAL | {"sliding_window": 64, "layer_types": ["full_attention"] * 32}, {"sliding_window": None}),
+        (MISTRAL | {"sliding_window": 64, "layer_types": ["sliding_attention"] * 32}, {"sliding_window": 64}),
+        ({"layer_types": ["full_attention"] * 32}, {}),
+    ],
+)
+def test_what_transformers_makes_of_a_key(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert hf(**changes) == replace(PRESETS["llama3.1-8b"], **expected)
 
 
 @pytest.mark.parametrize(
@@ -168,12 +151,10 @@ def test_the_context_of_a_stretched_model(scaling: dict[str, Any], stated: int, 
 
 
 def test_the_original_context_may_stand_outside_the_scaling() -> None:
-    config = hf(rope_scaling=LLAMA3_SCALING, **{ORIGINAL: 4096})
-    assert config.rope_scaling is not None
-    assert config.rope_scaling.original_max_seq_len == 4096
-    yarn = hf(rope_scaling=YARN | {ORIGINAL: None}, **{ORIGINAL: 2048}).rope_scaling
-    assert yarn is not None
-    assert yarn.original_max_seq_len == 2048
+    for scaling in (LLAMA3_SCALING, YARN | {ORIGINAL: None}):
+        found = hf(rope_scaling=scaling, **{ORIGINAL: 2048}).rope_scaling
+        assert found is not None
+        assert found.original_max_seq_len == 2048
 
 
 @pytest.mark.parametrize(
@@ -195,96 +176,77 @@ def test_yarn(changes: dict[str, Any], factor: float, attention: float) -> None:
     assert replace(scaling, attention_factor=1.0) == RopeScaling("yarn", factor, 1.0, 4.0, 4096, (), 16.0)
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "architecture Qwen2ForCausalLM is not supported"),
-        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
-        ({"architectures": None, "model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
-        ({"architectures": None, "model_type": None}, "model_type None is not supported: expected 'llama' or"),
-        ({"model_type": "granite"}, "model_type 'granite' is not supported: expected 'llama' or 'mistral'"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_scaling type 'longrope' is not supported"),
-        ({"rope_scaling": YARN | {"truncate": False}}, "truncate is false: expected yarn with whole rotary pairs"),
-        ({"rope_scaling": YARN | {"beta_slow": 64}}, "yarn from rotary pair 14 to 12: expected an original context"),
-        ({"rope_scaling": YARN, "rope_theta": 1.0}, "yarn from rotary pair .* expected an original context"),
-        ({"rope_scaling": YARN | {"attention_factor": 0}}, "rope_scaling: attention_factor is 0.0: expected"),
-        ({"rope_scaling": {"type": "dynamic"}}, "factor is None: expected a finite number"),
-        (
-            {"rope_scaling": {"rope_type": None, "type": "linear", "factor": 4.0}},
-            "rope_scaling type None is not supported",
-        ),
-        ({"rope_scaling": {"rope_type": "linear"}}, "factor is None"),
-        *(({"rope_scaling": {"rope_type": "linear", "factor": factor}}, "factor is") for factor in (0, -2.0, math.nan)),
-        (
-            {"rope_scaling": LLAMA3_SCALING | {"low_freq_factor": 4.0}},
-            "low_freq_factor is 4.0: expected less than high_f",
-        ),
-        ({"rope_scaling": LLAMA3_SCALING | {"high_freq_factor": math.inf}}, "high_freq_factor is inf"),
-        ({"rope_scaling": [1]}, "rope_scaling is"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 1e-40}}, "factor is 1e-40: expected 0.001 to 1e\\+06"),
-        ({"rope_scaling": LLAMA3_SCALING | {"factor": 1e30}}, "factor is 1e\\+30"),
-        ({"rope_theta": 1e-30}, "rope_theta is 1e-30: expected 1 to 1e\\+12"),
-        ({"rope_theta": 1e300}, "rope_theta is 1e\\+300"),
-        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10{99}"),
-        ({"rms_norm_eps": 1e200}, "norm_eps is 1e\\+200"),
-        ({"num_hidden_layers": 10**400}, "num_hidden_layers is 10{99}"),
-        ({"architectures": 5}, "architectures is 5: expected a list of names"),
-        ({"architectures": [[1]]}, r"architectures is \[\[1\]\]"),
-        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false': expected true or false"),
-        ({"attention_bias": "false"}, "attention_bias is 'false'"),
-        ({"attention_bias": True}, "attention_bias is true"),
-        ({"mlp_bias": True}, "mlp_bias is true"),
-        ({"is_causal": False}, "is_causal is false"),
-        ({"is_causal": None}, "is_causal is null"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types names several kinds"),
-        ({"layer_types": "full_attention"}, "layer_types names several kinds"),
-        ({"layer_types": ["sliding_attention"], "sliding_window": 64}, "layer_types 'sliding_attention' is not"),
-        ({"layer_types": ["chunked_attention"]}, "layer_types 'chunked_attention' is not supported: expected 'full_"),
-        ({"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, "per_layer_config is set: expected layers that are all"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is set"),
-        ({"partial_rotary_factor": [1]}, r"partial_rotary_factor is \[1\]: expected a finite number"),
-        (
-            {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-            "partial_rotary_factor is set",
-        ),
-        (
-            {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}},
-            "rope_parameters differ by kind of layer",
-        ),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"num_key_value_heads": 5}, "n_heads 32 is not a multiple of n_kv_heads 5"),
-        ({"hidden_size": "wide"}, "hidden_size is 'wide'"),
-        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-        ({"num_hidden_layers": 10**9}, "n_layers is 1000000000"),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
-        ({"vocab_size": None}, "lacks 'vocab_size'"),
-        ({"rope_theta": 0}, "rope_theta is 0"),
-        ({"head_dim": 127}, "head_dim 127 is odd"),
-        ({"num_attention_heads": 1 << 20, "head_dim": 1 << 20}, "n_heads times head_dim is 1099511627776"),
-        (
-            {"rope_scaling": LLAMA3_SCALING | {ORIGINAL: 8192}, ORIGINAL: 4096},
-            f"{ORIGINAL} is not what rope_scaling says",
-        ),
-    ],
-)
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM.* not supported: expected LlamaForCausalLM or Mistral"),
+    ({"architectures": None, "model_type": None}, "model_type None is not supported: expected 'llama' or 'mistral'"),
+    ({"model_type": "granite"}, "model_type 'granite' is not supported"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_scaling type 'longrope' is not supported"),
+    ({"rope_scaling": {"rope_type": None, "type": "linear", "factor": 4.0}}, "rope_scaling type None is not supported"),
+    ({"rope_scaling": YARN | {"truncate": False}}, "truncate False is not supported: expected True"),
+    ({"rope_scaling": YARN | {"attention_factor": 0}}, "rope_scaling: attention_factor is 0.0: expected"),
+    ({"rope_scaling": {"type": "dynamic"}}, "factor is missing: expected a finite number"),
+    *(({"rope_scaling": LINEAR | {"factor": factor}}, "factor is") for factor in (0, -2.0, math.nan, 1e-40, 1e30)),
+    ({"rope_scaling": LLAMA3_SCALING | {"low_freq_factor": 4.0}}, "low_freq_factor is 4.0: expected less than high_fr"),
+    ({"rope_scaling": [1]}, r"rope_scaling is \[1\]: expected one object"),
+    ({"rope_scaling": {"full_attention": YARN}}, "expected one object for all layers"),
+    ({"rope_scaling": LLAMA3_SCALING | {ORIGINAL: 8192}, ORIGINAL: 4096}, f"{ORIGINAL} is not what rope_scaling says"),
+    ({"rope_theta": 1e-30}, "rope_theta is 1e-30: expected 1 to 1e\\+12"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10{99}"),
+    ({"rms_norm_eps": 1e200}, "norm_eps is 1e\\+200"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false': expected true or false"),
+    ({"attention_bias": True}, "attention_bias True is not supported: expected False"),
+    ({"mlp_bias": True}, "mlp_bias True is not supported"),
+    ({"is_causal": None}, "is_causal None is not supported: expected True"),  # null is no to transformers
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types .* not supported: expected one kind for"),
+    ({"layer_types": ["sliding_attention"], "sliding_window": 64}, "layer_types .*'sliding_attention'.* not supported"),
+    ({"layer_types": "full_attention"}, "layer_types full_attention are not supported"),
+    ({"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, "per_layer_config .* is not supported"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported: expected 1"),
+    ({"rope_scaling": LINEAR | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not supported"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported: expected 'silu'"),
+    (
+        {"quantization_config": {"bits": 4}},
+        "quantization_config is set: expected fp32, fp16 or bf16 weights, or a GGUF",
+    ),
+    ({"num_key_value_heads": 5}, "n_heads 32 is not a multiple of n_kv_heads 5"),
+    ({"hidden_size": "wide"}, "hidden_size is 'wide': expected a whole number, 1 or more"),
+    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+    ({"num_hidden_layers": 10**9}, "n_layers is 1000000000: expected 1 to 1024"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"vocab_size": None}, "vocab_size is missing"),
+    ({"head_dim": 127}, "head_dim 127 is odd"),
+    ({"num_attention_heads": 1 << 20, "head_dim": 1 << 20}, "n_heads times head_dim is 1099511627776"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), REFUSED)
 def test_what_is_not_understood_is_refused_by_name(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(MinisaError, match=says):
         hf(**changes)
 
 
-def test_what_params_json_says_of_itself_is_true_or_false() -> None:
-    for key in ("use_scaled_rope", "tied_embeddings"):
-        with pytest.raises(MinisaError, match=f"{key} is 'false': expected true or false"):
-            config_from_params({"dim": 8, "n_heads": 1, "n_layers": 1, "vocab_size": 8, key: "false"}, 8)
+def test_yarn_without_pairs_between_its_rules() -> None:
+    for changes in ({"rope_scaling": YARN | {"beta_slow": 64}}, {"rope_scaling": YARN, "rope_theta": 1.0}):
+        with pytest.raises(MinisaError, match=r"yarn from rotary pair .*: expected an original context"):
+            rope_frequencies(hf(**changes))
 
 
-@pytest.mark.parametrize("key", ["yarn", "llama_4_scaling", "_sliding_window", "quantization", "sliding_window"])
-def test_options_of_newer_params_json_are_refused(key: str) -> None:
-    """Ministral 8B, Devstral 2: all their tensors are a Llama's, and what they do is not."""
-    value = [4096, None] if key.endswith("sliding_window") else {"factor": 16}
-    with pytest.raises(MinisaError, match=f"params.json: {key} is not supported"):
-        config_from_params({"dim": 8, "n_heads": 1, "n_layers": 1, "hidden_dim": 8, key: value}, 8)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"use_scaled_rope": "false"}, "use_scaled_rope is 'false': expected true or false"),
+        ({"causal": False}, "causal False is not supported"),
+        ({"moe": {"num_experts": 8}}, "moe is not supported: expected a dense Llama or Mistral"),
+        # Ministral 8B, Devstral 2: all their tensors are a Llama's, and what they do is not
+        ({"yarn": {"factor": 16}}, "yarn is not supported"),
+        ({"quantization": {"qformat_weight": "fp8_e4m3"}}, "quantization is not supported"),
+        ({"_sliding_window": 4096}, "_sliding_window is not supported"),
+        ({"sliding_window": [4096, None]}, "sliding_window is not supported"),
+    ],
+)
+def test_options_of_params_json_that_are_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(MinisaError, match=says):
+        config_from_params({"dim": 8, "n_heads": 1, "n_layers": 1, "hidden_dim": 8, **changes}, 8)
 
 
 def test_metas_llama_3_2_has_the_factor_of_hugging_faces() -> None:
@@ -326,21 +288,21 @@ def test_gguf_scaling_as_llama_cpp_reads_it(keys: dict[str, Any], scaling: RopeS
         config_from_gguf({**GGUF, "llama.rope.scaling.type": "longrope"}, tied=True, rope_factors=(1.0,) * 32)
 
 
-def test_other_gguf_architectures_experts_and_factors_are_refused() -> None:
-    with pytest.raises(MinisaError, match=r"general\.architecture 'qwen2'"):
-        config_from_gguf({**GGUF, "general.architecture": "qwen2"}, tied=True)
-    with pytest.raises(MinisaError, match="expert_count"):
-        config_from_gguf({**GGUF, "llama.expert_count": 8}, tied=True)
-    with pytest.raises(MinisaError, match=r"rope\.dimension_count"):
-        config_from_gguf({**GGUF, "llama.rope.dimension_count": 32}, tied=True)
-    for factor in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
-        with pytest.raises(MinisaError, match=rf"llama\.rope\.scaling\.{factor} is 0\.5: expected 1, or none"):
-            config_from_gguf({**GGUF, f"llama.rope.scaling.{factor}": 0.5}, tied=True)
-    with pytest.raises(MinisaError, match="layer_norm_rms_epsilon is None"):  # llama.cpp guesses none either
-        config_from_gguf({**GGUF, "llama.attention.layer_norm_rms_epsilon": None}, tied=True)
-    with pytest.raises(MinisaError, match=r"attention\.causal is false"):
-        config_from_gguf({**GGUF, "llama.attention.causal": False}, tied=True)
-    with pytest.raises(MinisaError, match="causal is false"):
-        config_from_params({"dim": 8, "n_heads": 1, "causal": False}, 8)
-    with pytest.raises(MinisaError, match="mixture-of-experts"):
-        config_from_params({"dim": 8, "n_heads": 1, "moe": {"num_experts": 8}}, 8)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"general.architecture": "qwen2"}, "general.architecture 'qwen2' is not supported: expected 'llama'"),
+        ({"llama.expert_count": 8}, "expert_count 8 is not supported: expected 0"),
+        ({"llama.rope.dimension_count": 32}, "rope.dimension_count 32 is not supported: expected 64"),
+        ({"llama.rope.scaling.attn_factor": 0.5}, "rope.scaling.attn_factor 0.5 is not supported: expected 1"),
+        ({"llama.rope.scaling.yarn_ext_factor": 0.5}, "rope.scaling.yarn_ext_factor 0.5 is not supported"),
+        (
+            {"llama.attention.layer_norm_rms_epsilon": None},
+            "layer_norm_rms_epsilon is missing",
+        ),  # llama.cpp guesses none
+        ({"llama.attention.causal": False}, "attention.causal False is not supported: expected True"),
+    ],
+)
+def test_gguf_metadata_that_is_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(MinisaError, match=says):
+        config_from_gguf({**GGUF, **changes}, tied=True)

@@ -8,14 +8,13 @@ wq and wk are in the model's order, whatever the checkpoint's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minisa.checkpoint.files import StoredTensor
-from minisa.checkpoint.layouts import Checkpoint, interleave
+from minisa.checkpoint.layouts import Checkpoint
 from minisa.checkpoint.safetensors import read_safetensors, write_safetensors
 from minisa.errors import MinisaError
 from minisa.files import sha256_of
@@ -49,32 +48,11 @@ def with_delta(checkpoint: Checkpoint, delta: Delta) -> Checkpoint:
                 f"{delta.path}: {name} is {list(tensor.shape)}, the model's is {list(own.shape)}: "
                 "the plan was made for another model"
             )
-    replacements: dict[str, StoredTensor] = dict(tensors)
-    for name in tensors if checkpoint.interleaved else ():
-        if name.endswith(("attention.wq.weight", "attention.wk.weight")):
-            replacements[name] = _Interleaved(name, tensors[name], checkpoint.config.head_dim)
-    return replace(checkpoint, tensors={**checkpoint.tensors, **replacements})
-
-
-@dataclass(frozen=True, slots=True)
-class _Interleaved:
-    """A wq or wk as an interleaved checkpoint stores it."""
-
-    name: str
-    stored: StoredTensor
-    head_dim: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
-
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        """Rows of whole heads."""
-        return interleave(self.stored.read_rows(start, stop), self.head_dim)
+    return replace(checkpoint, tensors={**checkpoint.tensors, **tensors}, replaced=frozenset(tensors))
 
 
 def as_stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with the numbers that write_delta keeps of them unless told otherwise."""
+    """The tensors rounded as write_delta rounds them unless told otherwise."""
     return {name: tensor.to(STORED).to(tensor.dtype) for name, tensor in tensors.items()}
 
 

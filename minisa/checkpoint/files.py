@@ -1,7 +1,7 @@
 """What the formats share: a file read in ranges, and a tensor that lies in it.
 
-Ranges are read, not memory-mapped: a mapped page counts as resident memory until the kernel feels like
-dropping it, and a file that shrinks under a mapping kills the process in place of raising an error.
+Ranges are read, not memory-mapped: a mapped page counts as resident memory until the kernel drops it, and a file that
+shrinks under a mapping kills the process instead of raising an error.
 """
 
 from __future__ import annotations
@@ -41,28 +41,23 @@ class StoredTensor(Protocol):
 
 
 class DataFile:
-    """A file held open and read in ranges, by several threads if need be."""
+    """A file held open and read in ranges, by any thread."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = open_plain(path).detach()  # closed with the object
+        self._file = open_plain(path)
         self._reading = threading.Lock()
         self.size = os.fstat(self._file.fileno()).st_size
         weakref.finalize(self, self._file.close)
 
     def read(self, offset: int, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes], the bytes from `offset` on. Raises MinisaError where the file has not as many."""
-        if not 0 <= offset <= self.size:
-            raise MinisaError(f"{self.path}: has no byte {offset}: fetch the file again")
+        """uint8 [nbytes], the bytes from `offset` on. Raises MinisaError where the file ends before the last."""
         data = torch.empty(nbytes, dtype=torch.uint8)
-        unread = data.numpy().data
         with self._reading:
             self._file.seek(offset)
-            while unread.nbytes:
-                count = self._file.readinto(unread)
-                if not count:
-                    raise MinisaError(f"{self.path}: ends {unread.nbytes} bytes early: fetch the file again")
-                unread = unread[count:]
+            count = self._file.readinto(data.numpy().data)
+        if count < nbytes:
+            raise MinisaError(f"{self.path}: ends {nbytes - count} bytes early: fetch the file again")
         return data
 
 
@@ -76,6 +71,11 @@ class FileTensor:
     file: DataFile
     offset: int
 
+    @property
+    def end(self) -> int:
+        """The offset of the first byte after it."""
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
     def read_rows(self, start: int, stop: int) -> torch.Tensor:
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         data = self.file.read(self.offset + start * row_bytes, (stop - start) * row_bytes)
@@ -88,8 +88,3 @@ class FileTensor:
                 f"{self.file.path}: {self.name} is stored as {str(self.dtype).removeprefix('torch.')}: expected "
                 "fp32, fp16 or bf16 (or a GGUF file)"
             )
-
-
-def is_size(value: object) -> bool:
-    """Whether `value` can be a byte offset or a dimension (bool is an int to Python, not to a file format)."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63

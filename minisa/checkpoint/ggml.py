@@ -1,8 +1,8 @@
 """ggml's tensor types: their sizes, and how their blocks become floats.
 
 A quantized row is a sequence of blocks, each a few numbers shared by (most often) 32 weights and a few bits for each.
-The types of llama.cpp's simple quantizations are read here; the K- and I-quants through the optional `gguf` package.
-Layouts: ggml/src/ggml-common.h in https://github.com/ggml-org/llama.cpp
+Q8_0, Q4_0 and Q4_1 are read here, as they are minisa's own int8 and int4; all others through the optional `gguf`
+package. Layouts: ggml/src/ggml-common.h in https://github.com/ggml-org/llama.cpp
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisa.checkpoint.files import DataFile
+from minisa.checkpoint.files import DataFile, FileTensor
 from minisa.errors import MinisaError
 from minisa.quantize import Blocks, Format, quantize
 
@@ -44,12 +44,12 @@ TYPES = {
 }  # fmt: skip
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-Decoder = Callable[[Tensor], Tensor]  # uint8 [n, nbytes] → fp32 [n, block]
+Decoder = Callable[[Tensor], Tensor]  # uint8 [rows, blocks, nbytes] → fp32 [rows, blocks · block]
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
-    """A tensor of ggml blocks in a file, from byte `offset` on."""
+    """A matrix of ggml blocks in a file, from byte `offset` on."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,82 +59,58 @@ class QuantizedTensor:
     offset: int
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        return self.decode(self._read(start, stop).view(-1, self.type.nbytes)).view(stop - start, self.shape[1])
+        return self.decode(self._read(start, stop))
 
     def read_blocks(self, start: int, stop: int, format: Format) -> Blocks:
         """The same rows quantized to `format`: the file's own blocks where they are that, else made anew."""
-        own, split = _SPLITTERS.get(self.type.name, (None, None))
+        own, split = _OWN.get(self.type.name, (None, None))
         if split is None or own != format:
             return quantize(self.read_rows(start, stop), format)
-        return split(self._read(start, stop).view(stop - start, -1, self.type.nbytes))
+        return split(self._read(start, stop))
 
     def _read(self, start: int, stop: int) -> Tensor:
-        row_bytes = self.shape[1] // self.type.block * self.type.nbytes
-        return self.file.read(self.offset + start * row_bytes, (stop - start) * row_bytes)
+        blocks = self.shape[1] // self.type.block  # of a row
+        row_bytes = blocks * self.type.nbytes
+        raw = self.file.read(self.offset + start * row_bytes, (stop - start) * row_bytes)
+        return raw.view(stop - start, blocks, self.type.nbytes)
 
 
-def decoder(type: GGMLType) -> Decoder:
-    """What turns blocks of `type` into floats.
+def stored(
+    name: str, shape: tuple[int, ...], type: GGMLType, file: DataFile, offset: int
+) -> FileTensor | QuantizedTensor:
+    """The tensor that lies in a file from byte `offset` on. Raises MinisaError for a type that cannot be read."""
+    if dtype := PLAIN.get(type.name):
+        return FileTensor(name, shape, dtype, file, offset)
+    if len(shape) != 2:
+        raise MinisaError(f"{name} is {type.name} {list(shape)}: expected only matrices to be quantized")
+    return QuantizedTensor(name, shape, type, decoder(type, name), file, offset)
+
+
+def decoder(type: GGMLType, name: str = "a tensor") -> Decoder:
+    """What turns blocks of `type` into floats; `name` is the tensor's, for messages.
 
     Raises MinisaError for a type that needs the `gguf` package where that is absent, or that nobody reads.
     """
-    if own := _DECODERS.get(type.name):
-        return own
+    if type.name in _OWN:
+        _, split = _OWN[type.name]
+        return lambda blocks: split(blocks).dequantize()
     try:
         from gguf import GGMLQuantizationType, quants
     except ImportError:
-        raise MinisaError(f'weights of type {type.name} need the gguf package: pip install "minisa[gguf]"') from None
+        raise MinisaError(f'{name} is {type.name}, which needs the gguf package: pip install "minisa[gguf]"') from None
 
     def decode(blocks: Tensor) -> Tensor:
-        return torch.from_numpy(quants.dequantize(blocks.numpy(), GGMLQuantizationType(type.code)))
+        flat = blocks.view(-1, type.nbytes).numpy()
+        return torch.from_numpy(quants.dequantize(flat, GGMLQuantizationType(type.code))).view(len(blocks), -1)
 
     try:
-        decode(torch.zeros(1, type.nbytes, dtype=torch.uint8))
+        decode(torch.zeros(1, 1, type.nbytes, dtype=torch.uint8))
     except (NotImplementedError, ValueError):
-        raise MinisaError(f"weights of type {type.name} are not supported, nor by the gguf package") from None
+        raise MinisaError(f"{name} is {type.name}, which not even the gguf package can read") from None
     return decode
 
 
-# d and m are a block's scale and minimum, fp16 in the file. Product and sum are rounded apart, as in ggml's C.
-
-
-def _q8_0(blocks: Tensor) -> Tensor:
-    d = blocks[:, :2].view(torch.float16).float()
-    return blocks[:, 2:].view(torch.int8).float().mul_(d)
-
-
-def _q4_0(blocks: Tensor) -> Tensor:
-    d = blocks[:, :2].view(torch.float16).float()
-    return _nibbles(blocks[:, 2:]).float().sub_(8).mul_(d)
-
-
-def _q4_1(blocks: Tensor) -> Tensor:
-    d, m = blocks[:, :4].view(torch.float16).float().split(1, dim=1)
-    return _nibbles(blocks[:, 4:]).float().mul_(d).add_(m)
-
-
-def _q5_0(blocks: Tensor) -> Tensor:
-    d = blocks[:, :2].view(torch.float16).float()
-    return _fifth_bits(blocks[:, 2:6]).add_(_nibbles(blocks[:, 6:])).float().sub_(16).mul_(d)
-
-
-def _q5_1(blocks: Tensor) -> Tensor:
-    d, m = blocks[:, :4].view(torch.float16).float().split(1, dim=1)
-    return _fifth_bits(blocks[:, 4:8]).add_(_nibbles(blocks[:, 8:])).float().mul_(d).add_(m)
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    """uint8 [n, 16] → [n, 32]: the low halves of all bytes, then the high ones."""
-    return torch.stack((packed & 15, packed >> 4), dim=1).view(-1, 32)
-
-
-def _fifth_bits(packed: Tensor) -> Tensor:
-    """uint8 [n, 4] → [n, 32]: bit i, moved above the four of weight i's nibble."""
-    bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)  # [n, 4, 8]
-    return (bits & 1).mul_(16).view(-1, 32)
-
-
-# The same blocks, uint8 [rows, blocks, nbytes], taken apart.
+# A block's scale, and its minimum where it has one, are fp16 and in front of the quants.
 
 
 def _split_q8_0(blocks: Tensor) -> Blocks:
@@ -143,30 +119,24 @@ def _split_q8_0(blocks: Tensor) -> Blocks:
 
 def _split_q4_0(blocks: Tensor) -> Blocks:
     scales = _halves(blocks[..., :2])
-    return Blocks(_quants(blocks[..., 2:]), scales, -8 * scales)
+    return Blocks(_nibbles(blocks[..., 2:]), scales, -8 * scales)
 
 
 def _split_q4_1(blocks: Tensor) -> Blocks:
-    return Blocks(_quants(blocks[..., 4:]), _halves(blocks[..., :2]), _halves(blocks[..., 2:4]))
+    return Blocks(_nibbles(blocks[..., 4:]), _halves(blocks[..., :2]), _halves(blocks[..., 2:4]))
 
 
 def _halves(raw: Tensor) -> Tensor:
     return raw.contiguous().view(torch.float16).squeeze(-1)  # [rows, blocks]
 
 
-def _quants(packed: Tensor) -> Tensor:
-    return _nibbles(packed.reshape(-1, 16)).view(torch.int8).view(len(packed), -1)
+def _nibbles(packed: Tensor) -> Tensor:
+    """uint8 [rows, blocks, 16] → int8 [rows, blocks · 32]: a block's low halves, then its high ones."""
+    return torch.cat((packed & 15, packed >> 4), dim=-1).view(torch.int8).flatten(1)
 
 
-_SPLITTERS: dict[str, tuple[Format, Callable[[Tensor], Blocks]]] = {
+_OWN: dict[str, tuple[Format, Callable[[Tensor], Blocks]]] = {
     "Q8_0": ("int8", _split_q8_0),
     "Q4_0": ("int4", _split_q4_0),
     "Q4_1": ("int4", _split_q4_1),
-}
-_DECODERS: dict[str, Decoder] = {
-    "Q8_0": _q8_0,
-    "Q4_0": _q4_0,
-    "Q4_1": _q4_1,
-    "Q5_0": _q5_0,
-    "Q5_1": _q5_1,
 }

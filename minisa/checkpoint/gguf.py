@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 import mmap
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,17 +22,14 @@ from minisa.errors import MinisaError
 from minisa.files import MAX_VALUES, open_plain
 
 MAGIC = b"GGUF"
-MAX_HEADER = 64 << 20  # bytes; the largest vocabularies take 16 MB, and all below is bounded by this
-MAX_DEPTH = 4  # arrays inside arrays
-_STRING, _ARRAY, _BOOL = 8, 9, 7
-_NUMBERS = {  # the codes of value types
-    code: np.dtype(name).newbyteorder("<")
+_NUMBERS = {  # by the codes of value types
+    code: np.dtype(name)
     for code, name in {
-        0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", _BOOL: "u1", 10: "u8", 11: "i8", 12: "f8",
+        0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
     }.items()
 }  # fmt: skip
+_U32, _U64, _STRING, _ARRAY = 4, 10, 8, 9
 _PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")  # as llama.cpp names the parts of a split file
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +83,10 @@ def read_gguf(path: Path) -> GGUFFile:
 def gguf_parts(path: Path) -> Iterator[Path]:
     """The files of the model that `path` is a part of, by its name: NAME-00001-of-00003.gguf and on; else `path`."""
     if part := _PART.fullmatch(path.name):
-        count = _count(path)
+        count = max(int(part["count"]), 1)
         yield from (path.with_name(f"{part['stem']}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1))
     else:
         yield path
-
-
-def _count(path: Path) -> int:
-    part = _PART.fullmatch(path.name)
-    return max(int(part["count"]), 1) if part else 1
 
 
 def find_gguf(directory: Path) -> list[Path]:
@@ -109,168 +100,107 @@ def read_gguf_parts(path: Path) -> list[GGUFFile]:
     path: any of them. Raises MinisaError if one is missing or is not the part that its name says, as read_gguf
     otherwise.
     """
-    n_parts = _count(path)
+    parts = [*gguf_parts(path)]
     headers: list[GGUFFile] = []
-    for number, part in enumerate(gguf_parts(path)):
+    for number, part in enumerate(parts):
         if number and not part.is_file():
-            raise MinisaError(f"{part}: missing, part {number + 1} of {n_parts} of a split GGUF: fetch every part")
+            raise MinisaError(f"{part}: missing, part {number + 1} of {len(parts)} of a split GGUF: fetch every part")
         header = read_gguf(part)
         count = header.metadata.get("split.count", 0) or 1  # a merged file keeps the key, at 0
         place = header.metadata.get("split.no", 0)
-        if (count, place) != (n_parts, number):
+        if (count, place) != (len(parts), number):
             raise MinisaError(
                 f"{part}: by its metadata part {place!r} (counted from 0) of {count!r}: expected the parts' own names, "
                 "NAME-00001-of-00002.gguf and so on"
             )
         headers.append(header)
-    twice = [
-        name for name, times in Counter(info.name for header in headers for info in header.tensors).items() if times > 1
-    ]
-    if twice:
-        raise MinisaError(f"{path}: the tensor {twice[0]!r} stands in two of {n_parts} parts: fetch them again")
+    names = Counter(info.name for header in headers for info in header.tensors)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise MinisaError(f"{path}: the tensor {twice[0]!r} stands twice: the file is damaged, fetch it again")
     return headers
 
 
 class _Header:
-    """A cursor over the mapped file. Every read is checked against the file's end, and MAX_HEADER."""
+    """A cursor over the mapped file. No count is believed before the file is known to hold as many bytes."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path
         self.data = data
         self.position = 4  # behind the magic
-        self.limit = min(len(data), MAX_HEADER)
         self.n_values = 0  # so far
 
     def fail(self, what: str) -> NoReturn:
         raise MinisaError(f"{self.path}: {what}")
 
+    def claim(self, count: int, nbytes: int, what: str) -> None:
+        """Raises MinisaError unless `count` values of at least `nbytes` each can follow."""
+        if self.position + count * nbytes > len(self.data):
+            self.fail(f"the file ends inside its header (at {count} {what}): fetch it again")
+        self.n_values += count
+        if self.n_values > MAX_VALUES:
+            self.fail(f"the header has more than {MAX_VALUES} values: this is not a model")
+
     def parse(self) -> GGUFFile:
-        version = self.number(_U32)
-        if version not in (2, 3):
-            if version and version % 65_536 == 0:
-                self.fail("a big-endian GGUF file: expected a little-endian one")
-            self.fail(f"GGUF version {version} is not supported: expected 2 or 3")
-        n_tensors, n_pairs = self.number(_U64), self.number(_U64)
-        metadata = self.pairs(n_pairs)
-        infos = self.infos(n_tensors)
+        if (version := self.value(_U32)) not in (2, 3):
+            self.fail(f"GGUF version {version} is not supported: expected 2 or 3, little-endian")
+        n_tensors, n_pairs = self.value(_U64), self.value(_U64)
+        self.claim(n_pairs, 13, "metadata pairs")
+        metadata = {self.value(_STRING): self.value(self.value(_U32)) for _ in range(n_pairs)}
+        self.claim(n_tensors, 32, "tensors")
+        infos = [self.info() for _ in range(n_tensors)]
         alignment = metadata.get("general.alignment", 32)
         if not (isinstance(alignment, int) and 0 < alignment <= 1 << 20 and alignment.bit_count() == 1):
             self.fail(f"general.alignment is {alignment!r}: expected a power of two")
-        start = -(-self.position // alignment) * alignment
-        tensors = [TensorInfo(info.name, info.shape, info.type, start + info.offset) for info in infos]
-        self.check_layout(tensors, alignment)
-        return GGUFFile(self.path, metadata, tuple(tensors))
-
-    def pairs(self, count: int) -> dict[str, Any]:
-        metadata: dict[str, Any] = {}
-        self.need(count * 13, f"{count} metadata pairs")
-        self.take_in(count)
-        for _ in range(count):
-            key = self.string()
-            if key in metadata:
-                self.fail(f"the metadata key {key!r} stands twice")
-            metadata[key] = self.value(key, self.number(_U32), 0)
-        return metadata
-
-    def infos(self, count: int) -> list[TensorInfo]:
-        """Tensor descriptions, their offsets still counted from the start of the data."""
-        infos: dict[str, TensorInfo] = {}
-        self.need(count * 32, f"{count} tensors")
-        self.take_in(count * 8)  # each has a name, a shape and a place
-        for _ in range(count):
-            name = self.string()
-            if name in infos:
-                self.fail(f"the tensor {name!r} stands twice")
-            n_dims = self.number(_U32)
-            if not 1 <= n_dims <= 4:
-                self.fail(f"the tensor {name!r} has {n_dims} dimensions: expected 1 to 4")
-            shape = tuple(self.number(_U64) for _ in range(n_dims))[::-1]
-            code = self.number(_U32)
-            if code not in TYPES:
-                self.fail(f"the tensor {name!r} has type {code}, which minisa does not know")
-            if 0 in shape or shape[-1] % TYPES[code].block:
-                self.fail(f"the tensor {name!r} of shape {list(shape)} cannot be made of {TYPES[code].name} blocks")
-            infos[name] = TensorInfo(name, shape, TYPES[code], self.number(_U64))
-        return list(infos.values())
-
-    def check_layout(self, tensors: list[TensorInfo], alignment: int) -> None:
-        """Sort the tensors by offset; refuse those that are misplaced, overlap or leave the file."""
-        tensors.sort(key=lambda info: info.offset)
-        end = self.position
+        end = start = -(-self.position // alignment) * alignment
+        tensors = sorted((replace(info, offset=start + info.offset) for info in infos), key=lambda info: info.offset)
         for info in tensors:
             if info.offset % alignment or info.offset < end:
                 self.fail(f"the tensor {info.name!r} is misaligned or overlaps another: fetch the file again")
             end = info.offset + info.nbytes
             if end > len(self.data):
                 self.fail(f"the tensor {info.name!r} ends {end - len(self.data)} bytes after the file: truncated?")
+        return GGUFFile(self.path, metadata, tuple(tensors))
 
-    def value(self, key: str, code: int, depth: int) -> Any:
+    def info(self) -> TensorInfo:
+        """A tensor's description, its offset counted from the start of the data."""
+        name, n_dims = self.value(_STRING), self.value(_U32)
+        shape = tuple(self.values(_U64, n_dims))[::-1]
+        code, offset = self.value(_U32), self.value(_U64)
+        if code not in TYPES:
+            self.fail(f"the tensor {name!r} has type {code}, which minisa does not know")
+        if not 1 <= n_dims <= 4 or 0 in shape or shape[-1] % TYPES[code].block:
+            self.fail(f"the tensor {name!r} of shape {list(shape)} cannot be made of {TYPES[code].name} blocks")
+        return TensorInfo(name, shape, TYPES[code], offset)
+
+    def value(self, code: int) -> Any:
+        return self.values(code, 1)[0]
+
+    def values(self, code: int, count: int, depth: int = 0) -> list[Any]:
+        """The next `count` values of the type that `code` stands for."""
         if code == _STRING:
-            return self.string()
+            return self.strings(count)
         if code == _ARRAY:
-            code, count = self.number(_U32), self.number(_U64)
-            if code == _STRING:
-                return self.strings(count)
-            if code == _ARRAY:
-                if depth == MAX_DEPTH:
-                    self.fail(f"{key!r} nests arrays more than {MAX_DEPTH} deep")
-                self.need(count * 12, f"{key!r} with {count} arrays")
-                self.take_in(count)
-                return [self.value(key, code, depth + 1) for _ in range(count)]
-            return self.numbers(key, code, count)
-        return self.numbers(key, code, 1)[0]
-
-    def numbers(self, key: str, code: int, count: int) -> list[Any]:
-        dtype = _NUMBERS.get(code)
-        if dtype is None:
-            self.fail(f"{key!r} has value type {code}, which GGUF does not define")
-        self.need(count * dtype.itemsize, f"{key!r} with {count} values")
-        self.take_in(count)
-        end = self.position + count * dtype.itemsize
-        values = np.frombuffer(self.data[self.position : end], dtype)  # of a copy: an array would pin the mapping
-        self.position = end
-        if code != _BOOL:
-            return values.tolist()
-        if (values > 1).any():
-            self.fail(f"{key!r} has a boolean that is neither 0 nor 1")
-        return values.astype(bool).tolist()
-
-    def number(self, format: struct.Struct) -> int:
-        self.need(format.size, "the next number")
-        (value,) = format.unpack_from(self.data, self.position)
-        self.position += format.size
-        return value
-
-    def string(self) -> str:
-        return self.strings(1)[0]
+            if depth > 4:
+                self.fail("arrays nested more than 4 deep")
+            self.claim(count, 12, "arrays")
+            return [self.values(self.value(_U32), self.value(_U64), depth + 1) for _ in range(count)]
+        if code not in _NUMBERS:
+            self.fail(f"a value of type {code}, which GGUF does not define")
+        dtype = _NUMBERS[code]
+        self.claim(count, dtype.itemsize, "numbers")
+        begin, self.position = self.position, self.position + count * dtype.itemsize
+        return np.frombuffer(self.data[begin : self.position], dtype).tolist()
 
     def strings(self, count: int) -> list[str]:
         """`count` strings, each behind its length; the loop that reads whole vocabularies."""
-        self.need(count * 8, f"{count} strings")
-        self.take_in(count)
-        data, position, limit, unpack = self.data, self.position, self.limit, _U64.unpack_from
+        self.claim(count, 8, "strings")
+        data, end = self.data, self.position
         strings = []
         for _ in range(count):
-            begin = position + 8
-            if begin > limit:
-                self.overrun(f"{count} strings")
-            position = begin + unpack(data, begin - 8)[0]
-            if position > limit:
-                self.overrun(f"a string of {position - begin} bytes")
-            strings.append(data[begin:position].decode("utf-8", "surrogateescape"))
-        self.position = position
+            begin = end + 8
+            end = begin + int.from_bytes(data[end:begin], "little")
+            if end > len(data):
+                self.fail(f"the file ends inside its header (at a string of {end - begin} bytes): fetch it again")
+            strings.append(data[begin:end].decode("utf-8", "surrogateescape"))
+        self.position = end
         return strings
-
-    def need(self, nbytes: int, what: str) -> None:
-        if self.position + nbytes > self.limit:
-            self.overrun(what)
-
-    def take_in(self, count: int) -> None:
-        self.n_values += count
-        if self.n_values > MAX_VALUES:
-            self.fail(f"the header has more than {MAX_VALUES} values: this is not a model")
-
-    def overrun(self, what: str) -> NoReturn:
-        if self.limit < len(self.data):
-            self.fail(f"the header has no end in {MAX_HEADER >> 20} MiB (at {what}): the file is corrupt")
-        self.fail(f"the file ends inside its header (at {what}): fetch it again")

@@ -1,8 +1,7 @@
 """What each format calls the tensors of a Llama.
 
-The model's parameters bear the names Meta gave them, so Meta's and Mistral's own files need no table. Tensors
-that no Llama has (biases, quantization scales, another architecture's parts) have no name here, and
-loading refuses a file that has them.
+The model's parameters bear the names Meta gave them, as do Meta's and Mistral's own files. Tensors that no Llama has
+(biases, quantization scales, another architecture's parts) have no name here, and loading refuses a file with them.
 """
 
 from __future__ import annotations
@@ -47,21 +46,16 @@ class Naming:
     outside: Mapping[str, str]
     rope: re.Pattern[str]
 
-    def parameter(self, name: str) -> str | None:
-        """The model's parameter that a file calls `name`; None when a Llama has no such thing."""
-        if match := self.layer.fullmatch(name):
-            number, module = match.groups()
-            return f"layers.{number}.{self.inside[module]}.weight" if module in self.inside else None
-        module = name.removesuffix(".weight")
-        return f"{self.outside[module]}.weight" if module != name and module in self.outside else None
-
     def rename(self, tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], tuple[str, ...]]:
         """The tensors under the model's names, in their order, and the names of those it does not know."""
         known: dict[str, Stored] = {}
         unknown = []
         for name, tensor in tensors.items():
-            if parameter := self.parameter(name):
-                known[parameter] = tensor
+            layer, module = self.layer.fullmatch(name), name.removesuffix(".weight")
+            if layer and layer[2] in self.inside:
+                known[f"layers.{layer[1]}.{self.inside[layer[2]]}.weight"] = tensor
+            elif module != name and module in self.outside:
+                known[f"{self.outside[module]}.weight"] = tensor
             elif not self.rope.fullmatch(name):
                 unknown.append(name)
         return known, tuple(unknown)

@@ -15,15 +15,14 @@ from typing import Any
 
 import torch
 
-from minisa.checkpoint.files import DataFile, FileTensor, is_size
+from minisa.checkpoint.files import DataFile, FileTensor
 from minisa.errors import MinisaError
 from minisa.files import MAX_JSON, parse_json, written_whole
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
 
@@ -42,18 +41,16 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
         )
     header = parse_json(file.read(8, length).numpy().tobytes(), f"{path}: the header")
     header.pop("__metadata__", None)
-    tensors = [_tensor(name, entry, file, 8 + length) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.offset, math.prod(tensor.shape)))
     end = 8 + length
+    tensors = [_tensor(name, entry, file, end) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.end))
     for tensor in tensors:
         if tensor.offset != end:
             what = "overlaps the tensor before it" if tensor.offset < end else "leaves a gap before it"
-            raise MinisaError(f"{path}: {tensor.name!r} {what}: the file is corrupt, fetch it again")
-        end += math.prod(tensor.shape) * tensor.dtype.itemsize
+            raise MinisaError(f"{path}: {tensor.name!r} {what}: the file is damaged, fetch it again")
+        end = tensor.end
     if end != file.size:
-        raise MinisaError(
-            f"{path}: the header describes {end} bytes, the file has {file.size}: truncated or corrupt, fetch it again"
-        )
+        raise MinisaError(f"{path}: the header describes {end} bytes, the file has {file.size}: fetch it again")
     return {tensor.name: tensor for tensor in tensors}
 
 
@@ -78,21 +75,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def _tensor(name: str, entry: Any, file: DataFile, data: int) -> FileTensor:
     """One entry of the header; `data` is where the elements begin in the file."""
-    where = f"{file.path}: {name!r}"
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise MinisaError(f"{where}: expected an object with dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise MinisaError(f"{where}: dtype {dtype!r} is not supported: expected F32, F16 or BF16")
-    if not _are_sizes(shape) or len(shape) > 8:
-        raise MinisaError(f"{where}: shape {shape!r}: expected at most 8 whole numbers")
-    if not _are_sizes(offsets) or len(offsets) != 2:
-        raise MinisaError(f"{where}: data_offsets {offsets!r}: expected two whole numbers")
-    start, end = offsets
-    if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise MinisaError(f"{where}: {dtype} of shape {shape} does not take the bytes {start} to {end}")
-    return FileTensor(name, tuple(shape), DTYPES[dtype], file, data + start)
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(is_size(item) for item in value)
+    try:
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise MinisaError(
+            f"{file.path}: {name!r} is {entry!r}: expected a known dtype, a shape and two data_offsets"
+        ) from None
+    sizes = (*shape, begin, end)
+    if len(shape) > 8 or not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes):
+        raise MinisaError(f"{file.path}: {name!r}: shape {shape} at {begin} to {end}: expected whole numbers")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise MinisaError(f"{file.path}: {name!r}: {dtype} of shape {shape} does not take the bytes {begin} to {end}")
+    return FileTensor(name, shape, dtype, file, data + begin)
