@@ -7,18 +7,16 @@ tiktoken's own, which panics on a run of a million spaces; both take the pattern
 from __future__ import annotations
 
 import base64
-import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any
 
 import regex
 import tiktoken
 
 from minisa.errors import MinisaError
-from minisa.text.merges import BYTES, rank_merges, token_to_bytes
+from minisa.text.merges import merge_order, token_to_bytes
 
-MAX_TOKENS = 1 << 20  # sanity bounds for files that lie; the largest vocabularies have 260,000
-MAX_TOKEN = 1024  # bytes; the longest of the makers' has 128
+MAX_TOKENS = 1 << 20  # a bound for files that lie; the largest vocabularies have 260,000
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -85,46 +83,53 @@ class ByteLevelBPE:
     def __init__(
         self,
         split: str,
-        ranks: Mapping[bytes, int],
+        ranked: Iterable[bytes],
         vocab: Mapping[bytes, int],
         special: Mapping[str, int],
         *,
         visible: Collection[str] = (),
+        whole_pieces: bool = True,
         add_bos: bool,
     ) -> None:
         """split: matches the pieces of text that are encoded each by itself.
-        ranks: token → 0, 1, 2, …, the order in which tiktoken merges; all 256 bytes are among them.
+        ranked: the tokens that merging makes, lowest rank first; single bytes among them are passed over.
         vocab: token → id. It may lack single bytes (SmolLM2's has 235): text loses them, as it does at the makers'.
         visible: names of special tokens whose text decoding shows.
+        whole_pieces: whether a piece of text that is a token stays whole, though merging does not make that token.
+
+        Raises MinisaError for ids with gaps, and for a visible token that plain text may spell.
         """
-        if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-            raise MinisaError(f"the vocabulary lacks the byte {lacking[0]:#04x}: is the file whole?")
-        if sorted(ranks.values()) != list(range(len(ranks))):
-            raise MinisaError("the vocabulary's ranks have gaps or repeat: is the file whole?")
-        ids = check_ids([*vocab.values(), *special.values()])
+        if sorted([*vocab.values(), *special.values()]) != list(range(len(vocab) + len(special))):
+            raise MinisaError(f"its ids are not 0 to {len(vocab) + len(special) - 1}, each once: is the file whole?")
         self.special = dict(special)
         self.add_bos = add_bos
-        self.pieces = [b""] * (1 + max(ids))
+        self.pieces = [b""] * (len(vocab) + len(special))
         for token, token_id in vocab.items():
             self.pieces[token_id] = token
         for name in visible:
             require_marker(name)
             self.pieces[special[name]] = name.encode()
-        self._ids = [0] * len(ranks)
-        for token, rank in ranks.items():
-            self._ids[rank] = vocab.get(token, 0) if len(token) == 1 else vocab[token]
-        self.lacking = bytes(token[0] for token in ranks if len(token) == 1 and token not in vocab)
+        tokens = [*(bytes([byte]) for byte in range(256)), *(token for token in ranked if len(token) > 1)]
+        self._ids = [vocab.get(token, -1) for token in tokens]
+        self._whole = {token: vocab[token] for token in vocab.keys() - set(tokens)} if whole_pieces else {}
+        self.lacking = bytes(byte for byte in range(256) if bytes([byte]) not in vocab)
         self._split = regex.compile(split)
-        self._bpe = tiktoken.Encoding("minisa", pat_str=split, mergeable_ranks=dict(ranks), special_tokens={})
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        self._bpe = tiktoken.Encoding("minisa", pat_str=split, mergeable_ranks=ranks, special_tokens={})
 
     def spelled(self, name: str) -> bytes:
         return name.encode()
 
     def encode(self, text: str, *, mid_text: bool) -> list[int]:
-        ids, lacking = self._ids, self.lacking
         merge = self._bpe._encode_single_piece  # of tiktoken's methods the one that takes bytes
-        pieces = (piece.encode().translate(None, lacking) for piece in self._split.findall(text))
-        return [ids[rank] for piece in pieces if piece for rank in merge(piece)]
+        found: list[int] = []
+        for piece in self._split.findall(text):
+            data = piece.encode().translate(None, self.lacking)
+            if data in self._whole:
+                found.append(self._whole[data])
+            elif data:
+                found += [self._ids[rank] for rank in merge(data)]
+        return found
 
 
 def is_marker(name: str) -> bool:
@@ -138,28 +143,21 @@ def require_marker(name: str) -> None:
         raise MinisaError(f"the added token {name!r} is plain text: minisa finds only the vocabulary's own in a text")
 
 
-def check_ids(ids: Collection[object]) -> list[int]:
-    """The same ids, known to be token ids. Raises MinisaError where one is none, or stands twice."""
-    known = []
+def check_ids(ids: Iterable[object]) -> None:
+    """Raises MinisaError for what is no token id, or an absurd one."""
     for token_id in ids:
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < MAX_TOKENS:
+        if not isinstance(token_id, int) or not 0 <= token_id < MAX_TOKENS:
             raise MinisaError(f"a token's id is {token_id!r}: expected 0 to {MAX_TOKENS - 1}")
-        known.append(token_id)
-    if len(set(known)) < len(known):
-        raise MinisaError("two tokens have the same id: is the file whole?")
-    return known
 
 
 def from_tiktoken(text: bytes) -> ByteLevelBPE:
     """Llama 3's tokenizer.model: lines of a token in base64 and its rank; the special tokens follow the last."""
-    ranks = {}
-    for line in text.splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token, validate=True)] = int(rank)
+    lines = (line.split() for line in text.splitlines())
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     if len(ranks) != _LLAMA3_TOKENS:
         raise MinisaError(f"{len(ranks)} lines of tokens: expected Llama 3's {_LLAMA3_TOKENS}: is the file whole?")
     special = {name: _LLAMA3_TOKENS + n for n, name in enumerate(_LLAMA3_SPECIAL)}
-    return ByteLevelBPE(LLAMA3_SPLIT, ranks, ranks, special, add_bos=True)
+    return ByteLevelBPE(LLAMA3_SPLIT, sorted(ranks, key=ranks.__getitem__), ranks, special, add_bos=True)
 
 
 def from_tekken(raw: Mapping[str, Any]) -> ByteLevelBPE:
@@ -175,53 +173,37 @@ def from_tekken(raw: Mapping[str, Any]) -> ByteLevelBPE:
             f"its pattern {config['pattern']!r} is not one minisa knows: expected that of Mistral's tekken"
         )
     entries = raw["vocab"][: config["default_vocab_size"] - count]
-    ranks = {base64.b64decode(entry["token_bytes"], validate=True): entry["rank"] for entry in entries}
+    vocab = {base64.b64decode(entry["token_bytes"], validate=True): count + entry["rank"] for entry in entries}
     named = raw.get("special_tokens")
     unlisted = _TEKKEN_V3 if config.get("version") == "v3" else _TEKKEN_V7
-    special = dict(zip(unlisted, itertools.count(), strict=False)) if named is None else {}
-    special |= {entry["token_str"]: entry["rank"] for entry in named or ()}
-    unnamed = set(range(count)) - set(special.values())
-    special |= {f"<SPECIAL_{n}>": n for n in sorted(unnamed)}
-    vocab = {token: rank + count for token, rank in ranks.items()}
-    vocabulary = ByteLevelBPE(TEKKEN_SPLIT, ranks, vocab, special, add_bos=True)
+    names = {n: f"<SPECIAL_{n}>" for n in range(count)}
+    names |= dict(enumerate(unlisted)) if named is None else {entry["rank"]: entry["token_str"] for entry in named}
+    special = {name: token_id for token_id, name in names.items()}
+    vocabulary = ByteLevelBPE(TEKKEN_SPLIT, sorted(vocab, key=vocab.__getitem__), vocab, special, add_bos=True)
     if named is None:
         vocabulary.supposed = special.keys()
     return vocabulary
 
 
 def from_tokenizer_json(raw: Mapping[str, Any]) -> ByteLevelBPE:
-    """Hugging Face's tokenizer.json, if its model is byte-level BPE and its pre_tokenizer one of those known here."""
+    """Hugging Face's tokenizer.json, if its model is byte-level BPE and splits text in a way known here."""
     model = raw["model"]
     check_bpe(model)
-    if raw.get("normalizer") is not None:
-        raise MinisaError(f"its normalizer is {raw['normalizer'].get('type')!r}: minisa's BPE takes text as it is")
-    if (decoder := raw.get("decoder") or {}).get("type") != "ByteLevel":
-        raise MinisaError(f"its decoder is {decoder.get('type')!r}: expected 'ByteLevel'")
-    split = _split_of(raw.get("pre_tokenizer"))
     added = raw.get("added_tokens") or []
     special = {token["content"]: token["id"] for token in added}
-    if len(special) < len(added) or any(model["vocab"].get(name, special[name]) != special[name] for name in special):
-        raise MinisaError("an added token stands twice, or has another id in the vocabulary: is the file whole?")
-    visible = [token["content"] for token in added if not token["special"]]
     bos_id = bos_of(raw)
     vocabulary = _from_merges(
-        split,
+        _split_of(raw),
         {token: token_id for token, token_id in model["vocab"].items() if token not in special},
         pairs_of(model),
         special,
-        visible=visible,
+        visible=[token["content"] for token in added if not token["special"]],
         whole_pieces=model.get("ignore_merges", False),
         add_bos=bos_id is not None,
     )
     vocabulary.bos_id = bos_id
     if vocabulary.lacking and model.get("unk_token") is not None:
         raise MinisaError(f"its unk_token is {model['unk_token']!r}: minisa's BPE leaves out bytes without a token")
-    # Hugging Face's gives them these, whatever the file says.
-    for token_id, name in enumerate((name for name in special if name not in model["vocab"]), len(model["vocab"])):
-        if special[name] != token_id or not name:
-            raise MinisaError(
-                f"the added token {name!r} has the id {special[name]}: expected {token_id}, the next free"
-            )
     return vocabulary
 
 
@@ -234,9 +216,9 @@ def check_bpe(model: Mapping[str, Any]) -> None:
             raise MinisaError(f"its {key} is {model[key]!r}: minisa's BPE has none")
 
 
-def pairs_of(model: Mapping[str, Any]) -> Iterator[list[str]]:
+def pairs_of(model: Mapping[str, Any]) -> list[list[str]]:
     """The merges of a tokenizer.json's model, in either spelling."""
-    return (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> ByteLevelBPE:
@@ -248,64 +230,51 @@ def from_gguf(metadata: Mapping[str, Any]) -> ByteLevelBPE:
     if pre not in _GGUF_SPLITS:
         raise MinisaError(f"tokenizer.ggml.pre is {pre!r}: expected one of {', '.join(_GGUF_SPLITS)}")
     split, whole_pieces = _GGUF_SPLITS[pre]
-    tokens = metadata["tokenizer.ggml.tokens"]
-    types = metadata["tokenizer.ggml.token_type"]
-    entries = list(zip(tokens, range(len(tokens)), types, strict=True))
-    vocab = {token: token_id for token, token_id, kind in entries if kind == 1}
-    if len(vocab) < types.count(1):
-        raise MinisaError("tokenizer.ggml.tokens has a token twice: is the file whole?")
+    entries = list(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True))
     return _from_merges(
         split,
-        vocab,
+        {token: token_id for token_id, (token, kind) in enumerate(entries) if kind == 1},
         (merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]),
-        {token: token_id for token, token_id, kind in entries if kind != 1},
-        visible=[token for token, _, kind in entries if kind == 4],
+        {token: token_id for token_id, (token, kind) in enumerate(entries) if kind != 1},
+        visible=[token for token, kind in entries if kind == 4],
         whole_pieces=whole_pieces,
         add_bos=whole_pieces,
     )
 
 
 def _from_merges(
-    split: str,
-    vocab: Mapping[str, int],
-    merges: Iterable[list[str]],
-    special: Mapping[str, int],
-    *,
-    visible: Collection[str],
-    whole_pieces: bool,
-    add_bos: bool,
+    split: str, vocab: Mapping[str, int], merges: Iterable[list[str]], special: Mapping[str, int], **options: Any
 ) -> ByteLevelBPE:
-    """From a vocabulary and merges in GPT-2's spelling."""
-    if any(len(token) > MAX_TOKEN for token in vocab):  # to follow its merges could take forever
-        raise MinisaError(f"a token of more than {MAX_TOKEN} bytes: expected the makers' vocabulary")
-    if letter := next((name for name in special if len(name) == 1), None):  # text would lose it
-        raise MinisaError(f"the special token {letter!r} is a single character: expected it to be a normal token")
+    """From a vocabulary and merges in GPT-2's spelling. options: ByteLevelBPE's."""
     tokens = {token: token_to_bytes(token) for token in vocab}
-    ranks = rank_merges(((tokens[left], tokens[right]) for left, right in merges), BYTES, strays=whole_pieces)
     ids = {tokens[token]: token_id for token, token_id in vocab.items()}
-    if whole_pieces and (loose := ids.keys() - ranks.keys()):
-        raise MinisaError(f"no merge makes the token {min(loose)!r}: is the file whole?")
-    return ByteLevelBPE(split, ranks, ids, special, visible=visible, add_bos=add_bos)
+    ranked = merge_order(((tokens[left], tokens[right]) for left, right in merges), ids)
+    return ByteLevelBPE(split, ranked, ids, special, **options)
 
 
-def _split_of(pre_tokenizer: Any) -> str:
-    """The pattern that splits text as a tokenizer.json's pre_tokenizer does."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if isinstance(pre_tokenizer, dict) else []
-    match [{"use_regex": True} | step if step.get("type") == "ByteLevel" else step for step in steps]:
-        case [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ] if pattern in (LLAMA3_SPLIT, TEKKEN_SPLIT):
-            return pattern
-        case [
-            {"type": "Digits", "individual_digits": True},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        ]:
-            return SMOLLM_SPLIT
-        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            return GPT2_SPLIT
-    found = " + ".join(str(step.get("type")) for step in steps) or repr(pre_tokenizer)
-    raise MinisaError(f"its pre_tokenizer ({found}) is not one minisa knows: expected Llama 3's, tekken's or SmolLM2's")
+def _split_of(raw: Mapping[str, Any]) -> str:
+    """The pattern that splits text as a tokenizer.json does. Raises MinisaError for steps that minisa does not know."""
+    normalizer, pre_tokenizer, decoder = (raw.get(key) or {} for key in ("normalizer", "pre_tokenizer", "decoder"))
+    steps = [{"use_regex": True} | step for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer])]
+    if not normalizer and decoder.get("type") == "ByteLevel":
+        match steps:
+            case [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ] if pattern in (LLAMA3_SPLIT, TEKKEN_SPLIT):
+                return pattern
+            case [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+            ]:
+                return SMOLLM_SPLIT
+            case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+                return GPT2_SPLIT
+    found = " + ".join(str(step.get("type")) for step in (normalizer, *steps, decoder))
+    raise MinisaError(
+        f"its normalizer, pre_tokenizer and decoder are {found}: expected no normalizer, the pre_tokenizer of Llama 3, "
+        "tekken, SmolLM2 or GPT-2, and ByteLevel"
+    )
 
 
 def bos_of(raw: Mapping[str, Any]) -> int | None:
@@ -314,12 +283,11 @@ def bos_of(raw: Mapping[str, Any]) -> int | None:
     before: list[int] = []
     for step in post_processor.get("processors", [post_processor]):
         match step:
-            case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": name}}, {"Sequence": _}]}:
-                before += step["special_tokens"][name]["ids"]
-            case {"type": "TemplateProcessing", "single": [{"Sequence": _}]} | {"type": "ByteLevel"}:
-                pass
-            case {"type": _}:
-                before += [-1, -1]
+            case {"type": "TemplateProcessing", "single": [*marks, {"Sequence": _}]}:
+                for mark in marks:
+                    before += step["special_tokens"][mark["SpecialToken"]["id"]]["ids"]
+            case {"type": kind} if kind != "ByteLevel":
+                before += [-1, -1]  # not known here
     if len(before) > 1:
         raise MinisaError("its post_processor adds more to a text than one token before it: expected that, or none")
     return before[0] if before else None

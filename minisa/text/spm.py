@@ -7,16 +7,15 @@ sentencepiece_model.proto.
 
 from __future__ import annotations
 
-import functools
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
-import sentencepiece
+from sentencepiece import SentencePieceProcessor
 
 from minisa.errors import MinisaError, shown
-from minisa.text.bytelevel import bos_of, check_bpe, check_ids, is_marker, pairs_of, require_marker
-from minisa.text.merges import MAX_LENGTH, rank_merges
+from minisa.text.bytelevel import bos_of, check_bpe, is_marker, pairs_of, require_marker
+from minisa.text.merges import merge_order
 
 _SPACE = "▁"  # how a piece spells a space
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # piece types; GGUF's token types are the same
@@ -44,28 +43,19 @@ class SentencePiece:
             raise MinisaError("the file is empty: fetch it again")
         if (longest := _longest_replacement(model)) > _MAX_REPLACEMENT:
             raise MinisaError(f"a character is replaced by {longest} bytes: expected at most {_MAX_REPLACEMENT}")
-        if any(charsmap for spec in _fields(model, 5) for charsmap in _fields(spec, 2)):
-            raise MinisaError("it has a denormalizer_spec: minisa decodes what the pieces spell")
-        self._model = model
-        self._processor = _processor(model)
-        if (spelled := self._processor.normalize("a")) not in ("a", f"{_SPACE}a"):
-            raise MinisaError(f"it takes 'a' for {spelled!r}: expected 'a', or that behind {_SPACE}")
-        names = [self._processor.id_to_piece(i) for i in range(self._processor.vocab_size())]
+        self._processor = processor = SentencePieceProcessor(model_proto=model)
+        # Protobuf messages concatenate: this appends normalizer_spec { add_dummy_prefix: false }.
+        self._without_prefix = SentencePieceProcessor(model_proto=model + proto_field(3, proto_field(3, 0)))
+        ids = range(processor.vocab_size())
+        names = [processor.id_to_piece(i) for i in ids]
         if (longest := max(map(len, names))) > _MAX_PIECE:
             raise MinisaError(f"a piece of {longest} characters: expected at most {_MAX_PIECE}")
-        hidden = [self._processor.is_control(i) or self._processor.is_unknown(i) for i in range(len(names))]
-        self.special = {name: i for i, name in enumerate(names) if hidden[i]}
+        self.special = {names[i]: i for i in ids if processor.is_control(i) or processor.is_unknown(i)}
         self.pieces = [
-            b"" if hidden[i] else _byte(name) if self._processor.is_byte(i) else self.spelled(name)
+            b"" if name in self.special else bytes([int(name[3:5], 16)]) if processor.is_byte(i) else self.spelled(name)
             for i, name in enumerate(names)
         ]
-        self.dummy_prefix = True
-        self.dummy_prefix = self.encode("a", mid_text=False) != self.encode("a", mid_text=True)
-
-    @functools.cached_property
-    def _without_prefix(self) -> Any:
-        # Protobuf messages concatenate: this appends normalizer_spec { add_dummy_prefix: false }.
-        return _processor(self._model + _message(3, _number(3, 0)))
+        self.dummy_prefix = processor.encode("a") != self._without_prefix.encode("a")
 
     def spelled(self, name: str) -> bytes:
         return name.replace(_SPACE, " ").encode()
@@ -81,86 +71,66 @@ def from_gguf(metadata: Mapping[str, Any]) -> SentencePiece:
     A marker that a user defined becomes a control piece: sentencepiece would find it in plain text. It does find words
     and spaces that a user defined, as it should.
     """
-    pieces = list(
-        zip(
-            metadata["tokenizer.ggml.tokens"],
-            metadata["tokenizer.ggml.scores"],
-            metadata["tokenizer.ggml.token_type"],
-            strict=True,
-        )
-    )
-    scores = [score for _, score, kind in pieces if kind == _NORMAL]
-    if len(scores) > 1 and len(set(scores)) == 1:  # llama.cpp's converter has none to give without a tokenizer.model
+    names, scores, kinds = (metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
+    pieces = list(zip(names, scores, kinds, strict=True))
+    normal = [score for _, score, kind in pieces if kind == _NORMAL]
+    if len(normal) > 1 and len(set(normal)) == 1:  # llama.cpp's converter has none to give without a tokenizer.model
         raise MinisaError("tokenizer.ggml.scores are all alike: expected a file made with the model's tokenizer.model")
-    listed = (
-        (piece, score, int(kind))
-        if kind != _USER_DEFINED
-        else (piece.replace(" ", _SPACE), 0.0, _CONTROL if is_marker(piece) else int(kind))
-        for piece, score, kind in pieces
-    )
-    return SentencePiece(_bpe(listed, prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True))))
+    for i, (name, _, kind) in enumerate(pieces):
+        if kind == _USER_DEFINED:
+            pieces[i] = name.replace(" ", _SPACE), 0.0, _CONTROL if is_marker(name) else kind
+    return SentencePiece(_model(pieces, prefix=metadata.get("tokenizer.ggml.add_space_prefix", True)))
 
 
 def from_tokenizer_json(raw: Mapping[str, Any]) -> SentencePiece:
     """Hugging Face's tokenizer.json where its model falls back on bytes: what sentencepiece models are converted to.
 
-    A piece's score is the place of its merges. Before a text that begins with a space newer files put no other;
-    sentencepiece does, and takes it off again. Raises MinisaError for merges that it would not follow.
+    A piece's score is its place in the order of merging. What merging never makes goes in as a control piece, which
+    sentencepiece leaves alone. Before a text that begins with a space newer files put no other; sentencepiece does, and
+    takes it off again.
     """
     model = raw["model"]
     check_bpe(model)
     if model.get("ignore_merges"):
         raise MinisaError("its ignore_merges is true: expected a converted sentencepiece model, which has none")
-    vocab = model["vocab"]
-    if max(map(len, vocab), default=0) > _MAX_PIECE or sum(map(len, vocab)) > MAX_LENGTH:  # all splits are looked at
-        raise MinisaError(
-            f"a piece of more than {_MAX_PIECE} characters, or pieces of more than {MAX_LENGTH} together: expected the "
-            "makers' vocabulary"
-        )
-    if sorted(check_ids(vocab.values())) != list(range(len(vocab))):
-        raise MinisaError("its vocabulary's ids leave gaps: is the file whole?")
-    listed = raw.get("added_tokens") or []
-    check_ids([token["id"] for token in listed])
-    added = {token["content"]: token["special"] for token in listed}
-    if len(added) < len(listed):
-        raise MinisaError("an added token stands twice: is the file whole?")
+    names = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    if [model["vocab"][name] for name in names] != list(range(len(names))):
+        raise MinisaError(f"its ids are not 0 to {len(names) - 1}, each once: is the file whole?")
+    added = {token["content"]: token["special"] for token in raw.get("added_tokens") or []}
     for name, is_special in added.items():
         if not is_special:
             require_marker(name)
-    kinds = {name: _CONTROL if name in added else _NORMAL for name in vocab}
+    kinds = dict.fromkeys(names, _NORMAL) | dict.fromkeys(added, _CONTROL)
     kinds |= dict.fromkeys((f"<0x{byte:02X}>" for byte in range(256)), _BYTE)
     kinds[model.get("unk_token") or "<unk>"] = _UNKNOWN  # newer files leave it out; no text comes to it
-    if lacking := kinds.keys() - vocab.keys():
-        raise MinisaError(f"its vocabulary lacks {min(lacking)!r}: is the file whole?")
-    normal = {name for name in vocab if kinds[name] == _NORMAL}
-    pairs = []
-    for left, right in pairs_of(model):
-        joined = {kinds[name] for name in (left, right, left + right)}
-        if _BYTE in joined:
-            raise MinisaError(f"a merge joins {left!r} and {right!r}: sentencepiece joins no bytes")
-        if joined == {_NORMAL}:  # what spells a special token no text comes to
-            pairs.append((left, right))
-    ranks = rank_merges(pairs, sorted(name for name in normal if len(name) == 1), strays=True, ties=True)
-    for name in normal - ranks.keys():
-        halves = ((name[:i], name[i:]) for i in range(1, len(name)))
-        if any(all(len(half) == 1 or half in normal for half in pair) for pair in halves):
-            raise MinisaError(f"no merge makes the token {name!r}, which sentencepiece would join: is the file whole?")
-    pieces = ((name, -float(ranks.get(name, len(vocab))), kinds[name]) for name in sorted(vocab, key=vocab.__getitem__))
-    vocabulary = SentencePiece(_bpe(pieces, prefix=_prefix_of(raw)))
+    normal = [name for name in names if kinds[name] == _NORMAL]
+    listed = ((left, right) for left, right in pairs_of(model))
+    pairs = [pair for pair in listed if {kinds[name] for name in (*pair, "".join(pair))} == {_NORMAL}]
+    scores = {name: -float(place) for place, name in enumerate(merge_order(pairs, normal))}
+    loose = {name for name in normal if len(name) > 1} - scores.keys()
+    vocabulary = SentencePiece(
+        _model(
+            ((name, scores.get(name, 0.0), _CONTROL if name in loose else kinds[name]) for name in names),
+            prefix=_prefix_of(raw),
+        )
+    )
+    for name in loose:
+        vocabulary.pieces[vocabulary.special.pop(name)] = vocabulary.spelled(name)
     for name, is_special in added.items():
-        if name in vocab and not is_special:
-            vocabulary.pieces[vocab[name]] = vocabulary.spelled(name)
+        if name in model["vocab"] and not is_special:
+            vocabulary.pieces[model["vocab"][name]] = vocabulary.spelled(name)
     vocabulary.bos_id = bos_of(raw)
     vocabulary.add_bos = vocabulary.bos_id is not None
     return vocabulary
 
 
 def _prefix_of(raw: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json puts a space before a text. Raises MinisaError where it does not write spaces as ▁, or
-    reads them otherwise."""
+    """Whether a tokenizer.json puts a space before a text.
+
+    Raises MinisaError where it does more to a text than write spaces as ▁ and read them back.
+    """
     steps = (raw.get("decoder") or {}).get("decoders", [])
-    kinds = [step.get("type") for step in steps]
-    if kinds[:3] != ["Replace", "ByteFallback", "Fuse"] or steps[0] != _READ or set(kinds[3:]) - {"Strip"}:
+    if [step.get("type") for step in steps][:3] != ["Replace", "ByteFallback", "Fuse"] or steps[0] != _READ:
         raise MinisaError(f"its decoder is {shown(raw.get('decoder'))}: expected Replace ▁, ByteFallback and Fuse")
     normalizer, pre_tokenizer = raw.get("normalizer") or {}, raw.get("pre_tokenizer")
     match normalizer.get("normalizers", [normalizer]), pre_tokenizer:
@@ -176,30 +146,22 @@ def _prefix_of(raw: Mapping[str, Any]) -> bool:
     )
 
 
-def _bpe(pieces: Iterable[tuple[str, float, int]], *, prefix: bool) -> bytes:
+def _model(pieces: Iterable[tuple[str, float, int]], *, prefix: bool) -> bytes:
     """A tokenizer.model of (piece, score, type) in the order of their ids."""
     model = b"".join(
-        _message(1, _string(1, piece), _float(2, score), _number(3, kind)) for piece, score, kind in pieces
+        proto_field(1, proto_field(1, name.encode()) + proto_field(2, score) + proto_field(3, kind))
+        for name, score, kind in pieces
     )
-    trainer = _message(2, _number(3, _BPE), _number(35, 1))  # model_type, byte_fallback
-    normalizer = _message(3, _string(1, "identity"), _number(3, prefix), _number(4, 0), _number(5, 1))
-    return model + trainer + normalizer
-
-
-def _processor(model: bytes) -> Any:
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
-
-
-def _byte(piece: str) -> bytes:
-    """A byte's piece is spelled <0x0A>."""
-    return bytes([int(piece[3:5], 16)])
+    trainer = proto_field(3, _BPE) + proto_field(35, 1)  # model_type, byte_fallback
+    normalizer = proto_field(1, b"identity") + proto_field(3, int(prefix)) + proto_field(4, 0) + proto_field(5, 1)
+    return model + proto_field(2, trainer) + proto_field(3, normalizer)
 
 
 def _longest_replacement(model: bytes) -> int:
     """Bytes of the longest string in precompiled_charsmap, what its normalizer puts in the place of characters."""
     longest = 0
-    for spec in _fields(model, 3):
-        for charsmap in _fields(spec, 2):  # the length of a trie, the trie, strings that end in \0
+    for spec in _messages(model, 3):
+        for charsmap in _messages(spec, 2):  # the length of a trie, the trie, strings that end in \0
             strings = charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")
             longest = max(longest, *map(len, strings))
     return longest
@@ -208,61 +170,42 @@ def _longest_replacement(model: bytes) -> int:
 # Protobuf's wire format: a field is a tag (field number · 8 + wire type) and its value.
 
 
-@functools.lru_cache(1024)  # tags and lengths of pieces come back by the hundred thousand
+def proto_field(number: int, value: float | bytes) -> bytes:
+    """A field: a whole number, a float of 32 bits, or the bytes of a string or message."""
+    if isinstance(value, bytes):
+        return varint(number << 3 | 2) + varint(len(value)) + value
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 5) + struct.pack("<f", value)
+
+
 def varint(number: int) -> bytes:
     """A whole number, seven bits a byte, the lowest first."""
-    low = [number >> shift & 0x7F for shift in range(0, max(number.bit_length(), 1), 7)]
-    return bytes([*(byte | 0x80 for byte in low[:-1]), low[-1]])
-
-
-def _number(field: int, value: int) -> bytes:
-    return varint(field << 3) + varint(value)
-
-
-def _float(field: int, value: float) -> bytes:
-    return varint(field << 3 | 5) + struct.pack("<f", value)
-
-
-def _string(field: int, text: str) -> bytes:
-    data = text.encode("utf-8", "surrogateescape")
-    return varint(field << 3 | 2) + varint(len(data)) + data
-
-
-def _message(field: int, *values: bytes) -> bytes:
-    data = b"".join(values)
-    return varint(field << 3 | 2) + varint(len(data)) + data
-
-
-def _fields(message: bytes, field: int) -> Iterator[bytes]:
-    """The values of a field that are messages or strings. Raises ValueError or IndexError for what is no message."""
-    position = 0
-    while position < len(message):
-        if message[position] == 0x0A and field != 1 and message[position + 1] < 0x80:  # of pieces there are many
-            position += 2 + message[position + 1]
-            continue
-        tag, position = varint_at(message, position)
-        match tag & 7:
-            case 2:
-                length, position = varint_at(message, position)
-                if tag >> 3 == field:
-                    yield message[position : position + length]
-                position += length
-            case 0:
-                _, position = varint_at(message, position)
-            case 1 | 5 as kind:
-                position += 8 if kind == 1 else 4
-            case kind:
-                raise ValueError(f"a field of wire type {kind}")
+    head = b""
+    while number >= 0x80:
+        head += bytes([number & 0x7F | 0x80])
+        number >>= 7
+    return head + bytes([number])
 
 
 def varint_at(message: bytes, position: int) -> tuple[int, int]:
-    """A number and where it ends. Raises ValueError for one of more than 64 bits."""
-    number = message[position]
-    shift = 7
-    while message[position] >= 0x80:
-        position += 1
-        number += (message[position] - 1) << shift  # and takes off the bit that said that more would come
-        shift += 7
-        if shift > 70:
-            raise ValueError("a number of more than 64 bits")
-    return number, position + 1
+    """A number and where it ends."""
+    number = shift = 0
+    while message[position] >= 0x80 and shift < 63:
+        number |= (message[position] & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+    return number | message[position] << shift, position + 1
+
+
+def _messages(message: bytes, field: int) -> Iterator[bytes]:
+    """The values of a field that are messages or strings. Raises KeyError or IndexError for what is no message."""
+    position = 0
+    while position < len(message):
+        tag, position = varint_at(message, position)
+        if tag & 7 == 0:
+            _, position = varint_at(message, position)
+            continue
+        size, position = varint_at(message, position) if tag & 7 == 2 else ({1: 8, 5: 4}[tag & 7], position)
+        if tag >> 3 == field:
+            yield message[position : position + size]
+        position += size
