@@ -11,7 +11,7 @@ EVERY = 30.0  # seconds between lines where stderr is no terminal
 class Progress:
     """A line on stderr: label, share done, time left. Rewritten in place on a terminal, else one every 30 seconds.
 
-    total: units of work; choose units that take about the same time each.
+    total: units of work; choose units that take about the same time each. `with` takes the line off in the end.
     """
 
     def __init__(self, label: str, total: float) -> None:
@@ -19,6 +19,12 @@ class Progress:
         self._total = total
         self._began = self._shown = time.monotonic()
         self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def update(self, done: float, total: float | None = None) -> None:
         """`done` of the total units; total: where it is known better by now."""
@@ -28,17 +34,15 @@ class Progress:
             return
         self._shown = now
         left = (now - self._began) / done * (self._total - done)
-        self._write(f"{self._label}: {done / self._total:.0%}, {duration(left)} left")
+        text = f"{self._label}: {done / self._total:.0%}, {duration(left)} left"
+        sys.stderr.write(f"\r\x1b[K{text}" if self._terminal else text + "\n")
+        sys.stderr.flush()
 
     def close(self) -> None:
         """Take the line off a terminal."""
         if self._terminal:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
-
-    def _write(self, text: str) -> None:
-        sys.stderr.write(f"\r\x1b[K{text}" if self._terminal else text + "\n")
-        sys.stderr.flush()
 
 
 def duration(seconds: float) -> str:

@@ -1,130 +1,151 @@
-"""Results item by item in a file of JSON lines, so that an evaluation goes on where it was interrupted.
-
-{"settings": {"task": "piqa", "model": …, "data_sha256": …, …}}
-{"variant": "plain", "identity": "none"}
-{"variant": "plain", "item": 12, "scores": {"acc": [1.0, 1.0], …}, …}
-"""
+"""What an evaluation found: one record, printed as tables, written as JSON, drawn as quality against bytes saved."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
-from collections.abc import Sequence
-from contextlib import suppress
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from minisa.benchmark.plot import check_matplotlib, save
+from minisa.config import ModelConfig
 from minisa.errors import MinisaError
-from minisa.files import read_text
+from minisa.study.compare import Estimate, Pair, paired_difference, ratio
+from minisa.study.variants import Variant
 
 Record = dict[str, Any]
-LARGEST = 1e15  # that a score can be: its sums and squares are numbers still
+Scores = Mapping[str, Mapping[str, list[Pair]]]  # benchmark → metric → one pair for each item
+
+EXPONENTIAL = ("perplexity",)  # metrics that are exp of a mean; they are compared by their ratio
+COLOURS = {"plain": "black", "sa": "C0", "drop": "C1", "cla": "C2", "kv-int8": "C3"}
 
 
-class Results:
-    """Records by variant and item. With a path, everything added is in the file at once.
+def summarize(settings: Record, config: ModelConfig, variants: Sequence[Variant], scores: Sequence[Scores]) -> Record:
+    """The settings, and for each variant the bytes it saves and every benchmark's metrics with standard errors.
 
-    settings: what all records of a file have in common. metrics: the scores that each has. Raises MinisaError for a
-    file of other settings, naming the first that differs, for one that is no such file, and for one that is open yet.
+    scores: each variant's, of the same items in the same order. Beside a metric stands how it differs from the first
+    variant's: "difference", or "ratio" for a perplexity, with the standard error of the paired differences. null is
+    unknown.
     """
+    rows = []
+    for variant, mine in zip(variants, scores, strict=True):
+        benchmarks = {
+            name: {
+                "items": len(next(iter(metrics.values()))),
+                "metrics": {
+                    metric: _metric(metric, pairs, scores[0][name][metric]) for metric, pairs in metrics.items()
+                },
+            }
+            for name, metrics in mine.items()
+        }
+        rows.append(
+            {
+                "variant": variant.name,
+                "kind": variant.kind,
+                "plan": str(variant.plan),
+                "kv_bytes_per_token": variant.kv_bytes(config),
+                "kv_saved": variant.saved(config),
+                "benchmarks": benchmarks,
+            }
+        )
+    return {"settings": settings, "variants": rows}
 
-    def __init__(self, path: Path | None, settings: Record, metrics: Sequence[str] = ()) -> None:
-        self._path = path
-        self._metrics = metrics
-        self._identities: dict[str, str] = {}
-        self._records: dict[str, dict[int, Record]] = {}
-        self._file: IO[str] | None = None
-        if path is not None:
-            try:
-                self._take_up(path, settings)
-            except BaseException:
-                self.close()
-                raise
 
-    def variant(self, name: str, identity: str) -> dict[int, Record]:
-        """What is known of a variant, by item. identity: what the name stands for, e.g. a plan file's sha256.
+def _metric(metric: str, mine: Sequence[Pair], reference: Sequence[Pair]) -> Record:
+    value, difference = ratio(mine), paired_difference(mine, reference)
+    if metric in EXPONENTIAL:
+        return _named("value", value.exp()) | _named("ratio", difference.exp())
+    return _named("value", value) | _named("difference", difference)
 
-        Raises MinisaError where the name stood for something else.
-        """
-        if name not in self._identities:
-            self._identities[name] = identity
-            self._write({"variant": name, "identity": identity})
-        elif self._identities[name] != identity:
-            raise MinisaError(f"{self._path}: {name} has changed since: delete the file or take another --json")
-        return self._records.setdefault(name, {})
 
-    def add(self, variant: str, item: int, record: Record) -> None:
-        self._records[variant][item] = record
-        self._write({"variant": variant, "item": item, **record})
+def _named(name: str, estimate: Estimate) -> Record:
+    return {name: finite(estimate.value), f"{name}_stderr": finite(estimate.stderr)}
 
-    def close(self) -> None:
-        if self._file is not None:
-            with suppress(OSError):  # of a line that _write has said it cannot write
-                self._file.close()
 
-    def _take_up(self, path: Path, settings: Record) -> None:
-        try:
-            if path.exists() and not path.is_file():  # a pipe would be waited for
-                raise OSError(errno.EINVAL, "not a file")
-            self._file = path.open("a", encoding="utf-8")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
-            *whole, rest = read_text(path).split("\n")  # the rest is empty, or a line that was cut
-            if not whole and not json.dumps({"settings": settings}).startswith(rest):
-                raise self._foreign(1)
-            for number, line in enumerate(whole, 1):
-                self._read(line, number, settings)
-            if rest:
-                self._file.truncate(self._file.tell() - len(rest.encode()))
-        except BlockingIOError as error:
-            raise MinisaError(f"{path}: another eval is at work on it: wait, or take another --json") from error
-        except OSError as error:
-            raise MinisaError(f"{path}: cannot keep results there: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise self._foreign(1) from error
-        if not whole:
-            self._write({"settings": settings})
+def finite(value: float) -> float | None:
+    """None for what JSON has no number for."""
+    return value if math.isfinite(value) else None
 
-    def _write(self, line: Record) -> None:
-        if self._file is not None:
-            try:
-                self._file.write(json.dumps(line) + "\n")
-                self._file.flush()
-            except OSError as error:
-                raise MinisaError(f"{self._path}: cannot keep results there: {error.strerror}") from error
 
-    def _read(self, line: str, number: int, settings: Record) -> None:
-        try:
-            record = json.loads(line)
-            if number == 1:
-                self._check(record["settings"], settings)
-            elif "identity" in record:
-                self._identities[record["variant"]] = record["identity"]
+def table(summary: Record, benchmark: str) -> str:
+    """One line a variant: bytes saved, each metric, and its paired difference from (or ratio to) the first variant."""
+    lines = [["", "KV saved"]]
+    for metric in summary["variants"][0]["benchmarks"][benchmark]["metrics"]:
+        lines[0] += [metric, "× plain" if metric in EXPONENTIAL else "− plain"]
+    for number, row in enumerate(summary["variants"]):
+        line = [row["variant"], f"{row['kv_saved']:.1%}"]
+        for metric, found in row["benchmarks"][benchmark]["metrics"].items():
+            if metric in EXPONENTIAL:
+                value, compared = _with_error(found, "value", ".2f"), _with_error(found, "ratio", ".3f")
             else:
-                name, item, scores = record.pop("variant"), record.pop("item"), record["scores"]
-                complete = scores.keys() >= set(self._metrics) and all(map(_is_score, scores.values()))
-                if type(item) is not int or item < 0 or not complete:
-                    raise ValueError("not the record of an item")
-                self._records.setdefault(name, {})[item] = record
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._foreign(number) from error
-
-    def _check(self, found: Record, settings: Record) -> None:
-        for key, value in settings.items():
-            if found.get(key) != value:
-                raise MinisaError(
-                    f"{self._path} was made with {key} {found.get(key)!r}, now it is {value!r}: "
-                    "delete the file or take another --json"
-                )
-
-    def _foreign(self, number: int) -> MinisaError:
-        return MinisaError(f"{self._path}, line {number}: not results of eval: delete the file or take another --json")
-
-
-def _is_score(pair: Any) -> bool:
-    """A numerator and a denominator; NaN is what a model leaves whose numbers overflow."""
-    return (
-        isinstance(pair, list)
-        and len(pair) == 2
-        and all(type(number) in (int, float) and not abs(number) > LARGEST for number in pair)
+                value, compared = _with_error(found, "value", ".3f"), _with_error(found, "difference", "+.3f")
+            line += [value, compared if number else ""]
+        lines.append(line)
+    first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        f"{line[0]:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], others, strict=True))
+        for line in lines
     )
+
+
+def _with_error(found: Record, name: str, form: str) -> str:
+    value, error = found[name], found[f"{name}_stderr"]
+    if value is None:
+        return "unknown"
+    return format(value, form) + ("" if error is None else f" ± {format(error, form.removeprefix('+'))}")
+
+
+def plot(summary: Record, path: str) -> None:
+    """Write a PNG: each benchmark's first metric against the share of the KV cache saved, a colour for each kind.
+
+    Bars are standard errors, of the ratio to plain for a perplexity; a line joins the best of a kind at each share.
+    Raises MinisaError where matplotlib is missing, nothing is known or the file cannot be written.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    benchmarks = list(summary["variants"][0]["benchmarks"])
+    figure = Figure(figsize=(8 * len(benchmarks), 5), layout="constrained")
+    for axes, benchmark in zip(figure.subplots(1, len(benchmarks), squeeze=False)[0], benchmarks, strict=True):
+        _draw(axes, summary, benchmark)
+    save(figure, path)
+
+
+def _draw(axes: Any, summary: Record, benchmark: str) -> None:
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    found = {row["variant"]: row["benchmarks"][benchmark] for row in summary["variants"]}
+    metric = next(iter(found["plain"]["metrics"]))
+    name, best = ("ratio", min) if metric in EXPONENTIAL else ("value", max)
+    known: dict[str, list[tuple[float, float, float, str]]] = {}  # kind → saved, value, its error, variant
+    for row in summary["variants"]:
+        measured = found[row["variant"]]["metrics"][metric]
+        if measured[name] is not None:
+            point = (100 * row["kv_saved"], measured[name], measured[f"{name}_stderr"] or 0.0, row["variant"])
+            known.setdefault(row["kind"], []).append(point)
+    if not known:
+        raise MinisaError(f"--plot: there is nothing to draw, {benchmark}'s {metric} is unknown for every variant")
+    for number, (kind, points) in enumerate(known.items()):
+        colour = COLOURS.get(kind, f"C{4 + number}")
+        saved, values, errors, names = zip(*points, strict=True)
+        axes.errorbar(saved, values, errors, marker="o", linestyle="none", capsize=3, label=kind, color=colour)
+        curve = {x: best(value for other, value, *_ in points if other == x) for x in sorted(saved)}
+        axes.plot(list(curve), list(curve.values()), color=colour, alpha=0.5)
+        for x, y, variant in zip(saved, values, names, strict=True):
+            if kind == "sa":  # the others' layers say little; a plan's name says which it is
+                label = Path(variant).stem[:28]
+                axes.annotate(label, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=7)
+    if name == "ratio":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(MaxNLocator(10))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:.2f}")
+    if "plain" in known:
+        axes.axhline(known["plain"][0][1], color="black", linewidth=0.8, alpha=0.5)
+    axes.set(
+        xlabel="KV cache saved, %",
+        ylabel=f"{metric}, ratio to plain" if name == "ratio" else metric,
+        title=f"{summary['settings']['model']}: {benchmark}, {found['plain']['items']} items",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
