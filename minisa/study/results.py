@@ -9,57 +9,52 @@ from typing import Any
 
 from minisa.benchmark.plot import check_matplotlib, save
 from minisa.config import ModelConfig
-from minisa.errors import MinisaError
-from minisa.study.compare import Estimate, Pair, paired_difference, ratio
+from minisa.study.compare import Pair, paired_difference, ratio
 from minisa.study.variants import Variant
 
 Record = dict[str, Any]
-Scores = Mapping[str, Mapping[str, list[Pair]]]  # benchmark → metric → one pair for each item
+Scores = Mapping[str, Mapping[str, Sequence[Pair]]]  # benchmark → metric → one pair for each item
 
 EXPONENTIAL = ("perplexity",)  # metrics that are exp of a mean; they are compared by their ratio
-COLOURS = {"plain": "black", "sa": "C0", "drop": "C1", "cla": "C2", "kv-int8": "C3"}
 
 
-def summarize(settings: Record, config: ModelConfig, variants: Sequence[Variant], scores: Sequence[Scores]) -> Record:
-    """The settings, and for each variant the bytes it saves and every benchmark's metrics with standard errors.
+def summarize(
+    settings: Record, config: ModelConfig, variants: Sequence[Variant], scores: Mapping[str, Scores]
+) -> Record:
+    """The settings, the items of each benchmark, and for each variant the bytes it saves and its metrics.
 
-    scores: each variant's, of the same items in the same order. Beside a metric stands how it differs from the first
-    variant's: "difference", or "ratio" for a perplexity, with the standard error of the paired differences. null is
-    unknown.
+    scores: those of each variant's name, on the same items in the same order. A metric's record has its "value", and
+    how that differs from the first variant's as "difference", or "ratio" for a perplexity; each with a standard error,
+    which for the latter two is that of the paired differences. null is unknown.
     """
-    rows = []
-    for variant, mine in zip(variants, scores, strict=True):
-        benchmarks = {
-            name: {
-                "items": len(next(iter(metrics.values()))),
-                "metrics": {
-                    metric: _metric(metric, pairs, scores[0][name][metric]) for metric, pairs in metrics.items()
-                },
-            }
-            for name, metrics in mine.items()
+    plain = scores[variants[0].name]
+    items = {name: len(next(iter(metrics.values()))) for name, metrics in plain.items()}
+    rows = [
+        {
+            "variant": variant.name,
+            "kind": variant.kind,
+            "plan": str(variant.plan),
+            "kv_bytes_per_token": variant.kv_bytes(config),
+            "kv_saved": variant.saved(config),
+            "benchmarks": {
+                name: {metric: _metric(metric, pairs, plain[name][metric]) for metric, pairs in metrics.items()}
+                for name, metrics in scores[variant.name].items()
+            },
         }
-        rows.append(
-            {
-                "variant": variant.name,
-                "kind": variant.kind,
-                "plan": str(variant.plan),
-                "kv_bytes_per_token": variant.kv_bytes(config),
-                "kv_saved": variant.saved(config),
-                "benchmarks": benchmarks,
-            }
-        )
-    return {"settings": settings, "variants": rows}
+        for variant in variants
+    ]
+    return {"settings": settings, "items": items, "variants": rows}
 
 
 def _metric(metric: str, mine: Sequence[Pair], reference: Sequence[Pair]) -> Record:
     value, difference = ratio(mine), paired_difference(mine, reference)
+    named = {"value": value, "difference": difference}
     if metric in EXPONENTIAL:
-        return _named("value", value.exp()) | _named("ratio", difference.exp())
-    return _named("value", value) | _named("difference", difference)
-
-
-def _named(name: str, estimate: Estimate) -> Record:
-    return {name: finite(estimate.value), f"{name}_stderr": finite(estimate.stderr)}
+        named = {"value": value.exp(), "ratio": difference.exp()}
+    record = {}
+    for name, estimate in named.items():
+        record |= {name: finite(estimate.value), f"{name}_stderr": finite(estimate.stderr)}
+    return record
 
 
 def finite(value: float) -> float | None:
@@ -70,17 +65,13 @@ def finite(value: float) -> float | None:
 def table(summary: Record, benchmark: str) -> str:
     """One line a variant: bytes saved, each metric, and its paired difference from (or ratio to) the first variant."""
     lines = [["", "KV saved"]]
-    for metric in summary["variants"][0]["benchmarks"][benchmark]["metrics"]:
+    for metric in summary["variants"][0]["benchmarks"][benchmark]:
         lines[0] += [metric, "× plain" if metric in EXPONENTIAL else "− plain"]
-    for number, row in enumerate(summary["variants"]):
-        line = [row["variant"], f"{row['kv_saved']:.1%}"]
-        for metric, found in row["benchmarks"][benchmark]["metrics"].items():
-            if metric in EXPONENTIAL:
-                value, compared = _with_error(found, "value", ".2f"), _with_error(found, "ratio", ".3f")
-            else:
-                value, compared = _with_error(found, "value", ".3f"), _with_error(found, "difference", "+.3f")
-            line += [value, compared if number else ""]
-        lines.append(line)
+    for row in summary["variants"]:
+        lines.append([row["variant"], f"{row['kv_saved']:.1%}"])
+        for metric, found in row["benchmarks"][benchmark].items():
+            compared = ("ratio", ".3f") if metric in EXPONENTIAL else ("difference", "+.3f")
+            lines[-1] += [_with_error(found, "value", ".3f"), _with_error(found, *compared) if len(lines) > 2 else ""]
     first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         f"{line[0]:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], others, strict=True))
@@ -92,60 +83,37 @@ def _with_error(found: Record, name: str, form: str) -> str:
     value, error = found[name], found[f"{name}_stderr"]
     if value is None:
         return "unknown"
-    return format(value, form) + ("" if error is None else f" ± {format(error, form.removeprefix('+'))}")
+    return format(value, form) + ("" if error is None else f" ± {error:.3f}")
 
 
 def plot(summary: Record, path: str) -> None:
-    """Write a PNG: each benchmark's first metric against the share of the KV cache saved, a colour for each kind.
+    """Write a PNG: each benchmark's main metric against the share of the KV cache saved, a line for each kind.
 
-    Bars are standard errors, of the ratio to plain for a perplexity; a line joins the best of a kind at each share.
-    Raises MinisaError where matplotlib is missing, nothing is known or the file cannot be written.
+    Bars are standard errors, of the ratio to plain for a perplexity.
+    Raises MinisaError where matplotlib is missing or the file cannot be written.
     """
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    benchmarks = list(summary["variants"][0]["benchmarks"])
-    figure = Figure(figsize=(8 * len(benchmarks), 5), layout="constrained")
-    for axes, benchmark in zip(figure.subplots(1, len(benchmarks), squeeze=False)[0], benchmarks, strict=True):
-        _draw(axes, summary, benchmark)
+    figure = Figure(figsize=(8 * len(summary["items"]), 5), layout="constrained")
+    panels = figure.subplots(1, len(summary["items"]), squeeze=False)[0]
+    for axes, (benchmark, items) in zip(panels, summary["items"].items(), strict=True):
+        metrics = summary["variants"][0]["benchmarks"][benchmark]
+        metric = "acc_norm" if "acc_norm" in metrics else next(iter(metrics))
+        name = "ratio" if metric in EXPONENTIAL else "value"
+        points: dict[str, list[tuple[float, float, float]]] = {}  # kind → saved, value, its error
+        for row in summary["variants"]:
+            found = row["benchmarks"][benchmark][metric]
+            if found[name] is not None:
+                point = (100 * row["kv_saved"], found[name], found[f"{name}_stderr"] or 0.0)
+                points.setdefault(row["kind"], []).append(point)
+                if row["kind"] == "sa":  # the others' layers say little; a plan's name says which it is
+                    label = Path(row["variant"]).stem[:28]
+                    axes.annotate(label, point[:2], xytext=(6, 4), textcoords="offset points", fontsize=7)
+        for kind, found in points.items():
+            axes.errorbar(*zip(*sorted(found), strict=True), marker="o", capsize=3, label=kind)
+        axes.set_title(f"{summary['settings']['model']}: {benchmark}, {items} items")
+        axes.set(xlabel="KV cache saved, %", ylabel=f"{metric}, ratio to plain" if name == "ratio" else metric)
+        axes.grid(alpha=0.3)
+        axes.legend()
     save(figure, path)
-
-
-def _draw(axes: Any, summary: Record, benchmark: str) -> None:
-    from matplotlib.ticker import MaxNLocator, NullLocator
-
-    found = {row["variant"]: row["benchmarks"][benchmark] for row in summary["variants"]}
-    metric = next(iter(found["plain"]["metrics"]))
-    name, best = ("ratio", min) if metric in EXPONENTIAL else ("value", max)
-    known: dict[str, list[tuple[float, float, float, str]]] = {}  # kind → saved, value, its error, variant
-    for row in summary["variants"]:
-        measured = found[row["variant"]]["metrics"][metric]
-        if measured[name] is not None:
-            point = (100 * row["kv_saved"], measured[name], measured[f"{name}_stderr"] or 0.0, row["variant"])
-            known.setdefault(row["kind"], []).append(point)
-    if not known:
-        raise MinisaError(f"--plot: there is nothing to draw, {benchmark}'s {metric} is unknown for every variant")
-    for number, (kind, points) in enumerate(known.items()):
-        colour = COLOURS.get(kind, f"C{4 + number}")
-        saved, values, errors, names = zip(*points, strict=True)
-        axes.errorbar(saved, values, errors, marker="o", linestyle="none", capsize=3, label=kind, color=colour)
-        curve = {x: best(value for other, value, *_ in points if other == x) for x in sorted(saved)}
-        axes.plot(list(curve), list(curve.values()), color=colour, alpha=0.5)
-        for x, y, variant in zip(saved, values, names, strict=True):
-            if kind == "sa":  # the others' layers say little; a plan's name says which it is
-                label = Path(variant).stem[:28]
-                axes.annotate(label, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=7)
-    if name == "ratio":
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(MaxNLocator(10))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter("{x:.2f}")
-    if "plain" in known:
-        axes.axhline(known["plain"][0][1], color="black", linewidth=0.8, alpha=0.5)
-    axes.set(
-        xlabel="KV cache saved, %",
-        ylabel=f"{metric}, ratio to plain" if name == "ratio" else metric,
-        title=f"{summary['settings']['model']}: {benchmark}, {found['plain']['items']} items",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
