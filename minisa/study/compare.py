@@ -25,39 +25,33 @@ class Estimate:
 
     def exp(self) -> Estimate:
         """Of exp(value), to first order: a mean loss becomes a perplexity."""
-        value = exp(self.value)
-        return Estimate(value, value * self.stderr)
+        return Estimate(exp(self.value), exp(self.value) * self.stderr)
 
 
 def exp(value: float) -> float:
     """math.exp, infinite where that overflows."""
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf
+    return math.exp(value) if value < 709 else value * math.inf
 
 
 def ratio(items: Sequence[Pair]) -> Estimate:
     """Σ numerator / Σ denominator. NaN where no item counts."""
-    value = _ratio(items)
-    return Estimate(value, _standard_error(_residuals(items, value)))
+    value, residuals = _linearized(items)
+    return Estimate(value, _standard_error(residuals))
 
 
 def paired_difference(items: Sequence[Pair], reference: Sequence[Pair]) -> Estimate:
     """The ratio of `items` less that of `reference`, both over the same items in the same order."""
-    value, reference_value = _ratio(items), _ratio(reference)
-    residuals = zip(_residuals(items, value), _residuals(reference, reference_value), strict=True)
-    return Estimate(value - reference_value, _standard_error([mine - theirs for mine, theirs in residuals]))
+    (value, mine), (reference_value, theirs) = _linearized(items), _linearized(reference)
+    return Estimate(value - reference_value, _standard_error([a - b for a, b in zip(mine, theirs, strict=True)]))
 
 
-def _ratio(items: Sequence[Pair]) -> float:
-    total = math.fsum(denominator for _, denominator in items)
-    return math.fsum(numerator for numerator, _ in items) / total if total else math.nan
-
-
-def _residuals(items: Sequence[Pair], value: float) -> list[float]:
+def _linearized(items: Sequence[Pair]) -> tuple[float, list[float]]:
+    """The ratio, and each item's residual."""
     mean = math.fsum(denominator for _, denominator in items) / len(items)
-    return [(numerator - value * denominator) / mean if mean else math.nan for numerator, denominator in items]
+    if not mean:
+        return math.nan, [math.nan] * len(items)
+    value = math.fsum(numerator for numerator, _ in items) / len(items) / mean
+    return value, [(numerator - value * denominator) / mean for numerator, denominator in items]
 
 
 def _standard_error(values: Sequence[float]) -> float:

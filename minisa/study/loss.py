@@ -1,16 +1,26 @@
-"""What a model makes of text: the loss of every token, and perplexity."""
+"""How likely a model finds text: the loss of every token, perplexity, and log-likelihoods of answers."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minisa.cache import StaticCache
+from minisa.engine import LLM
+from minisa.errors import MinisaError
 from minisa.model import Transformer
+from minisa.runners.eager import prefill_chunks
+from minisa.study.compare import Pair
+from minisa.study.progress import Progress
 
 NO_NUMBERS = "the model's predictions are no numbers: its weights are damaged, or too large: fetch it again"
 ROWS = 512  # positions whose logits are held at once: 100 MB for a vocabulary of 49,152
+
+Scored = tuple[list[int], int]  # a text's token ids, and how many of its last ones are scored
+Score = tuple[float, bool]  # log p in nats of the scored tokens, and whether each of them is the likeliest
 
 
 @torch.inference_mode()
@@ -19,11 +29,33 @@ def token_losses(model: Transformer, windows: Tensor, batch: int = 4) -> Tensor:
 
     batch: windows run together.
     """
-    losses = []
-    for part in windows.split(batch):
-        hidden = final_hidden(model, part)
-        losses.append(losses_of(model, hidden, part).cpu())
-    return torch.cat(losses)
+    parts = windows.split(batch)
+    return torch.cat([losses_of(model, final_hidden(model, part), part).cpu() for part in parts])
+
+
+def losses_as_run(llm: LLM, window: Tensor) -> Tensor:
+    """token_losses of one window [length], by the model's runner and with its kind of cache: fp32 [length - 1]."""
+    logits = llm.logits(window.tolist())
+    return F.cross_entropy(logits[:-1], window[1:].to(logits.device), reduction="none").cpu()
+
+
+def window_scores(llm: LLM, windows: Tensor, as_run: bool = False, label: str = "perplexity") -> list[Pair]:
+    """The nats and the number of tokens, the first apart, of each of windows [N, length]; exp of the ratio of their
+    sums is the perplexity.
+
+    as_run: whether the model's runner computes them, and not PyTorch. label: what the progress line says.
+    """
+    scores: list[Pair] = []
+    with Progress(label, len(windows)) as progress:
+        for part in windows.split(4):
+            losses = (
+                torch.stack([losses_as_run(llm, window) for window in part])
+                if as_run
+                else token_losses(llm.model, part)
+            )
+            scores += [(row.double().sum().item(), float(len(row))) for row in losses]
+            progress.update(len(scores))
+    return scores
 
 
 def perplexity(losses: Tensor) -> float:
@@ -58,3 +90,43 @@ def losses_of(model: Transformer, hidden: Tensor, windows: Tensor) -> Tensor:
         for rows, wanted in zip(flat.split(ROWS), targets.split(ROWS), strict=True)
     ]
     return torch.cat(losses).view(len(windows), -1)
+
+
+@torch.inference_mode()
+def score(model: Transformer, texts: Sequence[Scored]) -> list[Score]:
+    """Scores of texts together; the tokens that all begin with are fed once.
+
+        texts     A B C D E x y | A B C D E z      x, y and z are scored
+        prefix    A B C D       fed once
+        rows      E x | E       the tokens left but the last, padded on the right; E and x predict what is scored
+
+    Raises MinisaError for logits that are not finite.
+    """
+    first, device = texts[0][0], model.norm.weight.device
+    limit = min(len(ids) - scored - 1 for ids, scored in texts)
+    shared = next((i for i in range(limit) if any(ids[i] != first[i] for ids, _ in texts)), limit)
+    longest = max(len(ids) for ids, _ in texts) - 1 - shared
+    rows = [ids[shared:-1] + [0] * (longest - len(ids[shared:-1])) for ids, _ in texts]
+    cache = window_cache(model, len(texts), shared + longest)
+    if shared:
+        once = window_cache(model, 1, shared)
+        for _ in prefill_chunks(model, torch.tensor([first[:shared]], device=device), 0, once):
+            pass
+        cache.keys[:, :, :, :shared] = once.keys  # [layers, rows, heads, slots, head_dim]
+        cache.values[:, :, :, :shared] = once.values
+    fed = prefill_chunks(model, torch.tensor(rows, device=device), shared, cache)
+    hidden = torch.cat(list(fed), dim=1)  # [rows, longest, dim]
+    scores = []
+    for (ids, scored), states in zip(texts, hidden, strict=True):
+        end = len(ids) - 1 - shared
+        targets = torch.tensor(ids[-scored:], device=device)
+        total, greedy = 0.0, True
+        for part, wanted in zip(states[end - scored : end].split(ROWS), targets.split(ROWS), strict=True):
+            logits = model.head(part).float()
+            log_p = logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
+            if not log_p.isfinite().all():
+                raise MinisaError(NO_NUMBERS)
+            total += log_p.double().sum().item()
+            greedy &= bool((logits.argmax(1) == wanted).all())
+        scores.append((total, greedy))
+    return scores

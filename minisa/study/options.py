@@ -12,21 +12,13 @@ from minisa.console import OutputFile
 FILE = click.Path(dir_okay=False)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-
-class _Seed(click.ParamType):
-    """What torch takes for a seed: a whole number of 64 bits. Help need not spell out the range."""
-
-    name = "integer"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return click.IntRange(-(1 << 63), (1 << 63) - 1).convert(value, param, ctx)
-
-
 TEXTS = click.option(
     "--text", "texts", type=FILE, multiple=True, required=True, help="UTF-8 text; may be given repeatedly."
 )
 LENGTH = click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
-SEED = click.option("--seed", type=_Seed(), default=0, show_default=True, help="Draws the windows of text.")
+SEED = click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Draws the windows of text."
+)
 PLAN = click.option(
     "--sa",
     required=True,

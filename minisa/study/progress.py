@@ -11,7 +11,7 @@ EVERY = 30.0  # seconds between lines where stderr is no terminal
 class Progress:
     """A line on stderr: label, share done, time left. Rewritten in place on a terminal, else one every 30 seconds.
 
-    total: units of work; choose units that take about the same time each.
+    total: units of work; choose units that take about the same time each. `with` takes the line away in the end.
     """
 
     def __init__(self, label: str, total: float) -> None:
@@ -24,21 +24,22 @@ class Progress:
         """`done` of the total units; total: where it is known better by now."""
         now = time.monotonic()
         self._total = total or self._total
-        if done <= 0 or now - self._shown < (0.2 if self._terminal else EVERY):
-            return
-        self._shown = now
-        left = (now - self._began) / done * (self._total - done)
-        self._write(f"{self._label}: {done / self._total:.0%}, {duration(left)} left")
+        if done > 0 and now - self._shown >= (0.2 if self._terminal else EVERY):
+            self._shown = now
+            left = (now - self._began) / done * (self._total - done)
+            text = f"{self._label}: {done / self._total:.0%}, {duration(left)} left"
+            print(f"\r\x1b[K{text}" if self._terminal else f"{text}\n", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Take the line off a terminal."""
         if self._terminal:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    def _write(self, text: str) -> None:
-        sys.stderr.write(f"\r\x1b[K{text}" if self._terminal else text + "\n")
-        sys.stderr.flush()
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def duration(seconds: float) -> str:

@@ -1,130 +1,119 @@
-"""Results item by item in a file of JSON lines, so that an evaluation goes on where it was interrupted.
-
-{"settings": {"task": "piqa", "model": …, "data_sha256": …, …}}
-{"variant": "plain", "identity": "none"}
-{"variant": "plain", "item": 12, "scores": {"acc": [1.0, 1.0], …}, …}
-"""
+"""What an evaluation found: one record, printed as tables, written as JSON, drawn as quality against bytes saved."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
-from collections.abc import Sequence
-from contextlib import suppress
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from minisa.errors import MinisaError
-from minisa.files import read_text
+from minisa.benchmark.plot import check_matplotlib, save
+from minisa.config import ModelConfig
+from minisa.study.compare import Pair, paired_difference, ratio
+from minisa.study.variants import Variant
 
 Record = dict[str, Any]
-LARGEST = 1e15  # that a score can be: its sums and squares are numbers still
+Scores = Mapping[str, Mapping[str, Sequence[Pair]]]  # benchmark → metric → one pair for each item
+
+EXPONENTIAL = ("perplexity",)  # metrics that are exp of a mean; they are compared by their ratio
 
 
-class Results:
-    """Records by variant and item. With a path, everything added is in the file at once.
+def summarize(
+    settings: Record, config: ModelConfig, variants: Sequence[Variant], scores: Mapping[str, Scores]
+) -> Record:
+    """The settings, the items of each benchmark, and for each variant the bytes it saves and its metrics.
 
-    settings: what all records of a file have in common. metrics: the scores that each has. Raises MinisaError for a
-    file of other settings, naming the first that differs, for one that is no such file, and for one that is open yet.
+    scores: those of each variant's name, on the same items in the same order. A metric's record has its "value", and
+    how that differs from the first variant's as "difference", or "ratio" for a perplexity; each with a standard error,
+    which for the latter two is that of the paired differences. null is unknown.
     """
-
-    def __init__(self, path: Path | None, settings: Record, metrics: Sequence[str] = ()) -> None:
-        self._path = path
-        self._metrics = metrics
-        self._identities: dict[str, str] = {}
-        self._records: dict[str, dict[int, Record]] = {}
-        self._file: IO[str] | None = None
-        if path is not None:
-            try:
-                self._take_up(path, settings)
-            except BaseException:
-                self.close()
-                raise
-
-    def variant(self, name: str, identity: str) -> dict[int, Record]:
-        """What is known of a variant, by item. identity: what the name stands for, e.g. a plan file's sha256.
-
-        Raises MinisaError where the name stood for something else.
-        """
-        if name not in self._identities:
-            self._identities[name] = identity
-            self._write({"variant": name, "identity": identity})
-        elif self._identities[name] != identity:
-            raise MinisaError(f"{self._path}: {name} has changed since: delete the file or take another --json")
-        return self._records.setdefault(name, {})
-
-    def add(self, variant: str, item: int, record: Record) -> None:
-        self._records[variant][item] = record
-        self._write({"variant": variant, "item": item, **record})
-
-    def close(self) -> None:
-        if self._file is not None:
-            with suppress(OSError):  # of a line that _write has said it cannot write
-                self._file.close()
-
-    def _take_up(self, path: Path, settings: Record) -> None:
-        try:
-            if path.exists() and not path.is_file():  # a pipe would be waited for
-                raise OSError(errno.EINVAL, "not a file")
-            self._file = path.open("a", encoding="utf-8")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
-            *whole, rest = read_text(path).split("\n")  # the rest is empty, or a line that was cut
-            if not whole and not json.dumps({"settings": settings}).startswith(rest):
-                raise self._foreign(1)
-            for number, line in enumerate(whole, 1):
-                self._read(line, number, settings)
-            if rest:
-                self._file.truncate(self._file.tell() - len(rest.encode()))
-        except BlockingIOError as error:
-            raise MinisaError(f"{path}: another eval is at work on it: wait, or take another --json") from error
-        except OSError as error:
-            raise MinisaError(f"{path}: cannot keep results there: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise self._foreign(1) from error
-        if not whole:
-            self._write({"settings": settings})
-
-    def _write(self, line: Record) -> None:
-        if self._file is not None:
-            try:
-                self._file.write(json.dumps(line) + "\n")
-                self._file.flush()
-            except OSError as error:
-                raise MinisaError(f"{self._path}: cannot keep results there: {error.strerror}") from error
-
-    def _read(self, line: str, number: int, settings: Record) -> None:
-        try:
-            record = json.loads(line)
-            if number == 1:
-                self._check(record["settings"], settings)
-            elif "identity" in record:
-                self._identities[record["variant"]] = record["identity"]
-            else:
-                name, item, scores = record.pop("variant"), record.pop("item"), record["scores"]
-                complete = scores.keys() >= set(self._metrics) and all(map(_is_score, scores.values()))
-                if type(item) is not int or item < 0 or not complete:
-                    raise ValueError("not the record of an item")
-                self._records.setdefault(name, {})[item] = record
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._foreign(number) from error
-
-    def _check(self, found: Record, settings: Record) -> None:
-        for key, value in settings.items():
-            if found.get(key) != value:
-                raise MinisaError(
-                    f"{self._path} was made with {key} {found.get(key)!r}, now it is {value!r}: "
-                    "delete the file or take another --json"
-                )
-
-    def _foreign(self, number: int) -> MinisaError:
-        return MinisaError(f"{self._path}, line {number}: not results of eval: delete the file or take another --json")
+    plain = scores[variants[0].name]
+    items = {name: len(next(iter(metrics.values()))) for name, metrics in plain.items()}
+    rows = [
+        {
+            "variant": variant.name,
+            "kind": variant.kind,
+            "plan": str(variant.plan),
+            "kv_bytes_per_token": variant.kv_bytes(config),
+            "kv_saved": variant.saved(config),
+            "benchmarks": {
+                name: {metric: _metric(metric, pairs, plain[name][metric]) for metric, pairs in metrics.items()}
+                for name, metrics in scores[variant.name].items()
+            },
+        }
+        for variant in variants
+    ]
+    return {"settings": settings, "items": items, "variants": rows}
 
 
-def _is_score(pair: Any) -> bool:
-    """A numerator and a denominator; NaN is what a model leaves whose numbers overflow."""
-    return (
-        isinstance(pair, list)
-        and len(pair) == 2
-        and all(type(number) in (int, float) and not abs(number) > LARGEST for number in pair)
+def _metric(metric: str, mine: Sequence[Pair], reference: Sequence[Pair]) -> Record:
+    value, difference = ratio(mine), paired_difference(mine, reference)
+    named = {"value": value, "difference": difference}
+    if metric in EXPONENTIAL:
+        named = {"value": value.exp(), "ratio": difference.exp()}
+    record = {}
+    for name, estimate in named.items():
+        record |= {name: finite(estimate.value), f"{name}_stderr": finite(estimate.stderr)}
+    return record
+
+
+def finite(value: float) -> float | None:
+    """None for what JSON has no number for."""
+    return value if math.isfinite(value) else None
+
+
+def table(summary: Record, benchmark: str) -> str:
+    """One line a variant: bytes saved, each metric, and its paired difference from (or ratio to) the first variant."""
+    lines = [["", "KV saved"]]
+    for metric in summary["variants"][0]["benchmarks"][benchmark]:
+        lines[0] += [metric, "× plain" if metric in EXPONENTIAL else "− plain"]
+    for row in summary["variants"]:
+        lines.append([row["variant"], f"{row['kv_saved']:.1%}"])
+        for metric, found in row["benchmarks"][benchmark].items():
+            compared = ("ratio", ".3f") if metric in EXPONENTIAL else ("difference", "+.3f")
+            lines[-1] += [_with_error(found, "value", ".3f"), _with_error(found, *compared) if len(lines) > 2 else ""]
+    first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        f"{line[0]:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], others, strict=True))
+        for line in lines
     )
+
+
+def _with_error(found: Record, name: str, form: str) -> str:
+    value, error = found[name], found[f"{name}_stderr"]
+    if value is None:
+        return "unknown"
+    return format(value, form) + ("" if error is None else f" ± {error:.3f}")
+
+
+def plot(summary: Record, path: str) -> None:
+    """Write a PNG: each benchmark's main metric against the share of the KV cache saved, a line for each kind.
+
+    Bars are standard errors, of the ratio to plain for a perplexity.
+    Raises MinisaError where matplotlib is missing or the file cannot be written.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8 * len(summary["items"]), 5), layout="constrained")
+    panels = figure.subplots(1, len(summary["items"]), squeeze=False)[0]
+    for axes, (benchmark, items) in zip(panels, summary["items"].items(), strict=True):
+        metrics = summary["variants"][0]["benchmarks"][benchmark]
+        metric = "acc_norm" if "acc_norm" in metrics else next(iter(metrics))
+        name = "ratio" if metric in EXPONENTIAL else "value"
+        points: dict[str, list[tuple[float, float, float]]] = {}  # kind → saved, value, its error
+        for row in summary["variants"]:
+            found = row["benchmarks"][benchmark][metric]
+            if found[name] is not None:
+                point = (100 * row["kv_saved"], found[name], found[f"{name}_stderr"] or 0.0)
+                points.setdefault(row["kind"], []).append(point)
+                if row["kind"] == "sa":  # the others' layers say little; a plan's name says which it is
+                    label = Path(row["variant"]).stem[:28]
+                    axes.annotate(label, point[:2], xytext=(6, 4), textcoords="offset points", fontsize=7)
+        for kind, found in points.items():
+            axes.errorbar(*zip(*sorted(found), strict=True), marker="o", capsize=3, label=kind)
+        axes.set_title(f"{summary['settings']['model']}: {benchmark}, {items} items")
+        axes.set(xlabel="KV cache saved, %", ylabel=f"{metric}, ratio to plain" if name == "ratio" else metric)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    save(figure, path)

@@ -11,9 +11,9 @@ from minisa.device import dtype_name
 from minisa.models.registry import resolve
 from minisa.study.cheapest import KEPT, cheapest
 from minisa.study.compare import exp
-from minisa.study.evaluation_report import finite
 from minisa.study.options import LENGTH
 from minisa.study.progress import Progress
+from minisa.study.results import finite
 from minisa.study.text import sha256_of, windows
 from minisa.study.variants import parse_variants
 

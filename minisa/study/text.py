@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisa import files as untrusted
+from minisa import files
 from minisa.engine import LLM
 from minisa.errors import MinisaError
 from minisa.text.tokenizer import check_ids
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file. MinisaError if it cannot be read."""
+    """The text of a UTF-8 file. Raises MinisaError if it cannot be read."""
     try:
-        return untrusted.read_text(Path(path))
+        return files.read_text(Path(path))
     except OSError as error:
         raise MinisaError(f"{path}: cannot read the text: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -25,9 +25,9 @@ def read_text(path: str | Path) -> str:
 
 
 def sha256_of(path: str | Path) -> str:
-    """The sha256 of a file's bytes, for provenance. MinisaError if it cannot be read."""
+    """The sha256 of a file's bytes, for provenance. Raises MinisaError if it cannot be read."""
     try:
-        return untrusted.sha256_of(Path(path))
+        return files.sha256_of(Path(path))
     except OSError as error:
         raise MinisaError(f"{path}: cannot read the file: {error.strerror}") from error
 
@@ -35,7 +35,7 @@ def sha256_of(path: str | Path) -> str:
 def sample(llm: LLM, paths: Sequence[str | Path], length: int, counts: Sequence[int], seed: int) -> list[Tensor]:
     """Windows [count, length] for each of counts, drawn by the seed from all the texts together, and all the rest.
 
-    Raises MinisaError where the texts have not so many.
+    Raises MinisaError where the texts do not have as many.
     """
     pool = torch.cat([windows(llm, path, length) for path in paths])
     if sum(counts) > len(pool):
@@ -52,20 +52,18 @@ def windows(llm: LLM, path: str | Path, length: int, limit: int | None = None) -
 
     limit: at most so many windows. What is left at the end is dropped. Where the model's maker begins a text with BOS
     every window does, and holds one token of text less.
-    Raises MinisaError where the text is too short for a single window, or has tokens that the model has not.
+    Raises MinisaError where the text is too short for a single window, or has tokens outside the model's vocabulary.
     """
-    tokenizer = llm.tokenizer
-    bos = tokenizer.bos_ids
+    bos = llm.tokenizer.bos_ids
     if not len(bos) + 2 <= length <= llm.config.longest_seq_len:
         raise MinisaError(f"windows of {length} tokens: expected {len(bos) + 2} to {llm.config.longest_seq_len}")
-    encoded = tokenizer.encode(read_text(path))
-    check_ids(bos + encoded, llm.config.vocab_size, f"{path}, by the model's tokenizer,")
-    ids = torch.tensor(encoded, dtype=torch.int64)
-    step = length - len(bos)
-    cut = ids[: len(ids) // step * step].view(-1, step)[:limit]
-    if not len(cut):
+    ids = llm.tokenizer.encode(read_text(path))
+    check_ids(bos + ids, llm.config.vocab_size, f"{path}, by the model's tokenizer,")
+    cut = torch.tensor(ids).split(length - len(bos))
+    whole = [torch.cat((torch.tensor(bos, dtype=torch.int64), part)) for part in cut if len(part) + len(bos) == length]
+    if not whole:
         raise MinisaError(f"{path}: {len(ids)} tokens give no window of {length}: take a longer text")
-    return torch.cat((torch.tensor(bos, dtype=torch.int64).expand(len(cut), -1), cut), dim=1)
+    return torch.stack(whole[:limit])
 
 
 def echoing(windows: Tensor, n_bos: int = 0) -> Tensor:

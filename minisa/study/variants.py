@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
 
 from minisa.config import ModelConfig
 from minisa.engine import LLM
@@ -19,11 +18,7 @@ PLAIN = "plain"
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A model with a plan, a rival's changes, or neither.
-
-    name: as it was given. sa: what `minisa.load` takes for the plan. identity: of what the variant is, wherever its
-    files lie; another one once a file that it names has changed.
-    """
+    """A model with a plan, a rival's changes, or neither. name: as given. sa: what `minisa.load` takes for the plan."""
 
     name: str
     sa: str | None
@@ -31,23 +26,10 @@ class Variant:
     rival: Rival
 
     @property
-    def identity(self) -> str:
-        rival, delta = self.rival, self.plan.delta
-        plan = replace(self.plan, delta=None)
-        content = (plan, sorted(rival.dropped), sorted(rival.borrowed.items()), rival.int8)
-        if delta is not None:
-            content += (delta.sha256,)  # type: ignore[assignment]
-        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-
-    @property
     def kind(self) -> str:
         """For people and plots: plain, sa, drop, cla or kv-int8, or two of them with a plus."""
-        kinds = {
-            "sa": self.plan.followers,
-            "drop": self.rival.dropped,
-            "cla": self.rival.borrowed,
-            "kv-int8": self.rival.int8,
-        }
+        rival = self.rival
+        kinds = {"sa": self.plan.followers, "drop": rival.dropped, "cla": rival.borrowed, "kv-int8": rival.int8}
         return "+".join(kind for kind, present in kinds.items() if present) or PLAIN
 
     def kv_bytes(self, config: ModelConfig) -> int:
@@ -59,32 +41,18 @@ class Variant:
         return 1 - self.kv_bytes(config) / slot_bytes(config, SharingPlan.none(config.n_layers))
 
 
-def plan_of(rival: str) -> tuple[str | None, str]:
-    """The plan that a --rival names, sa:PLAN, and what stands after its plus; None for a rival without one."""
-    if not rival.startswith("sa:"):
-        return None, rival.partition("+")[2]
-    plan = rival.removeprefix("sa:")
-    if plan.endswith(".json") or "+" not in plan:  # a path may hold a plus of its own
-        return plan, ""
-    plan, _, rest = plan.rpartition("+")
-    return plan, rest
-
-
 def parse_variants(
     plans: Sequence[str], rivals: Sequence[str], config: ModelConfig, entry: ModelEntry | None
 ) -> list[Variant]:
-    """The plain model, then those of --sa and those of --rival. MinisaError for what the model cannot be."""
+    """The plain model, then those of --sa and those of --rival. Raises MinisaError for what the model cannot be."""
     none = SharingPlan.none(config.n_layers)
     variants = [Variant(PLAIN, None, none, Rival())]
-    for sa in plans:
-        variants.append(Variant(sa, sa, choose_plan(sa, config, entry), Rival()))
+    variants += [Variant(sa, sa, choose_plan(sa, config, entry), Rival()) for sa in plans]
     for text in rivals:
-        shared, rest = plan_of(text)
-        if shared is not None:
-            rival = Rival.parse(rest, config.n_layers) if rest else Rival()
-            if rival.dropped or rival.borrowed:
-                raise MinisaError(f"--rival {text}: only kv-int8 goes with a plan of attention sharing")
-            variants.append(Variant(text, shared, choose_plan(shared, config, entry), rival))
+        if text.startswith("sa:"):
+            sa = text.removeprefix("sa:").removesuffix("+kv-int8")
+            rival = Rival(int8=text.endswith("+kv-int8"))
+            variants.append(Variant(text, sa, choose_plan(sa, config, entry), rival))
         else:
             variants.append(Variant(text, None, none, Rival.parse(text, config.n_layers)))
     names = [variant.name for variant in variants]
@@ -94,28 +62,15 @@ def parse_variants(
     return variants
 
 
-class Models:
-    """Opens variants one after the other, one model in memory at a time; rivals without a plan share one.
+def opened(variants: Sequence[Variant], load: Callable[[str | None], LLM]) -> Iterator[tuple[Variant, LLM]]:
+    """Each variant with its model, plain first, one model in memory at a time if the caller keeps none.
 
-    load: an LLM for what `sa` says.
+    load: an LLM for what `sa` says; variants of one `sa` share it.
     """
-
-    def __init__(self, load: Callable[[str | None], LLM]) -> None:
-        self._load = load
-        self._llm: LLM | None = None
-        self._sa: str | None = None
-
-    def plain(self) -> LLM:
-        return self._open(None)
-
-    @contextmanager
-    def opened(self, variant: Variant) -> Iterator[LLM]:
-        llm = self._open(variant.sa)
-        with altered(llm.model, variant.rival):
-            yield llm
-
-    def _open(self, sa: str | None) -> LLM:
-        if self._llm is None or self._sa != sa:
-            self._llm = None  # its memory first
-            self._llm, self._sa = self._load(sa), sa
-        return self._llm
+    by_plan = sorted(variants, key=lambda variant: variant.sa or "")
+    for sa, group in groupby(by_plan, key=lambda variant: variant.sa):
+        llm = load(sa)
+        for variant in group:
+            with altered(llm.model, variant.rival):
+                yield variant, llm
+        del llm  # before the next is loaded
