@@ -25,12 +25,13 @@ def open_library() -> ctypes.CDLL | None:
     target = _folder() / f"step-{_key(compiler)}.so"
     try:
         if not target.exists():
-            print("minisa: building the C++ step for this processor, once: some seconds", file=sys.stderr, flush=True)
+            print("minisa: building the C++ step for this processor (once; it takes some seconds)", file=sys.stderr)
             _build(compiler, target)
         library = ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError) as error:
-        details = (getattr(error, "stderr", "") or str(error)).splitlines()[0]
-        print(f"minisa: no C++ step, PyTorch runs instead: {details}", file=sys.stderr, flush=True)
+        lines = (getattr(error, "stderr", "") or str(error)).splitlines()
+        why = next((line for line in lines if "error" in line), lines[0])
+        print(f"minisa: no C++ step, PyTorch runs instead: install g++ or set CXX ({why})", file=sys.stderr)
         return None
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.engine_open.argtypes, library.engine_open.restype = [pointer, integer, integer], pointer
