@@ -45,7 +45,8 @@ def runs_kernels(device: torch.device) -> bool:
 
 def choose_device(name: str = "auto") -> torch.device:
     """ "auto" is CUDA where there is one, else Apple's GPU, else the CPU. MinisaError if the one named is absent."""
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    counts = {"cuda": n_gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
         return torch.device(next(kind for kind, count in counts.items() if count))
     try:
@@ -54,7 +55,7 @@ def choose_device(name: str = "auto") -> torch.device:
     except (RuntimeError, TypeError, KeyError):
         raise MinisaError(f"--device {name!r} is not a device: expected auto, cpu, cuda, cuda:N or mps") from None
     if (device.index or 0) >= count:
-        raise MinisaError(f"--device {name}: torch finds {count} of them here, counted from 0; try --device cpu")
+        raise MinisaError(f"--device {name}: torch has {count or 'no'} {device.type} devices here; try --device cpu")
     return device
 
 

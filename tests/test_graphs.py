@@ -7,7 +7,6 @@ import gc
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 
 pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux')
 
-from minisa.benchmark.selfcheck import _logits_of_pieces
 from minisa.cache import StaticCache
 from minisa.generation.sampling import Chooser
 from minisa.model import Transformer
@@ -33,7 +31,7 @@ SAMPLED = {"temperature": 0.8, "seed": 5, "top_k": 40, "top_p": 0.9, "min_p": 0.
 
 
 @pytest.fixture
-def recorder() -> Iterator[Recorder]:
+def recorder() -> Recorder:
     return Recorder()
 
 
@@ -82,11 +80,7 @@ def test_the_context_s_end_and_the_cache_that_was_kept(recorder: Recorder) -> No
         assert found[-1].finish_reason == "context"
         assert found[-1].stats is not None and expected[-1].stats is not None
         assert found[-1].stats.reused_tokens == expected[-1].stats.reused_tokens
-
-
-def test_a_prompt_that_fills_the_context_beside_one_that_does_not(recorder: Recorder) -> None:
-    plain, graphs = llm_of(max_seq_len=24), graph_llm(recorder, max_seq_len=24)
-    found = list(graphs.generate(["y" * 24, "x"]))
+    found = list(graphs.generate(["y" * 24, "x"]))  # one row ends at once, the other goes on
     assert len(tokens_of(found, 0)) == 1
     assert tokens_of(found, 1) == tokens_of(plain.generate("x"))
 
@@ -121,7 +115,7 @@ def test_guesses_are_verified_in_one_graph(
     confirm = Chooser.confirm
 
     def spy(choose: Chooser, logits: torch.Tensor, *rest: Any) -> list[int]:
-        assert len(logits) == AHEAD
+        assert len(logits) == AHEAD <= MAX_QUERIES
         tokens = confirm(choose, logits, *rest)
         confirmed.append(len(tokens))
         return tokens
@@ -132,14 +126,6 @@ def test_guesses_are_verified_in_one_graph(
         assert found == tokens_of(llm_of(PLANS[plan]).generate(prompt, **options))
     assert min(confirmed) < AHEAD == max(confirmed)  # wrong ones and right ones
     assert recorder.recorded == 2  # steps and guesses
-
-
-def test_selfcheck_s_pieces(recorder: Recorder) -> None:
-    """What `python -m minisa selfcheck` asks of a GPU's runner."""
-    plain, graphs = llm_of(max_seq_len=300), graph_llm(recorder, max_seq_len=300)
-    expected, found = (_logits_of_pieces(llm, llm.runner) for llm in (plain, graphs))
-    assert recorder.recorded == 1
-    torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=0)
 
 
 def test_a_ring_is_not_guessed_ahead_of(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,18 +145,6 @@ def test_a_gpu_that_is_not_the_current_one() -> None:
     found = tokens_of(llm.generate("x", max_new_tokens=12))
     assert torch.cuda.current_device() == 0
     assert found == tokens_of(llm_of(plan).generate("x", max_new_tokens=12))
-
-
-def test_an_answer_broken_off_and_another_begun(recorder: Recorder) -> None:
-    plain, graphs = llm_of(), graph_llm(recorder)
-    for llm in (plain, graphs):
-        chunks = llm.generate("begun and left", max_new_tokens=20)
-        for _ in range(5):
-            next(chunks)
-        chunks.close()  # type: ignore[attr-defined]
-    assert text_of(graphs.generate("begun and left alone", max_new_tokens=8)) == text_of(
-        plain.generate("begun and left alone", max_new_tokens=8)
-    )
 
 
 def test_another_cache_gets_a_graph_of_its_own(recorder: Recorder) -> None:
@@ -242,7 +216,3 @@ def test_prompts_compiled_once_for_any_length() -> None:
     """As on a GPU, a quantized head too; and when the model is gone, so are its weights."""
     script = "from tests.test_graphs import compare_prompts_compiled_with_eager as compare; compare()"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
-
-
-def test_the_kernels_take_as_many_queries_as_are_verified() -> None:
-    assert MAX_QUERIES >= AHEAD

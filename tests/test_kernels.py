@@ -1,28 +1,22 @@
-"""The Triton kernels against the reference: on a GPU where there is one, else in Triton's interpreter."""
+"""The Triton kernels, attention against the reference and products against the matrix dequantized: on a GPU where there
+is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton", reason='needs pip install "minisa[test]", on Linux')
 
 from minisa.attention import HeadMap
-from minisa.benchmark.selfcheck import BOUNDS, attention_errors, attention_tensors
+from minisa.benchmark.selfcheck import BOUNDS, attention_errors, attention_tensors, product_error
+from minisa.quantize import Format, quantize
 from minisa.runners.kernels.decode_attention import BLOCK, KERNELS
+from minisa.runners.kernels.quantized_product import multiply_row, quantized_product
 from tests.engines import DEVICE
 
 LENGTHS = (1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 7)
-
-
-def compare(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    positions: Tensor,
-    head_map: HeadMap | None,
-    window: int | None = None,
-) -> None:
-    assert max(attention_errors(*tensors, positions, head_map, window)) < BOUNDS[tensors[0].dtype]
+HEAD_MAP = HeadMap.of([5, 0, 3, 3, 1, 2], 2, DEVICE)
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["identity", "head map"])
@@ -32,15 +26,16 @@ def test_lengths_and_groups(n_heads: int, n_kv_heads: int, head_dim: int, length
     tensors = attention_tensors(1, n_heads, n_kv_heads, head_dim, torch.float32, DEVICE)
     heads_of = [(head * 5 + 2) % n_heads for head in range(n_heads)]
     head_map = HeadMap.of(heads_of, n_kv_heads, DEVICE) if mapped else None
-    compare(tensors, torch.tensor([length - 1], device=DEVICE), head_map)
+    errors = attention_errors(*tensors, torch.tensor([length - 1], device=DEVICE), head_map, None)
+    assert max(errors) < BOUNDS[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("window", [None, 1, BLOCK + 3])
 def test_dtypes_ragged_rows_and_windows(dtype: torch.dtype, window: int | None) -> None:
     tensors = attention_tensors(5, 6, 2, 64, dtype, DEVICE)
-    head_map = HeadMap.of([5, 0, 3, 3, 1, 2], 2, DEVICE)
-    compare(tensors, torch.tensor(LENGTHS, device=DEVICE) - 1, head_map, window)
+    errors = attention_errors(*tensors, torch.tensor(LENGTHS, device=DEVICE) - 1, HEAD_MAP, window)
+    assert max(errors) < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn])
@@ -54,13 +49,12 @@ def test_a_ring_gives_what_slots_in_order_give(kv_dtype: torch.dtype) -> None:
         for ring, kv in zip(rings, straight, strict=True):
             for p in range(position + 1):
                 ring[row, :, p % slots] = kv[row, :, p]
-    head_map = HeadMap.of([5, 0, 3, 3, 1, 2], 2, DEVICE)
-    assert max(attention_errors(q, *rings, positions, head_map, window, ring=True)) < BOUNDS[torch.float32]
+    assert max(attention_errors(q, *rings, positions, HEAD_MAP, window, ring=True)) < BOUNDS[torch.float32]
     found = []
     for k, v, v_own in (rings, straight):
         visible = KERNELS.visible(positions[:, None], k.shape[2], window, k.shape[2] == slots)
         mixed, shared = KERNELS.lead(q, k, v, visible)
-        found.append(torch.cat((mixed, KERNELS.follow(shared, v_own, head_map))))
+        found.append(torch.cat((mixed, KERNELS.follow(shared, v_own, HEAD_MAP))))
     assert (found[0] - found[1]).norm() / found[1].norm() < BOUNDS[torch.float32]
 
 
@@ -71,8 +65,7 @@ def test_several_queries_of_a_row(window: int | None, mapped: bool) -> None:
     _, *kv = attention_tensors(2, 6, 2, 64, torch.float32, DEVICE)
     q = torch.randn(2, 6, 5, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     positions = torch.tensor([[BLOCK - 2], [2 * BLOCK]], device=DEVICE) + torch.arange(5, device=DEVICE)
-    head_map = HeadMap.of([5, 0, 3, 3, 1, 2], 2, DEVICE) if mapped else None
-    assert max(attention_errors(q, *kv, positions, head_map, window)) < BOUNDS[torch.float32]
+    assert max(attention_errors(q, *kv, positions, HEAD_MAP if mapped else None, window)) < BOUNDS[torch.float32]
 
 
 def test_slots_beyond_the_position_are_never_seen() -> None:
@@ -109,3 +102,33 @@ def test_every_fp8_number_is_read_as_torch_reads_it() -> None:
     first = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
     mixed, _ = KERNELS.lead(q, torch.zeros_like(numbers).view_as(v), v, KERNELS.visible(first, 1, None))
     assert torch.equal(mixed, v.float())
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(("n", "k"), [(64, 256), (33, 32), (70, 416), (5, 2048)])
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_product_equals_the_dequantized_one(format: Format, n: int, k: int, dtype: torch.dtype) -> None:
+    assert product_error(format, n, k, dtype, DEVICE) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_a_product_s_shape_and_dtype(dtype: torch.dtype) -> None:
+    blocks = quantize(torch.randn(7, 64).to(DEVICE), "int8")
+    found = quantized_product(torch.randn(1, 1, 64).to(DEVICE, dtype), blocks.quants, blocks.scales, None)
+    assert (found.shape, found.dtype) == ((1, 1, 7), dtype)
+
+
+def test_packed_blocks_are_the_same_in_half_the_bytes() -> None:
+    blocks = quantize(torch.randn(8, 96), "int4")
+    packed = blocks.packed()
+    assert packed.quants.nbytes * 2 == blocks.quants.nbytes
+    assert torch.equal(packed.dequantize(), blocks.dequantize())
+    assert packed.packed() is packed
+    eight_bits = quantize(torch.randn(8, 96), "int8")
+    assert eight_bits.packed() is eight_bits
+
+
+def test_the_compiler_sees_a_product_as_one_operation() -> None:
+    """With a shape it can reason about, so that a layer compiles whole around it."""
+    blocks = quantize(torch.randn(64, 64), "int8")
+    torch.library.opcheck(multiply_row, (torch.randn(16, 2, 2), blocks.quants, blocks.scales, None))

@@ -28,26 +28,22 @@ def compile_for(capability: int) -> None:
     types = {"bf16": triton.language.bfloat16, "fp16": triton.language.float16, "fp32": triton.language.float32}
     block = decode_attention.BLOCK
     cases = []
+    options = [("bf16", fp8, window, True) for fp8 in (False, True) for window in (0, 4096)]
     for dtype, fp8, window, mapped in (
-        ("bf16", False, 0, True),
+        *options,
         ("bf16", False, 0, False),
-        ("bf16", True, 0, True),
-        ("bf16", False, 4096, True),
-        ("bf16", True, 4096, True),
         ("fp16", False, 0, True),
         ("fp32", False, 0, True),
     ):
-        common = {**sizes, "WINDOW": window, "RING": window and window + SLACK, "FP8": fp8}
+        common = sizes | {"WINDOW": window, "RING": window and window + SLACK, "FP8": fp8}
         common["BLOCK"] = block // 2 if dtype == "fp32" else block
-        if mapped:
-            cases.append((decode_attention._lead, common, dtype, fp8))
+        cases.append((decode_attention._lead, common, dtype, fp8))
         cases.append((decode_attention._follow, common | {"MAPPED": mapped, "DTYPE": types[dtype]}, dtype, fp8))
-    for normalized in (False, True):
-        merge = {"HEAD_DIM": 128, "DIMS": 128, "PARTS": 64, "NORMALIZED": normalized}
-        cases.append((decode_attention._merge, merge, "bf16", False))
-    for int4 in (False, True):
-        sizes = {"n_blocks": 448, "BLOCK_N": 1, "BLOCKS": 128, "BITS": 4 if int4 else 8}
-        cases.append((quantized_product._multiply_row.fn, sizes, "fp32", int4))
+    merge = {"HEAD_DIM": 128, "DIMS": 128, "PARTS": 64}
+    cases += [(decode_attention._merge, merge | {"NORMALIZED": normed}, "bf16", False) for normed in (False, True)]
+    for bits in (4, 8):
+        product = {"n_blocks": 448, "BLOCK_N": 1, "BLOCKS": 128, "BITS": bits}
+        cases.append((quantized_product._multiply_row.fn, product, "fp32", bits == 4))
     for function, constants, dtype, bytes_ in cases:
         pointers = dict.fromkeys(("positions", "head_map", "quants", "x"), "i64")
         pointers |= dict.fromkeys(("keys", "values"), "u8" if bytes_ else dtype)

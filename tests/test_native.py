@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def plan_of(config: ModelConfig, name: str, mapped: bool) -> SharingPlan:
 
 
 def pair(config: ModelConfig, plan: SharingPlan, library: ctypes.CDLL) -> tuple[TorchRunner, NativeRunner]:
-    """The C++ step, and the reference in fp32 with every product's input rounded to bf16 as the C++ step rounds it."""
+    """The reference in fp32, with every product's input rounded to bf16 as the C++ step rounds it; and the C++ step."""
     reference, model = build_model(config, plan, "reference"), build_model(config, plan)
     for name, parameter in (*reference.named_parameters(), *model.named_parameters()):
         calm = 0.25 if name.endswith(("wo.weight", "w2.weight")) else 1.0  # or rounding noise doubles at every layer
@@ -58,14 +59,15 @@ def pair(config: ModelConfig, plan: SharingPlan, library: ctypes.CDLL) -> tuple[
     return TorchRunner(reference), NativeRunner(model, library, n_threads=2)
 
 
-def caches(model: Transformer, batch: int, length: int) -> list[StaticCache]:
-    return [StaticCache.allocate(model.config, model.plan, batch=batch, max_seq_len=length) for _ in range(2)]
+def caches(model: Transformer, *, batch: int = 1, length: int, **options: Any) -> list[StaticCache]:
+    """Two, for the reference and for the C++ step."""
+    config, plan = model.config, model.plan
+    return [StaticCache.allocate(config, plan, batch=batch, max_seq_len=length, **options) for _ in range(2)]
 
 
-def assert_near(found: Tensor, expected: Tensor) -> None:
+def assert_near(found: Tensor, expected: Tensor, bound: float = 1e-2) -> None:
     """A sum in another order puts a number now and then on the other side of a rounding to bf16, eight bits wide."""
-    error = (found - expected).norm() / expected.norm()
-    assert error < 1e-2
+    assert (found - expected).norm() / expected.norm() < bound
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["identity", "head maps"])
@@ -76,58 +78,51 @@ def test_prefill_decode_and_ragged_batches(shape: str, plan: str, mapped: bool, 
     config = SHAPES[shape]
     reference, native = pair(config, plan_of(config, plan, mapped), library)
     tokens, lengths = random_tokens(config, 3, 100), (70, 1, 17)
-    expected_cache, cache = caches(reference.model, 3, 110)
+    expected_cache, cache = caches(reference.model, batch=3, length=110)
     for row, length in enumerate(lengths):
         rows, prompt = slice(row, row + 1), tokens[row : row + 1, :length]
-        assert_near(
-            native.prefill(prompt, 0, cache.view(rows=rows)),
-            reference.prefill(prompt, 0, expected_cache.view(rows=rows)),
-        )
+        expected = reference.prefill(prompt, 0, expected_cache.view(rows=rows))
+        assert_near(native.prefill(prompt, 0, cache.view(rows=rows)), expected)
     positions = torch.tensor(lengths)
     for _ in range(20):
         fed, in_use = tokens[range(3), positions], int(positions.max()) + 1
-        assert_near(
-            native.decode(fed, positions, cache, in_use), reference.decode(fed, positions, expected_cache, in_use)
-        )
+        expected = reference.decode(fed, positions, expected_cache, in_use)
+        assert_near(native.decode(fed, positions, cache, in_use), expected)
         positions = positions + 1
     assert_near(cache.values, expected_cache.values)
     assert_near(cache.keys, expected_cache.keys)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_familys_heads_and_window(family: str, library: ctypes.CDLL) -> None:
-    config = FAMILIES[family].in_miniature()
-    reference, native = pair(config, SharingPlan.parse("1", config.n_layers), library)
-    tokens = random_tokens(config, 1, 60)
-    expected_cache, cache = caches(reference.model, 1, 60)
-    assert_near(native.prefill(tokens[:, :50], 0, cache), reference.prefill(tokens[:, :50], 0, expected_cache))
-    for position in range(50, 60):
-        fed, positions = tokens[:, position], torch.tensor([position])
-        assert_near(
-            native.decode(fed, positions, cache, position + 1),
-            reference.decode(fed, positions, expected_cache, position + 1),
-        )
+EVERY_LOGIT = {name: (family.in_miniature(), SharingPlan.parse("1", 2), 2) for name, family in FAMILIES.items()}
+EVERY_LOGIT |= {
+    f"{n_threads} threads, window {window}": (
+        replace(SHAPES["gqa"], sliding_window=window), plan_of(SHAPES["gqa"], "span", True), n_threads
+    )
+    for n_threads, window in ((1, None), (3, None), (2, 1), (2, 24))
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("n_threads", [1, 3])
-def test_any_number_of_threads_and_every_logit(n_threads: int, library: ctypes.CDLL) -> None:
-    config, plan = SHAPES["gqa"], plan_of(SHAPES["gqa"], "span", True)
+@pytest.mark.parametrize("case", EVERY_LOGIT)
+def test_every_logit_of_a_prompt_and_of_steps(case: str, library: ctypes.CDLL) -> None:
+    """With each family's heads, RoPE and window; with other numbers of threads and other windows."""
+    config, plan, n_threads = EVERY_LOGIT[case]
     reference, native = pair(config, plan, library)
     native.n_threads = n_threads
     tokens = random_tokens(config, 1, 90)
-    expected_cache, cache = caches(reference.model, 1, 90)
-    found = torch.cat(list(native.all_logits(tokens, 0, cache)))
-    assert found.shape == (90, config.vocab_size)
-    assert_near(found, torch.cat(list(reference.all_logits(tokens, 0, expected_cache))))
+    expected_cache, cache = caches(reference.model, length=90)
+    expected = torch.cat(list(reference.all_logits(tokens, 0, expected_cache)))
+    found = list(native.all_logits(tokens[:, :80], 0, cache))
+    found += [native.decode(tokens[:, at], torch.tensor([at]), cache, at + 1) for at in range(80, 90)]
+    assert_near(torch.cat(found), expected)
 
 
 def test_the_bound_would_see_one_token_too_few(library: ctypes.CDLL) -> None:
     reference, native = pair(SHAPES["gqa"], SharingPlan.none(6), library)
     tokens = random_tokens(native.model.config, 1, 20)
-    expected_cache, cache = caches(reference.model, 1, 20)
+    expected_cache, cache = caches(reference.model, length=20)
     expected = reference.prefill(tokens, 0, expected_cache)
-    shorter = native.prefill(tokens[:, 1:], 0, cache)
-    assert (shorter - expected).norm() / expected.norm() > 0.1
+    with pytest.raises(AssertionError):
+        assert_near(native.prefill(tokens[:, 1:], 0, cache), expected, bound=0.1)
 
 
 @pytest.mark.parametrize(
@@ -164,16 +159,6 @@ def test_a_token_gets_the_same_bits_in_any_company(
             positions[:n_rows] += 1
 
 
-@pytest.mark.parametrize("window", [1, 24])
-def test_sliding_window(window: int, library: ctypes.CDLL) -> None:
-    config = replace(SHAPES["gqa"], sliding_window=window)
-    reference, native = pair(config, plan_of(config, "span", False), library)
-    tokens = random_tokens(config, 1, 80)
-    expected_cache, cache = caches(reference.model, 1, 80)
-    expected = torch.cat(list(reference.all_logits(tokens, 0, expected_cache)))
-    assert_near(torch.cat(list(native.all_logits(tokens, 0, cache))), expected)
-
-
 @pytest.mark.parametrize(
     ("window", "dtype"),
     [(1, torch.float32), (24, torch.float32), (24, torch.bfloat16), (24, torch.float8_e4m3fn)],
@@ -208,27 +193,26 @@ def test_chunks_no_longer_than_their_weights_have_room(
     n_spans = {"none": 0, "interleaved": 2}[plan]
     monkeypatch.setattr("minisa.runners.native.runner.SCRATCH", 100 * 4 * config.n_heads * n_spans * 20)
     ids = random_tokens(config, 1, 150)
-    expected_cache, cache = caches(reference.model, 1, 150)
+    expected_cache, cache = caches(reference.model, length=150)
     chunks = list(native.all_logits(ids, 0, cache))
     sizes = [64, 64, 22] if plan == "none" else [31, 21, 17, 15, 13, 12, 11, 10, 10, 9, 1]
     assert [len(chunk) for chunk in chunks] == sizes
     assert_near(torch.cat(chunks), torch.cat(list(reference.all_logits(ids, 0, expected_cache))))
 
 
-def test_bf16_cache_and_another_cache_after_it(library: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_narrow_caches_one_after_the_other(dtype: torch.dtype, library: ctypes.CDLL) -> None:
     """The tables follow the cache they are given: a second one, then the first again, each with its own text."""
-    config, plan = SHAPES["tied"], plan_of(SHAPES["tied"], "span", True)
+    config, plan = SHAPES["gqa"], plan_of(SHAPES["gqa"], "span", True)
     reference, native = pair(config, plan, library)
-    tokens = random_tokens(config, 2, 40)
-    half = [StaticCache.allocate(config, plan, max_seq_len=size, dtype=torch.bfloat16) for size in (41, 64)]
-    for row, cache in enumerate(half):
+    tokens, last = random_tokens(config, 2, 90), torch.tensor([90])
+    pairs = [caches(native.model, length=length, dtype=dtype) for length in (91, 120)]
+    for row, (cache, _) in enumerate(pairs):
         native.prefill(tokens[row : row + 1], 0, cache)
-    for row, cache in enumerate(half):
-        expected_cache, _ = caches(reference.model, 1, 41)
+    for row, (cache, expected_cache) in enumerate(pairs):
         reference.prefill(tokens[row : row + 1], 0, expected_cache)
-        expected = reference.decode(torch.tensor([7]), torch.tensor([40]), expected_cache, 41)
-        found = native.decode(torch.tensor([7]), torch.tensor([40]), cache, 41)
-        assert (found - expected).norm() / expected.norm() < 0.02
+        expected = reference.decode(torch.tensor([7]), last, expected_cache, 91)
+        assert_near(native.decode(torch.tensor([7]), last, cache, 91), expected, bound=0.02)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
@@ -248,20 +232,9 @@ def test_an_fp8_cache_rounds_as_torch_does(scale: float, library: ctypes.CDLL) -
         assert torch.equal(kept.view(torch.uint8), to_dtype(exact, torch.float8_e4m3fn).view(torch.uint8))
 
 
-def test_attention_over_an_fp8_cache(library: ctypes.CDLL) -> None:
-    config, plan = SHAPES["gqa"], plan_of(SHAPES["gqa"], "span", True)
-    reference, native = pair(config, plan, library)
-    tokens = random_tokens(config, 1, 90)
-    found, expected = (
-        runner.prefill(tokens, 0, StaticCache.allocate(config, plan, max_seq_len=90, dtype=torch.float8_e4m3fn))
-        for runner in (native, reference)
-    )
-    assert (found - expected).norm() / expected.norm() < 0.02
-
-
 def test_what_lies_outside_is_refused_before_it_is_touched(library: ctypes.CDLL) -> None:
     _, native = pair(SHAPES["gqa"], plan_of(SHAPES["gqa"], "none", False), library)
-    cache, _ = caches(native.model, 1, 8)
+    cache, _ = caches(native.model, length=8)
     one = torch.tensor([1])
     for token, position in ((300, 0), (-1, 0), (0, 8), (0, -1)):
         with pytest.raises(IndexError, match="outside"):

@@ -69,16 +69,19 @@ def test_it_is_built_before_the_first_answer_and_found_from_then_on(
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("script", ["echo 'error: no such flag' >&2; exit 1", OUTPUT + 'echo half > "$2"; kill $$'])
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [("echo 'error: no such flag' >&2; exit 1", "error: no such flag"), (OUTPUT + 'echo half > "$2"; kill $$', "env")],
+)
 def test_a_compiler_that_fails_leaves_pytorch_and_no_file(
-    script: str, bf16_model: Transformer, fake_compiler: Callable[[str], Path], new_machine: Path,
+    script: str, why: str, bf16_model: Transformer, fake_compiler: Callable[[str], Path], new_machine: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     log = fake_compiler(script)
     for _ in range(2):
         assert native_library(GQA, CPU, None) is None
     assert log.read_text() == "run\n"  # a process tries once
-    assert "no C++ step, PyTorch runs instead: " in capfd.readouterr().err
+    assert f"no C++ step, PyTorch runs instead: install g++ or set CXX ({why}" in capfd.readouterr().err
     assert not [*new_machine.rglob("*.so"), *new_machine.rglob("*.part")]
     assert choose_runner(bf16_model).name == "eager (no C++ compiler)"
 

@@ -14,7 +14,7 @@ heads of one key and value head, and so reads every key and value once.
 How many slots a row has is read on the device, from its position: one launch, and so one captured graph, serves every
 length, and stops at the row's own. Scores and the log-sum-exp are fp32 and to the base 2.
 
-Several queries of a row, which are guesses ahead, are rows to the kernels, whose keys and values are the same.
+Several queries of a row, which verify guesses, are so many rows to the kernels, with the same keys and values.
 
 Shapes: q [B, T, H, D]; keys, values [B, Hkv, S, D], slices of a cache; positions [B, T]; scores [B · T, H, S]; lse
 [B · T, H].
@@ -34,10 +34,10 @@ from torch import Tensor
 from minisa.attention import TORCH, AttentionBackend, HeadMap, Shared, Visible
 from minisa.runners.kernels import INTERPRETED
 
-BLOCK = 64  # slots a program looks at at once; half of it in fp32, so that a stage of them fits every card
-MIN_ROWS = 16  # of a matrix product in Triton: fewer are padded
+BLOCK = 64  # slots a program reads at once; half of it in fp32, to fit the shared memory of every card
+MIN_ROWS = 16  # of a matrix product in Triton; fewer are padded
 MAX_PARTS = 64
-MAX_QUERIES = 8  # a row; with more, those that see the same keys are better multiplied by them together
+MAX_QUERIES = 8  # a row; more of them are faster as one matrix product, which PyTorch's fused attention is
 PROGRAMS_PER_PROCESSOR = 2  # a row's slots are split into parts until there are so many programs
 
 
@@ -204,7 +204,7 @@ def lead(q: Tensor, keys: Tensor, values: Tensor, visible: Visible) -> tuple[Ten
     n_parts, partial, sizes = _launch(by_row, values, visible)
     scores, lse = _fp32(by_row, *heads, keys.shape[2]), _fp32(by_row, *heads)
     maxima, sums = _fp32(by_row, 2, *heads, n_parts)
-    with torch.cuda.device_of(q):  # Triton launches on the current one
+    with torch.cuda.device_of(q):  # Triton launches on the current device
         _lead[heads[0], keys.shape[1], n_parts](
             by_row, _bytes(keys), _bytes(values), visible.positions, scores, partial, maxima, sums,
             math.log2(math.e) / q.shape[3] ** 0.5, keys.stride(0), keys.stride(1), keys.shape[2], **sizes,

@@ -1,8 +1,8 @@
 """x @ weight.T for a quantized weight and one row of x, in Triton: reads the blocks as they are stored, once.
 
-A program multiplies one row of the weight, a block in each thread: what belongs to a block meets there, and threads
-meet once, at the end. No quant is converted to a float: its bits are put at the top of a mantissa, which makes
-1 + q / 2^bits of it, and one multiply-add a weight of that.
+A program multiplies one row of the weight, each thread a block at a time, so that threads exchange nothing until the
+final sum. No quant is converted to a float: its bits are placed at the top of a mantissa, which makes it
+1 + q / 2^bits, and one multiply-add turns that into a weight.
 
 Formats as in quantize.py: int8 quants [N, K], or nibbles two a byte [N, K / 2], the low ones the first half of the 32
 columns of a block; scales and minimums fp16 [N, K / 32].
@@ -33,7 +33,7 @@ def _load_block(quants, scales, minimums, at, here, BITS: tl.constexpr):
     d = b
     if BITS == 8:
         c, d = tl.split(tl.load(quants + at[:, :, None] * 4 + 2 + two, mask=here[:, :, None], other=0))
-    at = tl.max_contiguous(at, [1, 1])  # scales, being narrow, would else be loaded several a thread
+    at = tl.max_contiguous(at, [1, 1])  # else a thread would load several scales, which are narrow, at once
     scale = tl.load(scales + at, mask=here, other=0)
     minimum = tl.load(minimums + at, mask=here, other=0) if BITS == 4 else scale
     return a, b, c, d, scale, minimum
@@ -113,7 +113,7 @@ def multiply_row(x: Tensor, quants: Tensor, scales: Tensor, minimums: Tensor | N
     n, n_blocks = scales.shape
     out = x.new_empty(n)
     int8 = minimums is None
-    with torch.cuda.device_of(x):  # Triton launches on the current one
+    with torch.cuda.device_of(x):  # Triton launches on the current device
         _multiply_row[lambda sizes: (triton.cdiv(n, sizes["BLOCK_N"]),)](
             x.view(torch.int64), quants.view(torch.int64), scales, scales if minimums is None else minimums, out,
             0x3FC00000 if int8 else 0x3F800000, n, n_blocks, BITS=8 if int8 else 4,

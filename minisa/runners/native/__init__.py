@@ -1,4 +1,4 @@
-"""The CPU's own step: the whole model in C++, weights packed once, built with the machine's compiler at first use.
+"""The CPU's own step: the whole model in C++, weights packed once; the machine's compiler builds it at first use.
 
     build.py     step.cpp and its headers → a shared library in the user's cache folder
     packing.py   weights → panels of 32 rows, as matmul.h reads them

@@ -27,12 +27,11 @@ def open_library() -> ctypes.CDLL | None:
     target = cache_dir() / f"step-{_key(compiler)}.so"
     try:
         if not target.exists():
-            print("minisa: building the C++ step for this processor, once: some seconds", file=sys.stderr, flush=True)
+            print("minisa: building the C++ step for this processor (once; it takes some seconds)", file=sys.stderr)
             _build(compiler, target)
         library = ctypes.CDLL(str(target))
-    except (OSError, subprocess.CalledProcessError) as error:
-        details = (getattr(error, "stderr", "") or str(error)).splitlines()[0]
-        print(f"minisa: no C++ step, PyTorch runs instead: {details}", file=sys.stderr, flush=True)
+    except OSError as error:
+        print(f"minisa: no C++ step, PyTorch runs instead: install g++ or set CXX ({error})", file=sys.stderr)
         return None
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.engine_open.argtypes, library.engine_open.restype = [pointer, integer, integer], pointer
@@ -43,12 +42,15 @@ def open_library() -> ctypes.CDLL | None:
 
 
 def _build(compiler: list[str], target: Path) -> None:
-    """Raises OSError and CalledProcessError. Whatever ends it, target is whole or not there."""
+    """Raises OSError. Whatever ends it, target is whole or not there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(f".{os.getpid()}.part")
     try:
         command = [*compiler, *FLAGS, str(SOURCES / "step.cpp"), "-o", str(part)]
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        ran = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if ran.returncode != 0:
+            errors = (line for line in ran.stderr.splitlines() if "error" in line)
+            raise OSError(next(errors, f"{compiler[0]} ended with status {ran.returncode}"))
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)

@@ -126,10 +126,8 @@ class NativeRunner(Runner):
             raise IndexError(f"a token is outside the vocabulary of {config.vocab_size}")
         if not (int(positions.min()) >= 0 and int(positions.max()) < cache.length):
             raise IndexError(f"a position is outside the {cache.length} slots of the cache")
-        rows = rows + cache.values.storage_offset() // cache.values.stride(
-            1
-        )  # where a view begins in the memory behind it
-        inputs = [tensor.int().contiguous() for tensor in (tokens, positions, rows)]
+        first_row = cache.values.storage_offset() // cache.values.stride(1)  # of a view, in the memory behind it
+        inputs = [tensor.int().contiguous() for tensor in (tokens, positions, rows + first_row)]
         with one_torch_thread():  # cosines of four rows or more would wake the others
             inputs += rope_angles(self.model.rope_frequencies, positions[None], config.attention_factor)
         logits = torch.empty(n_logits, config.vocab_size)
@@ -140,24 +138,21 @@ class NativeRunner(Runner):
 
     def _open(self, cache: StaticCache) -> None:
         """Open the engine for the memory behind a cache, in place of the one before."""
+        self._storage = None
         self._close()
         self._tables.point_to(cache)
-        self._storage = _storage(cache)
         layer_stride, row_stride, *_ = cache.values.stride()
         max_rows = max(CHUNK, layer_stride // row_stride)
         self._engine = self._library.engine_open(ctypes.byref(self._tables.model), self.n_threads, max_rows)
         closing = weakref.finalize(self, self._library.engine_close, self._engine)
         closing.atexit = False  # the process takes its threads with it
         self._close = closing
+        self._storage = _storage(cache)  # last: Ctrl-C may come in between
 
 
 def _usable_cores() -> int:
     """The threads of a step spin while they wait for each other: more of them than cores would stall."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _stacked(*matrices: Tensor) -> Tensor:
-    return torch.cat(matrices)
 
 
 class _Tables:
@@ -213,9 +208,10 @@ class _Tables:
         self.weights.append(norm.weight.float())
         return self.weights[-1].data_ptr()
 
-    def _matrix(self, *modules: nn.Module, arrange: Callable[..., Tensor] = _stacked) -> _Matrix:
+    def _matrix(self, *modules: nn.Module, arrange: Callable[..., Tensor] | None = None) -> _Matrix:
         """The weights of modules as one packed matrix, its rows as `arrange` puts them; the modules lose theirs."""
-        parts = [arrange(*pieces) for pieces in zip(*map(_take, modules), strict=True)]
+        pieces = zip(*map(_take, modules), strict=True)
+        parts = [arrange(*rows) if arrange else torch.cat(rows) for rows in pieces]
         packed = (pack_bf16, pack_int8, pack_int4)[len(parts) - 1](*parts)
         self.weights.append(packed.data)
         return _Matrix(packed.data.data_ptr(), FORMATS[packed.format], packed.rows, packed.cols)
