@@ -32,7 +32,6 @@ PARSED = (
     "tokenizer.json",
     "tekken.json",
     "tokenizer_config.json",
-    "chat template",
     "index",
     "plan",
     "search state",
@@ -40,10 +39,8 @@ PARSED = (
     "delta",
     "heal state",
     "gguf",
-    "tokenizer.model",
     "tokenizer.gguf",
     "sentencepiece.gguf",
-    "pickle",
 )
 FILES = [name for name in READERS if name != "pickle"]  # whose file is an archive's part
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ _NUMBERS = {  # by the codes of value types
     }.items()
 }  # fmt: skip
 _U32, _U64, _STRING, _ARRAY = 4, 10, 8, 9
+_LENGTH = struct.Struct("<Q")
 _PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")  # as llama.cpp names the parts of a split file
 
 
@@ -194,11 +196,11 @@ class _Header:
     def strings(self, count: int) -> list[str]:
         """`count` strings, each behind its length; the loop that reads whole vocabularies."""
         self.claim(count, 8, "strings")
-        data, end = self.data, self.position
+        data, end, unpack = self.data, self.position, _LENGTH.unpack_from
         strings = []
         for _ in range(count):
             begin = end + 8
-            end = begin + int.from_bytes(data[end:begin], "little")
+            end = begin + (unpack(data, end)[0] if begin <= len(data) else 0)
             if end > len(data):
                 self.fail(f"the file ends inside its header (at a string of {end - begin} bytes): fetch it again")
             strings.append(data[begin:end].decode("utf-8", "surrogateescape"))
