@@ -99,26 +99,22 @@ def find_gguf(directory: Path) -> list[Path]:
 def read_gguf_parts(path: Path) -> list[GGUFFile]:
     """The headers of a model's files, the first of which has its description; a single one for a model in one file.
 
-    path: any of them. Raises MinisaError if one is missing or is not the part that its name says, as read_gguf
-    otherwise.
+    path: any of them. Raises MinisaError if one is missing or two hold the same tensor, as read_gguf otherwise.
     """
     parts = [*gguf_parts(path)]
     headers: list[GGUFFile] = []
-    for number, part in enumerate(parts):
-        if number and not part.is_file():
-            raise MinisaError(f"{part}: missing, part {number + 1} of {len(parts)} of a split GGUF: fetch every part")
-        header = read_gguf(part)
-        count = header.metadata.get("split.count", 0) or 1  # a merged file keeps the key, at 0
-        place = header.metadata.get("split.no", 0)
-        if (count, place) != (len(parts), number):
-            raise MinisaError(
-                f"{part}: by its metadata part {place!r} (counted from 0) of {count!r}: expected the parts' own names, "
-                "NAME-00001-of-00002.gguf and so on"
-            )
-        headers.append(header)
+    for number, part in enumerate(parts, 1):
+        if number > 1 and not part.is_file():
+            raise MinisaError(f"{part}: missing, part {number} of {len(parts)} of a split GGUF: fetch every part")
+        headers.append(read_gguf(part))
+    if (count := headers[0].metadata.get("split.count", 0) or 1) != len(parts):  # a merged file keeps the key, at 0
+        raise MinisaError(
+            f"{parts[0]}: by its metadata the first of {count!r} parts: expected the parts' own names, "
+            "NAME-00001-of-00002.gguf and so on"
+        )
     names = Counter(info.name for header in headers for info in header.tensors)
     if twice := [name for name, count in names.items() if count > 1]:
-        raise MinisaError(f"{path}: the tensor {twice[0]!r} stands twice: the file is damaged, fetch it again")
+        raise MinisaError(f"{path}: the tensor {twice[0]!r} stands twice: fetch the file again, or every part of it")
     return headers
 
 
