@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedReader
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ def cache_dir() -> Path:
 
 def read_text(path: Path) -> str:
     """All of a UTF-8 file, its lines ending in "\\n". Raises UnicodeDecodeError, OSError where it cannot be read."""
-    return path.read_text(encoding="utf-8")
+    with TextIOWrapper(open_plain(path), encoding="utf-8") as file:
+        return file.read()
 
 
 def is_plain_name(name: str) -> bool:

@@ -9,13 +9,12 @@ at a time.
 
 from minisa.checkpoint.delta import as_stored, with_delta, write_delta
 from minisa.checkpoint.files import StoredTensor
-from minisa.checkpoint.gguf import GGUFFile, read_gguf
+from minisa.checkpoint.gguf import read_gguf
 from minisa.checkpoint.layouts import Checkpoint, open_checkpoint
 from minisa.checkpoint.load import load_weights
 
 __all__ = [
     "Checkpoint",
-    "GGUFFile",
     "StoredTensor",
     "as_stored",
     "load_weights",

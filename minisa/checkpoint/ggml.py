@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from minisa.checkpoint.files import DataFile, FileTensor
 from minisa.errors import MinisaError
-from minisa.quantize import Blocks, Format, quantize
+from minisa.quantize import BLOCK, Blocks, Format, quantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +93,7 @@ def decoder(type: GGMLType, name: str = "a tensor") -> Decoder:
     Raises MinisaError for a type that needs the `gguf` package where that is absent, or that nobody reads.
     """
     if type.name in _OWN:
-        _, split = _OWN[type.name]
-        return lambda blocks: split(blocks).dequantize()
+        return partial(_floats, _OWN[type.name][1])
     try:
         from gguf import GGMLQuantizationType, quants
     except ImportError:
@@ -108,6 +108,13 @@ def decoder(type: GGMLType, name: str = "a tensor") -> Decoder:
     except (NotImplementedError, ValueError):
         raise MinisaError(f"{name} is {type.name}, which not even the gguf package can read") from None
     return decode
+
+
+def _floats(split: Callable[[Tensor], Blocks], blocks: Tensor) -> Tensor:
+    """What Blocks.dequantize gives, without a copy for each operation."""
+    parts = split(blocks)
+    weight = parts.quants.unflatten(1, (-1, BLOCK)).float().mul_(parts.scales.float()[..., None])
+    return (weight if parts.minimums is None else weight.add_(parts.minimums.float()[..., None])).flatten(1)
 
 
 # A block's scale, and its minimum where it has one, are fp16 and in front of the quants.

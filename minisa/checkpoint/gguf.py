@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ _NUMBERS = {  # by the codes of value types
     }.items()
 }  # fmt: skip
 _U32, _U64, _STRING, _ARRAY = 4, 10, 8, 9
+_LENGTH = struct.Struct("<Q")
 _PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")  # as llama.cpp names the parts of a split file
 
 
@@ -97,26 +99,22 @@ def find_gguf(directory: Path) -> list[Path]:
 def read_gguf_parts(path: Path) -> list[GGUFFile]:
     """The headers of a model's files, the first of which has its description; a single one for a model in one file.
 
-    path: any of them. Raises MinisaError if one is missing or is not the part that its name says, as read_gguf
-    otherwise.
+    path: any of them. Raises MinisaError if one is missing or two hold the same tensor, as read_gguf otherwise.
     """
     parts = [*gguf_parts(path)]
     headers: list[GGUFFile] = []
-    for number, part in enumerate(parts):
-        if number and not part.is_file():
-            raise MinisaError(f"{part}: missing, part {number + 1} of {len(parts)} of a split GGUF: fetch every part")
-        header = read_gguf(part)
-        count = header.metadata.get("split.count", 0) or 1  # a merged file keeps the key, at 0
-        place = header.metadata.get("split.no", 0)
-        if (count, place) != (len(parts), number):
-            raise MinisaError(
-                f"{part}: by its metadata part {place!r} (counted from 0) of {count!r}: expected the parts' own names, "
-                "NAME-00001-of-00002.gguf and so on"
-            )
-        headers.append(header)
+    for number, part in enumerate(parts, 1):
+        if number > 1 and not part.is_file():
+            raise MinisaError(f"{part}: missing, part {number} of {len(parts)} of a split GGUF: fetch every part")
+        headers.append(read_gguf(part))
+    if (count := headers[0].metadata.get("split.count", 0) or 1) != len(parts):  # a merged file keeps the key, at 0
+        raise MinisaError(
+            f"{parts[0]}: by its metadata the first of {count!r} parts: expected the parts' own names, "
+            "NAME-00001-of-00002.gguf and so on"
+        )
     names = Counter(info.name for header in headers for info in header.tensors)
     if twice := [name for name, count in names.items() if count > 1]:
-        raise MinisaError(f"{path}: the tensor {twice[0]!r} stands twice: the file is damaged, fetch it again")
+        raise MinisaError(f"{path}: the tensor {twice[0]!r} stands twice: fetch the file again, or every part of it")
     return headers
 
 
@@ -194,11 +192,11 @@ class _Header:
     def strings(self, count: int) -> list[str]:
         """`count` strings, each behind its length; the loop that reads whole vocabularies."""
         self.claim(count, 8, "strings")
-        data, end = self.data, self.position
+        data, end, unpack = self.data, self.position, _LENGTH.unpack_from
         strings = []
         for _ in range(count):
             begin = end + 8
-            end = begin + int.from_bytes(data[end:begin], "little")
+            end = begin + (unpack(data, end)[0] if begin <= len(data) else 0)
             if end > len(data):
                 self.fail(f"the file ends inside its header (at a string of {end - begin} bytes): fetch it again")
             strings.append(data[begin:end].decode("utf-8", "surrogateescape"))

@@ -28,14 +28,14 @@ BESIDE_THE_WEIGHTS = (
 )  # fmt: skip
 
 _Read = Callable[[Path], dict[str, FileTensor]]
-# Of a folder's layouts, the first whose files are there: the description, the weights' name, the reader, the format.
+# Description, name and suffix of the weights, their reader, the format; a folder is read as the first that is there.
 _LAYOUTS: tuple[tuple[str, str, str, _Read, str], ...] = (
     ("config.json", "model", ".safetensors", read_safetensors, "Hugging Face safetensors"),
     ("config.json", "pytorch_model", ".bin", read_pth, "Hugging Face pytorch_model.bin"),
     ("params.json", "consolidated", ".safetensors", read_safetensors, "Mistral's consolidated.safetensors"),
     ("params.json", "consolidated", ".pth", read_pth, "consolidated.pth"),
 )
-_ROWS = 1024  # compared at once
+_ROWS = 256  # compared at once
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ def _open_described(file: Path, ranks: list[dict[str, FileTensor]], format: str)
 
 
 def _check_stored(tensors: Mapping[str, FileTensor]) -> None:
-    """Raises MinisaError for tensors of no weight's dtype, and for two of the same bytes.
+    """Raises MinisaError for a tensor that is not stored as a float type, and for two that share bytes.
 
-    A few kilobytes of torch.save's could describe any number of gigabytes so; a tied output head is the one use of it.
+    Sharing lets a file of a few kilobytes describe any number of gigabytes; only a tied output head has a use for it.
     """
     for tensor in tensors.values():
         tensor.require_weight_dtype()
@@ -152,7 +152,7 @@ def _check_stored(tensors: Mapping[str, FileTensor]) -> None:
 
 
 def _are_equal(one: StoredTensor, other: StoredTensor | None) -> bool:
-    if other is None or one.shape != other.shape:
+    if other is None or one.shape != other.shape or not one.shape:
         return False
     spans = ((start, min(start + _ROWS, one.shape[0])) for start in range(0, one.shape[0], _ROWS))
     return all(torch.equal(one.read_rows(*span), other.read_rows(*span)) for span in spans)

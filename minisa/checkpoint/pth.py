@@ -7,6 +7,7 @@ each storage lies. The elements are then read in place, like any other format's.
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def read_pth(path: Path) -> dict[str, FileTensor]:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("a compressed archive, which torch.save never writes")
-        content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's, about pickles it does not know, which it then refuses
+            content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except zipfile.BadZipFile:
         raise MinisaError(
             f"{path}: no zip archive: fetch it again, or where torch older than 1.6 wrote it, save it with a newer one"
