@@ -29,7 +29,7 @@ from typing import Any
 import jinja2
 
 from minisa.checkpoint.gguf import read_gguf
-from minisa.text.spm import proto_field, varint_at
+from minisa.text.spm import _float, _message, _number, varint_at
 from tests.encode import encode_gguf
 
 Parsed = tuple[Any, Callable[[Any], bytes]]  # a tree of lists and dictionaries, and what makes a file of such a tree
@@ -145,12 +145,12 @@ def _sentencepiece(content: bytes) -> Parsed:
         message = b""
         for number, value in tree:
             if isinstance(value, int):
-                message += proto_field(number, value % (1 << 64))
+                message += _number(number, value % (1 << 64))
             elif isinstance(value, float):
-                message += proto_field(number, value)
+                message += _float(number, value)
             else:
                 value = value.encode() if isinstance(value, str) else value
-                message += proto_field(number, encode(value) if isinstance(value, list) else value)
+                message += _message(number, encode(value) if isinstance(value, list) else value)
         return message
 
     return fields(content, 1), encode

@@ -276,6 +276,17 @@ def test_markers_that_are_pieces_already(sentencepiece_file: Path, tmp_path: Pat
     assert tokenizer.decode([*ids.values(), *tokenizer.encode("hello")]) == "hello"
 
 
+def test_pieces_and_replacements_of_absurd_length(sentencepiece_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "rules.tsv").write_text("23\t" + "62 " * 20_000)  # a character that stands for twenty thousand
+    for options, says in (
+        ({"normalization_rule_tsv": str(tmp_path / "rules.tsv")}, "a character is replaced by 20000 bytes"),
+        ({"user_defined_symbols": ["a" * 4000 + "b"]}, "a piece of 4001 characters: expected at most 256"),
+    ):
+        sentencepiece_file.write_bytes(sentencepiece_model(**options))
+        with pytest.raises(MinisaError, match=says):
+            load_tokenizer(sentencepiece_file)
+
+
 @pytest.mark.parametrize("character", ["a", " ", "\n", "é"])
 def test_a_megabyte_in_one_sentence(sentencepiece_file: Path, character: str) -> None:
     tokenizer = load_tokenizer(sentencepiece_file)

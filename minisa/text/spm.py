@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Set
+from io import BytesIO
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
@@ -158,34 +159,30 @@ def _longest_replacement(model: bytes) -> int:
 def proto_field(number: int, value: float | bytes) -> bytes:
     """A field: a whole number, a float of 32 bits, or the bytes of a string or message."""
     if isinstance(value, bytes):
-        return varint(number << 3 | 2) + varint(len(value)) + value
+        return _varint(number << 3 | 2) + _varint(len(value)) + value
     if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 5) + struct.pack("<f", value)
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 5) + struct.pack("<f", value)
 
 
-def varint(number: int) -> bytes:
+def _varint(number: int) -> bytes:
     """A whole number, seven bits a byte, the lowest first."""
-    return bytes([number]) if number < 0x80 else bytes([number & 0x7F | 0x80]) + varint(number >> 7)
+    return bytes([number]) if number < 0x80 else bytes([number & 0x7F | 0x80]) + _varint(number >> 7)
 
 
-def varint_at(message: bytes, position: int) -> tuple[int, int]:
-    """A whole number and where it ends. Raises RecursionError for one of absurd length."""
-    byte, position = message[position], position + 1
-    if byte < 0x80:
-        return byte, position
-    more, position = varint_at(message, position)
-    return byte & 0x7F | more << 7, position
+def _read_varint(stream: BytesIO) -> int:
+    byte = stream.read(1)[0]
+    return byte if byte < 0x80 else byte & 0x7F | _read_varint(stream) << 7
 
 
 def _messages(message: bytes, field: int) -> Iterator[bytes]:
     """The values of a field that are messages or strings. Raises KeyError or IndexError for what is no message."""
-    position = 0
-    while position < len(message):
-        tag, position = varint_at(message, position)
-        size, position = varint_at(message, position) if tag & 7 in (0, 2) else ({1: 8, 5: 4}[tag & 7], position)
-        if tag & 7 == 0:
+    stream = BytesIO(message)
+    while stream.tell() < len(message):
+        number, kind = divmod(_read_varint(stream), 8)
+        if kind == 0:
+            _read_varint(stream)
             continue
-        if tag >> 3 == field:
-            yield message[position : position + size]
-        position += size
+        value = stream.read(_read_varint(stream) if kind == 2 else {1: 8, 5: 4}[kind])
+        if number == field:
+            yield value
