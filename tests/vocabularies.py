@@ -19,24 +19,13 @@ import sentencepiece
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minisa.text.bytelevel import TEKKEN_SPLIT
+from minisa.text.bytelevel import LLAMA3_SPLIT, TEKKEN_SPLIT
 from minisa.text.dialog import Message
 from minisa.text.tokenizer import Tokenizer, load_tokenizer
 
-SPLIT_LLAMA3 = "|".join(
-    [
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
-SPLIT = {"type": "Split", "pattern": {"Regex": SPLIT_LLAMA3}, "behavior": "Isolated", "invert": False}
+SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}
 SMOLLM2 = {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}
 LLAMA3 = {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL | {"use_regex": False}]}
 

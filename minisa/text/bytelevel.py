@@ -42,21 +42,11 @@ _GGUF_SPLITS = {
 }
 
 _LLAMA3_TOKENS = 128_000
-_LLAMA3_SPECIAL = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|step_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    "<|image|>",
-    *(f"<|reserved_special_token_{n}|>" for n in range(2, 246)),
-)  # 256 names, as of Llama 3.1
+_LLAMA3_NAMES = (
+    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id"),
+    *("step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", "image"),
+    *(f"reserved_special_token_{n}" for n in range(2, 246)),
+)  # 256, as of Llama 3.1; each stands between <| and |>
 
 # What files that list no special tokens mean. v3 has no use yet for the three that v7 adds.
 _TEKKEN_V3 = (
@@ -83,24 +73,21 @@ class ByteLevelBPE:
     def __init__(
         self,
         split: str,
-        ranked: Iterable[bytes],
         vocab: Mapping[bytes, int],
         special: Mapping[str, int],
         *,
-        visible: Collection[str] = (),
+        ranked: Iterable[bytes] | None = None,
         whole_pieces: bool = True,
+        visible: Iterable[str] = (),
         add_bos: bool,
     ) -> None:
         """split: matches the pieces of text that are encoded each by itself.
-        ranked: the tokens that merging makes, lowest rank first; single bytes among them are passed over.
         vocab: token → id. It may lack single bytes (SmolLM2's has 235): text loses them, as it does at the makers'.
+        ranked: the tokens that merging makes, the first to be made first; by default all, by their ids.
+        whole_pieces: whether a piece of text that is a token stays whole even where merging does not make that token.
         visible: names of special tokens whose text decoding shows.
-        whole_pieces: whether a piece of text that is a token stays whole, though merging does not make that token.
-
-        Raises MinisaError for ids with gaps, and for a visible token that plain text may spell.
         """
-        if sorted([*vocab.values(), *special.values()]) != list(range(len(vocab) + len(special))):
-            raise MinisaError(f"its ids are not 0 to {len(vocab) + len(special) - 1}, each once: is the file whole?")
+        check_gapless([*vocab.values(), *special.values()])
         self.special = dict(special)
         self.add_bos = add_bos
         self.pieces = [b""] * (len(vocab) + len(special))
@@ -109,10 +96,11 @@ class ByteLevelBPE:
         for name in visible:
             require_marker(name)
             self.pieces[special[name]] = name.encode()
+        ranked = sorted(vocab, key=vocab.__getitem__) if ranked is None else ranked
         tokens = [*(bytes([byte]) for byte in range(256)), *(token for token in ranked if len(token) > 1)]
+        self.lacking = bytes(token[0] for token in tokens[:256] if token not in vocab)
         self._ids = [vocab.get(token, -1) for token in tokens]
         self._whole = {token: vocab[token] for token in vocab.keys() - set(tokens)} if whole_pieces else {}
-        self.lacking = bytes(byte for byte in range(256) if bytes([byte]) not in vocab)
         self._split = regex.compile(split)
         ranks = {token: rank for rank, token in enumerate(tokens)}
         self._bpe = tiktoken.Encoding("minisa", pat_str=split, mergeable_ranks=ranks, special_tokens={})
@@ -150,14 +138,20 @@ def check_ids(ids: Iterable[object]) -> None:
             raise MinisaError(f"a token's id is {token_id!r}: expected 0 to {MAX_TOKENS - 1}")
 
 
+def check_gapless(ids: Collection[int]) -> None:
+    """Raises MinisaError unless the ids of a vocabulary are 0, 1, 2, …, each once, in any order."""
+    if sorted(ids) != list(range(len(ids))):
+        raise MinisaError(f"the tokens' ids are not 0 to {len(ids) - 1}, each once: is the file whole?")
+
+
 def from_tiktoken(text: bytes) -> ByteLevelBPE:
     """Llama 3's tokenizer.model: lines of a token in base64 and its rank; the special tokens follow the last."""
     lines = (line.split() for line in text.splitlines())
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     if len(ranks) != _LLAMA3_TOKENS:
         raise MinisaError(f"{len(ranks)} lines of tokens: expected Llama 3's {_LLAMA3_TOKENS}: is the file whole?")
-    special = {name: _LLAMA3_TOKENS + n for n, name in enumerate(_LLAMA3_SPECIAL)}
-    return ByteLevelBPE(LLAMA3_SPLIT, sorted(ranks, key=ranks.__getitem__), ranks, special, add_bos=True)
+    special = {f"<|{name}|>": _LLAMA3_TOKENS + n for n, name in enumerate(_LLAMA3_NAMES)}
+    return ByteLevelBPE(LLAMA3_SPLIT, ranks, special, add_bos=True)
 
 
 def from_tekken(raw: Mapping[str, Any]) -> ByteLevelBPE:
@@ -165,13 +159,9 @@ def from_tekken(raw: Mapping[str, Any]) -> ByteLevelBPE:
     config = raw["config"]
     count = config["default_num_special_tokens"]
     if not 0 <= count <= len(raw["vocab"]):
-        raise MinisaError(
-            f"default_num_special_tokens is {count}: expected 0 to {len(raw['vocab'])}, as many as tokens"
-        )
+        raise MinisaError(f"default_num_special_tokens is {count}: expected at most as many as tokens")
     if config["pattern"] != TEKKEN_SPLIT:  # another could take forever to match
-        raise MinisaError(
-            f"its pattern {config['pattern']!r} is not one minisa knows: expected that of Mistral's tekken"
-        )
+        raise MinisaError(f"its pattern {config['pattern']!r} is not Mistral's: minisa knows no other in tekken.json")
     entries = raw["vocab"][: config["default_vocab_size"] - count]
     vocab = {base64.b64decode(entry["token_bytes"], validate=True): count + entry["rank"] for entry in entries}
     named = raw.get("special_tokens")
@@ -179,7 +169,7 @@ def from_tekken(raw: Mapping[str, Any]) -> ByteLevelBPE:
     names = {n: f"<SPECIAL_{n}>" for n in range(count)}
     names |= dict(enumerate(unlisted)) if named is None else {entry["rank"]: entry["token_str"] for entry in named}
     special = {name: token_id for token_id, name in names.items()}
-    vocabulary = ByteLevelBPE(TEKKEN_SPLIT, sorted(vocab, key=vocab.__getitem__), vocab, special, add_bos=True)
+    vocabulary = ByteLevelBPE(TEKKEN_SPLIT, vocab, special, add_bos=True)
     if named is None:
         vocabulary.supposed = special.keys()
     return vocabulary
@@ -202,16 +192,16 @@ def from_tokenizer_json(raw: Mapping[str, Any]) -> ByteLevelBPE:
         add_bos=bos_id is not None,
     )
     vocabulary.bos_id = bos_id
-    if vocabulary.lacking and model.get("unk_token") is not None:
-        raise MinisaError(f"its unk_token is {model['unk_token']!r}: minisa's BPE leaves out bytes without a token")
+    if vocabulary.lacking:  # bytes without a token are left out, as the makers' tokenizer does without an unk_token
+        check_bpe(model, "unk_token")
     return vocabulary
 
 
-def check_bpe(model: Mapping[str, Any]) -> None:
-    """Raises MinisaError for a tokenizer.json's model that is no BPE as minisa knows it."""
+def check_bpe(model: Mapping[str, Any], *unknown: str) -> None:
+    """Raises MinisaError for a tokenizer.json's model that minisa does not know. unknown: other settings to refuse."""
     if model.get("type", "BPE") != "BPE":
         raise MinisaError(f"its model is {model['type']!r}: expected BPE; put the model's tokenizer.model beside it")
-    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", *unknown):
         if model.get(key):
             raise MinisaError(f"its {key} is {model[key]!r}: minisa's BPE has none")
 
@@ -249,7 +239,7 @@ def _from_merges(
     tokens = {token: token_to_bytes(token) for token in vocab}
     ids = {tokens[token]: token_id for token, token_id in vocab.items()}
     ranked = merge_order(((tokens[left], tokens[right]) for left, right in merges), ids)
-    return ByteLevelBPE(split, ranked, ids, special, **options)
+    return ByteLevelBPE(split, ids, special, ranked=ranked, **options)
 
 
 def _split_of(raw: Mapping[str, Any]) -> str:

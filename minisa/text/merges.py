@@ -18,9 +18,8 @@ from minisa.errors import MinisaError
 
 T = TypeVar("T", bytes, str)
 
-MAX_WORK = (
-    1 << 25
-)  # sum of the squared lengths of all tokens, a bound on the time merging takes; Llama 3's is 7 million
+MAX_WORK = 1 << 25  # sum of the tokens' squared lengths, which bounds the time; Llama 3's is 7 million
+_UNLISTED = 1 << 32  # a place behind all merges
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -47,20 +46,20 @@ def merge_order(merges: Iterable[tuple[T, T]], tokens: Collection[T]) -> list[T]
     places = {pair: place for place, pair in enumerate(merges)}
     if unknown := {left + right for left, right in places}.difference(tokens):
         raise MinisaError(f"the merges make {min(unknown)!r}, which is not in the vocabulary: is the file whole?")
-    made = ((_last_merge(token, places), token) for token in tokens)
-    return [token for place, token in sorted((place, token) for place, token in made if place is not None)]
+    made = sorted((_last_merge(token, places), token) for token in tokens if len(token) > 1)
+    return [token for place, token in made if place < _UNLISTED]
 
 
-def _last_merge(token: T, places: dict[tuple[T, T], int]) -> int | None:
-    """The place of the pair that merging joins last to make a token from its bytes; None when it does not make it."""
+def _last_merge(token: T, places: dict[tuple[T, T], int]) -> int:
+    """The place of the pair that is joined last when merging makes a token; _UNLISTED where it does not make it."""
     parts = [token[i : i + 1] for i in range(len(token))]
-    place = None
+    place = _UNLISTED
     while len(parts) > 1:
-        place, at = len(places), 0
+        place = _UNLISTED
         for i, pair in enumerate(pairwise(parts)):
             if (found := places.get(pair, place)) < place:
                 place, at = found, i
-        if place == len(places):
-            return None
+        if place == _UNLISTED:
+            break
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return place

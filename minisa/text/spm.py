@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Set
+from io import BytesIO
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
 from minisa.errors import MinisaError, shown
-from minisa.text.bytelevel import bos_of, check_bpe, is_marker, pairs_of, require_marker
+from minisa.text.bytelevel import bos_of, check_bpe, check_gapless, is_marker, pairs_of, require_marker
 from minisa.text.merges import merge_order
 
 _SPACE = "▁"  # how a piece spells a space
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # piece types; GGUF's token types are the same
 _BPE = 2
-_WRITE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}  # steps of a tokenizer.json
-_READ = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+_WRITE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}  # a step of a tokenizer.json
 _MAX_PIECE = 256  # characters; the makers' have up to 31, and at each place in a text the longest is looked for
 _MAX_REPLACEMENT = 256  # bytes; the longest of Unicode's NFKC takes 33
 
@@ -79,7 +79,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> SentencePiece:
     for i, (name, _, kind) in enumerate(pieces):
         if kind == _USER_DEFINED:
             pieces[i] = name.replace(" ", _SPACE), 0.0, _CONTROL if is_marker(name) else kind
-    return SentencePiece(_model(pieces, prefix=metadata.get("tokenizer.ggml.add_space_prefix", True)))
+    return SentencePiece(_model(pieces, metadata.get("tokenizer.ggml.add_space_prefix", True)))
 
 
 def from_tokenizer_json(raw: Mapping[str, Any]) -> SentencePiece:
@@ -90,16 +90,14 @@ def from_tokenizer_json(raw: Mapping[str, Any]) -> SentencePiece:
     takes it off again.
     """
     model = raw["model"]
-    check_bpe(model)
-    if model.get("ignore_merges"):
-        raise MinisaError("its ignore_merges is true: expected a converted sentencepiece model, which has none")
-    names = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    if [model["vocab"][name] for name in names] != list(range(len(names))):
-        raise MinisaError(f"its ids are not 0 to {len(names) - 1}, each once: is the file whole?")
+    check_bpe(model, "ignore_merges")
+    vocab: dict[str, int] = model["vocab"]
+    check_gapless(vocab.values())
     added = {token["content"]: token["special"] for token in raw.get("added_tokens") or []}
-    for name, is_special in added.items():
-        if not is_special:
-            require_marker(name)
+    visible = {name for name, is_special in added.items() if not is_special}
+    for name in visible:
+        require_marker(name)
+    names = sorted(vocab, key=vocab.__getitem__)
     kinds = dict.fromkeys(names, _NORMAL) | dict.fromkeys(added, _CONTROL)
     kinds |= dict.fromkeys((f"<0x{byte:02X}>" for byte in range(256)), _BYTE)
     kinds[model.get("unk_token") or "<unk>"] = _UNKNOWN  # newer files leave it out; no text comes to it
@@ -108,30 +106,18 @@ def from_tokenizer_json(raw: Mapping[str, Any]) -> SentencePiece:
     pairs = [pair for pair in listed if {kinds[name] for name in (*pair, "".join(pair))} == {_NORMAL}]
     scores = {name: -float(place) for place, name in enumerate(merge_order(pairs, normal))}
     loose = {name for name in normal if len(name) > 1} - scores.keys()
-    vocabulary = SentencePiece(
-        _model(
-            ((name, scores.get(name, 0.0), _CONTROL if name in loose else kinds[name]) for name in names),
-            prefix=_prefix_of(raw),
-        )
-    )
-    for name in loose:
-        vocabulary.pieces[vocabulary.special.pop(name)] = vocabulary.spelled(name)
-    for name, is_special in added.items():
-        if name in model["vocab"] and not is_special:
-            vocabulary.pieces[model["vocab"][name]] = vocabulary.spelled(name)
+    kinds |= dict.fromkeys(loose, _CONTROL)
+    vocabulary = SentencePiece(_model(((name, scores.get(name, 0.0), kinds[name]) for name in names), _prefix_of(raw)))
+    vocabulary.special = {name: i for name, i in vocabulary.special.items() if name not in loose}
+    for name in loose | (visible & vocab.keys()):
+        vocabulary.pieces[vocab[name]] = vocabulary.spelled(name)
     vocabulary.bos_id = bos_of(raw)
     vocabulary.add_bos = vocabulary.bos_id is not None
     return vocabulary
 
 
 def _prefix_of(raw: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json puts a space before a text.
-
-    Raises MinisaError where it does more to a text than write spaces as ▁ and read them back.
-    """
-    steps = (raw.get("decoder") or {}).get("decoders", [])
-    if [step.get("type") for step in steps][:3] != ["Replace", "ByteFallback", "Fuse"] or steps[0] != _READ:
-        raise MinisaError(f"its decoder is {shown(raw.get('decoder'))}: expected Replace ▁, ByteFallback and Fuse")
+    """Whether a tokenizer.json puts a space before a text. Raises MinisaError where it does more than write ▁."""
     normalizer, pre_tokenizer = raw.get("normalizer") or {}, raw.get("pre_tokenizer")
     match normalizer.get("normalizers", [normalizer]), pre_tokenizer:
         case [{"type": "Prepend", "prepend": "▁"}, last], None if last == _WRITE:
@@ -146,7 +132,7 @@ def _prefix_of(raw: Mapping[str, Any]) -> bool:
     )
 
 
-def _model(pieces: Iterable[tuple[str, float, int]], *, prefix: bool) -> bytes:
+def _model(pieces: Iterable[tuple[str, float, int]], prefix: bool) -> bytes:
     """A tokenizer.model of (piece, score, type) in the order of their ids."""
     model = b"".join(
         proto_field(1, proto_field(1, name.encode()) + proto_field(2, score) + proto_field(3, kind))
@@ -173,39 +159,30 @@ def _longest_replacement(model: bytes) -> int:
 def proto_field(number: int, value: float | bytes) -> bytes:
     """A field: a whole number, a float of 32 bits, or the bytes of a string or message."""
     if isinstance(value, bytes):
-        return varint(number << 3 | 2) + varint(len(value)) + value
+        return _varint(number << 3 | 2) + _varint(len(value)) + value
     if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 5) + struct.pack("<f", value)
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 5) + struct.pack("<f", value)
 
 
-def varint(number: int) -> bytes:
+def _varint(number: int) -> bytes:
     """A whole number, seven bits a byte, the lowest first."""
-    head = b""
-    while number >= 0x80:
-        head += bytes([number & 0x7F | 0x80])
-        number >>= 7
-    return head + bytes([number])
+    return bytes([number]) if number < 0x80 else bytes([number & 0x7F | 0x80]) + _varint(number >> 7)
 
 
-def varint_at(message: bytes, position: int) -> tuple[int, int]:
-    """A number and where it ends."""
-    number = shift = 0
-    while message[position] >= 0x80 and shift < 63:
-        number |= (message[position] & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-    return number | message[position] << shift, position + 1
+def _read_varint(stream: BytesIO) -> int:
+    byte = stream.read(1)[0]
+    return byte if byte < 0x80 else byte & 0x7F | _read_varint(stream) << 7
 
 
 def _messages(message: bytes, field: int) -> Iterator[bytes]:
     """The values of a field that are messages or strings. Raises KeyError or IndexError for what is no message."""
-    position = 0
-    while position < len(message):
-        tag, position = varint_at(message, position)
-        if tag & 7 == 0:
-            _, position = varint_at(message, position)
+    stream = BytesIO(message)
+    while stream.tell() < len(message):
+        number, kind = divmod(_read_varint(stream), 8)
+        if kind == 0:
+            _read_varint(stream)
             continue
-        size, position = varint_at(message, position) if tag & 7 == 2 else ({1: 8, 5: 4}[tag & 7], position)
-        if tag >> 3 == field:
-            yield message[position : position + size]
-        position += size
+        value = stream.read(_read_varint(stream) if kind == 2 else {1: 8, 5: 4}[kind])
+        if number == field:
+            yield value
