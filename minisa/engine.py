@@ -42,8 +42,7 @@ from minisa.models.registry import choose_plan, resolve
 from minisa.quantize import check_quantization
 from minisa.runners.choice import choose_runner, may_become_native, native_step
 from minisa.sharing import SharingPlan
-from minisa.text.chat_format import find_dialog
-from minisa.text.dialog import DIALOGS, Dialog, Message
+from minisa.text.chat import ChatTemplate, Message, find_template, read_format
 from minisa.text.tokenizer import Tokenizer, check_ids, load_tokenizer
 
 
@@ -78,8 +77,8 @@ def load(
     compile: True, False or None for what is ready now, as in `choose_runner`.
     backend: None for the fastest attention there is for the device, "torch", "kernels" (Triton's, on CUDA), or
         "reference" for attention written out, which runs eager.
-    chat_format: one of DIALOGS in dialog.py, for a checkpoint that comes without a chat template, or with one that is
-        not known; None for the checkpoint's own.
+    chat_format: one of FORMATS in text/chat.py, or the path of a .jinja file, in place of the checkpoint's own chat
+        template; None for that one.
     progress: called with (bytes done, bytes in all) while weights load.
     Raises MinisaError for whatever the caller can put right.
     """
@@ -98,8 +97,8 @@ def load(
     max_batch = int(max_batch)
     if backend == "kernels" and not runs_kernels(target):
         raise MinisaError(f"backend 'kernels' is for CUDA, the device is {target}: leave it out, or take 'torch'")
-    if chat_format is not None and (not isinstance(chat_format, str) or chat_format not in DIALOGS):
-        raise MinisaError(f"chat_format is {shown(chat_format)}: expected one of {', '.join(DIALOGS)}")
+    if chat_format is not None:
+        read_format(chat_format)  # what is wrong with it is told before the weights load
     tokenizer = load_tokenizer(path)
     with torch.device("meta"):
         transformer = Transformer(config, plan, backend or fastest_backend(target))
@@ -113,11 +112,10 @@ def load(
     length = max_seq_len or _affordable_length(config, plan, max_batch, kv_format, target)
     cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=length, device=target, dtype=kv_format)
 
-    def dialog() -> Dialog:
-        known = chat_format or (entry.chat if entry is not None and tokenizer.chat_template is None else None)
-        return DIALOGS[known] if known else find_dialog(path, tokenizer)
+    def template() -> ChatTemplate:
+        return find_template(path, tokenizer, chat_format, entry.chat if entry is not None else None)
 
-    return LLM(transformer, tokenizer, dialog, cache, compile=compile, quantized=weight_format)
+    return LLM(transformer, tokenizer, template, cache, compile=compile, quantized=weight_format)
 
 
 def _affordable_length(
@@ -140,7 +138,7 @@ class LLM:
         self,
         model: Transformer,
         tokenizer: Tokenizer,
-        find_dialog: Callable[[], Dialog],
+        find_template: Callable[[], ChatTemplate],
         cache: StaticCache,
         *,
         compile: bool | None = None,
@@ -149,7 +147,7 @@ class LLM:
         keep_forks_running()
         self.model = model
         self.tokenizer = tokenizer
-        self._find_dialog = find_dialog
+        self._find_template = find_template
         self.cache = cache
         self.runner = choose_runner(model, compile)
         self._compile = compile
@@ -159,9 +157,9 @@ class LLM:
         self._leases = Leases()
 
     @cached_property
-    def dialog(self) -> Dialog:
-        """The model's chat format. Raises MinisaError where it is not known: such a model can still `generate`."""
-        return self._find_dialog()
+    def chat_template(self) -> ChatTemplate:
+        """How messages become a prompt. Raises MinisaError where that fails: such a model can still `generate`."""
+        return self._find_template()
 
     @property
     def config(self) -> ModelConfig:
@@ -209,8 +207,7 @@ class LLM:
         if is_dialog(beginning):
             # What two dialogs have in common that part there.
             one, other = (
-                self.dialog.render([*beginning, {"role": "user", "content": text}], self.tokenizer)
-                for text in ("a", "b")
+                self.chat_template.ids([*beginning, {"role": "user", "content": text}]) for text in ("a", "b")
             )
             beginning = one[: common_prefix(one, other)]
         ids = self._prompt_ids(beginning)  # type: ignore[arg-type]
@@ -249,8 +246,8 @@ class LLM:
         """
         check_names(options, GenerationOptions, "chat")
         if options.get("stop_ids") is None:
-            options["stop_ids"] = self.dialog.stop_ids(self.tokenizer)
-        return self._start([self._prompt_ids(self.dialog.render(messages, self.tokenizer))], mid_text=False, **options)
+            options["stop_ids"] = self.chat_template.stop_ids
+        return self._start([self._prompt_ids(self.chat_template.ids(messages))], mid_text=False, **options)
 
     def batch(self, **sampling: Unpack[SamplingOptions]) -> Batch:
         """Rows, max_batch of them, that prompts can be added to and cancelled from while others are continued.
@@ -275,9 +272,9 @@ class LLM:
         """What Batch.add is given, as token ids and options."""
         dialog = is_dialog(prompt)
         if dialog:
-            prompt = self.dialog.render(prompt, self.tokenizer)  # type: ignore[arg-type]
+            prompt = self.chat_template.ids(prompt)  # type: ignore[arg-type]
             if options["stop_ids"] is None:
-                options["stop_ids"] = self.dialog.stop_ids(self.tokenizer)
+                options["stop_ids"] = self.chat_template.stop_ids
         ids = self._prompt_ids(prompt)  # type: ignore[arg-type]
         sampling = replace(sampling, seed=seed)
         sampling.seeds(1)  # as in _start

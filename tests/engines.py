@@ -19,7 +19,7 @@ from minisa.runners.graphs import WARM_UP, Body, CudaGraphs, GraphRunner
 from minisa.runners.native.build import open_library
 from minisa.runners.native.runner import NativeRunner
 from minisa.sharing import SharingPlan
-from minisa.text.dialog import DIALOGS
+from minisa.text.chat import find_template
 from tests.models import PLANS, SIX_LAYERS, build_model
 from tests.tiny import tiny_config
 
@@ -53,6 +53,14 @@ class ByteTokenizer:
     add_bos = False
     bos_ids: ClassVar[list[int]] = []
     eos_ids: frozenset[int] = frozenset()
+    special: ClassVar[dict[str, int]] = {}
+    named: ClassVar[dict[str, str]] = {}
+
+    def encode_with_special(self, text: str, **_: Any) -> list[int]:
+        return self.encode(text)
+
+    def split_at_special(self, text: str) -> list[str]:
+        return [text]
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -65,7 +73,8 @@ class ByteTokenizer:
 
 
 def byte_llm(model: Transformer, cache: StaticCache, **options: Any) -> LLM:
-    return LLM(model, ByteTokenizer(), lambda: DIALOGS["raw"], cache, **options)  # type: ignore[arg-type]
+    tokenizer: Any = ByteTokenizer()
+    return LLM(model, tokenizer, lambda: find_template("", tokenizer, "raw"), cache, **options)
 
 
 def llm_of(

@@ -26,8 +26,8 @@ from minisa.models.registry import (
     weights_dir,
 )
 from minisa.sharing import SharingPlan
+from minisa.text.chat import FORMATS
 
-DIALOGS = {"chatml", "llama2", "llama3", "mistral-v1", "mistral-v2", "mistral-v3", "zephyr", "raw"}
 
 VALID = """
 ["tiny-1b"]
@@ -73,7 +73,7 @@ def test_entries_fit_the_models_they_name(entry: ModelEntry) -> None:
         pinned = [file.size for file in entry.files if file.size]
         assert not pinned or sum(pinned) == entry.size
     assert (entry.chat is None) == (entry.kind == "base")
-    assert entry.chat is None or entry.chat in DIALOGS
+    assert entry.chat is None or entry.chat in FORMATS
     if entry.sa is not None:
         assert choose_plan("default", shape, entry).followers
     names = {file.name for file in entry.files}

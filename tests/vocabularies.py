@@ -20,7 +20,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minisa.text.bytelevel import TEKKEN_SPLIT
-from minisa.text.dialog import Message
+from minisa.text.chat import Message
 from minisa.text.tokenizer import Tokenizer, load_tokenizer
 
 SPLIT_LLAMA3 = "|".join(

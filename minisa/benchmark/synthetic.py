@@ -19,7 +19,7 @@ from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.quantize import check_quantization
 from minisa.sharing import SharingPlan
-from minisa.text.dialog import DIALOGS
+from minisa.text.chat import find_template
 
 NOISE = 1_048_573  # values drawn, then repeated; a prime, so that the rows of a matrix differ
 
@@ -51,7 +51,9 @@ def random_llm(
         config, plan, batch=max_batch, max_seq_len=max_seq_len, device=device, dtype=kv_dtype or dtype
     )
     tokenizer: Any = _NoTokenizer()
-    return LLM(transformer, tokenizer, lambda: DIALOGS["raw"], cache, quantized=weight_format, **options)
+    return LLM(
+        transformer, tokenizer, lambda: find_template("", tokenizer, "raw"), cache, quantized=weight_format, **options
+    )
 
 
 def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:

@@ -11,7 +11,7 @@ from minisa.generation.lease import Lease
 from minisa.generation.loop import DecodingLoop
 from minisa.generation.prompts import Prompt
 from minisa.generation.row import Chunk, Options, Prefix
-from minisa.text.dialog import Message
+from minisa.text.chat import Message
 
 
 class Batch:

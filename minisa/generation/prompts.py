@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from operator import index
 
 from minisa.errors import MinisaError, shown
-from minisa.text.dialog import Message
+from minisa.text.chat import Message
 
 Prompt = str | Sequence[int]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from minisa.engine import LLM
 from minisa.generation.row import Chunk, Stats
-from minisa.text.dialog import Message
+from minisa.text.chat import Message
 
 
 class Conversation:
@@ -62,7 +62,7 @@ class Conversation:
         return turns
 
     def _length(self, turns: list[Message]) -> int:
-        return len(self.llm.dialog.render(self._with_system(turns), self.llm.tokenizer))
+        return len(self.llm.chat_template.ids(self._with_system(turns)))
 
     def _with_system(self, turns: list[Message]) -> list[Message]:
         return turns if self.system is None else [{"role": "system", "content": self.system}, *turns]
