@@ -26,7 +26,7 @@ from minisa.costs import kv_bytes
 from minisa.generation.options import Options
 from minisa.models.registry import choose_plan, resolve
 from minisa.text.conversation import Conversation
-from minisa.text.dialog import DIALOGS
+from minisa.text.chat import FORMATS
 
 HELP = """\
 /reset         forget the conversation
@@ -35,7 +35,6 @@ HELP = """\
 /stats         how the last answer went
 /help          this list
 Ctrl-C stops an answer and keeps the session, Ctrl-D leaves."""
-FORMATS = [name for name in DIALOGS if name != "raw"]
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
@@ -65,7 +64,7 @@ PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 )
 @click.option("--max-seq-len", type=int, help="Context in tokens; the model's own by default.")
 @click.option("--compile/--no-compile", "compiled", default=None, help="Wait for the compiled step, or do without it.")
-@click.option("--chat-format", type=click.Choice(FORMATS), help="For a model without a chat template, or another one.")
+@click.option("--chat-format", help=f"In place of the model's own: {', '.join(FORMATS)}, or a .jinja file.")
 @click.option("--raw", is_flag=True, help="No chat format: continue the text as it stands.")
 def main(
     model: str,
@@ -128,7 +127,7 @@ def main(
     }
     conversation = Conversation(open_model(model, sa=sa, **loading), system, raw, **sampling, **options)
     click.echo(banner(conversation.llm, model), err=True)
-    if not raw and conversation.llm.template.name == "raw":
+    if not raw and conversation.llm.chat_template.name == "raw":
         click.echo("(no chat template: texts go in one after the other; --chat-format names a format)", err=True)
     if prompt is not None:
         answer(conversation, prompt)

@@ -135,7 +135,7 @@ class LLM:
         self._generation = 0  # the latest one begun: it has the cache
 
     @cached_property
-    def template(self) -> ChatTemplate:
+    def chat_template(self) -> ChatTemplate:
         """The model's chat template. Raises MinisaError where it is broken: such a model can still `generate`."""
         return self._find_template()
 
@@ -181,7 +181,7 @@ class LLM:
         """
         if is_chat(beginning):
             # What two chats have in common that part there.
-            one, other = (self.template.ids([*beginning, {"role": "user", "content": text}]) for text in ("a", "b"))
+            one, other = (self.chat_template.ids([*beginning, {"role": "user", "content": text}]) for text in ("a", "b"))
             beginning = one[: common_prefix(one, other)]
         ids = self._prompt_ids(beginning)  # type: ignore[arg-type]
         cache = self._cache_for(ids)
@@ -267,7 +267,7 @@ class LLM:
             raise MinisaError("prefix is another model's: make it by this one's llm.prefix")
         stop_ids = options.stop_ids
         if stop_ids is None:
-            stop_ids = self.template.stop_ids if answers else self.tokenizer.eos_ids
+            stop_ids = self.chat_template.stop_ids if answers else self.tokenizer.eos_ids
         return ids, replace(options, seed=seed, stop_ids=stop_ids), self.tokenizer.stream(mid_text=not answers)
 
     def _begin(self) -> int:
@@ -300,7 +300,7 @@ class LLM:
         return self._checked(ids, self.cache.length, "the prompt")
 
     def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        return self._checked(self.template.ids(messages), self.cache.length, "the chat")
+        return self._checked(self.chat_template.ids(messages), self.cache.length, "the chat")
 
     def _checked(self, ids: Sequence[int], limit: int, what: str) -> list[int]:
         """Token ids as a list. Raises MinisaError for none, too many, and what is no id of the vocabulary."""

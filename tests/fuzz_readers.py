@@ -20,7 +20,7 @@ from minisa.study.findings import Findings, read_findings, write_findings
 from minisa.study.results import Results
 from minisa.study.tasks import TASKS, read_questions, read_rows
 from minisa.study.training import Training, read_training, write_training
-from minisa.text.chat_format import find_dialog
+from minisa.text.chat import find_template
 from minisa.text.templates import Beyond, Refused, written
 from minisa.text.tokenizer import Tokenizer, load_tokenizer
 from tests.encode import encode_gguf, repack_zip
@@ -60,7 +60,7 @@ def load(path: Path) -> None:
 def tokenize(path: Path) -> Tokenizer:
     tokenizer = load_tokenizer(path)
     tokenizer.decode(tokenizer.encode("Hello world, 1234  é\n\n"))
-    find_dialog(path, tokenizer)
+    find_template(path, tokenizer)
     return tokenizer
 
 

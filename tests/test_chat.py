@@ -25,7 +25,6 @@ import chat
 from minisa import LLM, MinisaError, console, load
 from minisa.generation.speculate import PromptLookup
 from minisa.text.conversation import Conversation
-from minisa.text.dialog import DIALOGS
 from tests.commands import FRANCE, Ran
 from tests.loadable import loadable_hf
 from tests.tiny import random_weights, tiny_config, write_hf
@@ -176,7 +175,7 @@ BAD_FLAGS: dict[str, tuple[list[str], str]] = {
     "not a number": (["--top-k", "many"], "'many' is not a valid integer"),
     "raw with system": (["--raw", "--system", "x"], "leave out --system"),
     "raw with a format": (["--raw", "--chat-format", "llama2"], "leave out --chat-format"),
-    "no such format": (["--chat-format", "vicuna"], "'vicuna' is not one of 'chatml', 'llama2'"),
+    "no such format": (["--chat-format", "vicuna"], "chat_format is 'vicuna': expected one of chatml, llama2"),
     "surrogates": (["--prompt", "\udcff"], "--prompt is not UTF-8"),
     "surrogates in a stop string": (["--stop", "a", "--stop", "caf\udce9"], "--stop is not UTF-8 at character 3"),
     "empty prompt": (["--prompt", " "], "--prompt is empty"),
@@ -329,7 +328,7 @@ def test_a_model_without_a_chat_template(run_chat: Callable[..., Ran], tmp_path:
     assert warning not in run_chat(*flags, "--raw").err
     assert warning not in run_chat(*flags, "--chat-format", "chatml").err
     llm = load(model, device="cpu", chat_format="chatml")
-    assert llm.dialog is DIALOGS["chatml"]
+    assert llm.chat_template.name == "chatml"
     for wrong in ("vicuna", ["chatml"]):
         with pytest.raises(MinisaError, match=r"chat_format is .*: expected one of chatml, llama2"):
             load(model, device="cpu", chat_format=wrong)  # type: ignore[arg-type]

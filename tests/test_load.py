@@ -11,7 +11,6 @@ import torch
 
 from minisa import MinisaError, load
 from minisa.models.registry import find
-from minisa.text.dialog import DIALOGS
 from tests.loadable import N_TOKENS, chat_model, loadable_hf
 from tests.tiny import tiny_config
 
@@ -71,6 +70,6 @@ def test_a_template_counts_before_the_registry(tmp_path: Path, monkeypatch: pyte
     """models.toml names the format of what comes without one."""
     model = chat_model(tmp_path)
     monkeypatch.setattr("minisa.engine.resolve", lambda name: (model, find("llama3.2-1b-instruct")))
-    assert load("a name", device="cpu").dialog.name == "chatml"
+    assert load("a name", device="cpu").chat_template.name == f"the chat template of {model}"
     (model / "tokenizer_config.json").unlink()
-    assert load("a name", device="cpu").dialog is DIALOGS["llama3"]
+    assert load("a name", device="cpu").chat_template.name == "llama3"

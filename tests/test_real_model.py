@@ -57,7 +57,7 @@ def test_it_stops_by_itself(smollm2: LLM) -> None:
 
 def test_four_questions_in_one_batch_are_four_questions_alone(smollm2: LLM) -> None:
     questions = ["Hi", "What is the capital of France?", "Count to ten.", "Write a line about the sea, then stop."]
-    prompts = [smollm2.template.ids([{"role": "user", "content": text}]) for text in questions]
+    prompts = [smollm2.chat_template.ids([{"role": "user", "content": text}]) for text in questions]
     together = list(smollm2.generate(prompts, max_new_tokens=24))
     for row, prompt in enumerate(prompts):
         alone = [chunk.token for chunk in smollm2.generate(prompt, max_new_tokens=24)]
@@ -71,7 +71,7 @@ def test_an_answer_in_bf16_is_its_own_in_any_company(smollm2_path: Path) -> None
     assert llm.runner.name == "C++ step"
     topics = ["rain", "a sea", "bread", "winter", "a dog", "chess", "music", "trade"]
     chats = [[{"role": "user", "content": f"Explain how {topic} comes about."}] for topic in topics]
-    prompts = [llm.template.ids(messages) for messages in chats]
+    prompts = [llm.chat_template.ids(messages) for messages in chats]
 
     def tokens(*prompts: list[int], **options: object) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in prompts]

@@ -20,7 +20,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minisa.text.bytelevel import LLAMA3_SPLIT, TEKKEN_SPLIT
-from minisa.text.dialog import Message
+from minisa.text.chat import Message
 from minisa.text.tokenizer import Tokenizer, load_tokenizer
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

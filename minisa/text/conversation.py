@@ -62,7 +62,7 @@ class Conversation:
         return turns
 
     def _length(self, turns: list[Message]) -> int:
-        return len(self.llm.template.ids(self._with_system(turns)))
+        return len(self.llm.chat_template.ids(self._with_system(turns)))
 
     def _with_system(self, turns: list[Message]) -> list[Message]:
         return turns if self.system is None else [{"role": "system", "content": self.system}, *turns]

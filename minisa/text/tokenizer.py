@@ -1,7 +1,7 @@
-"""One tokenizer over sentencepiece and tiktoken, whichever the model's maker chose.
+"""One tokenizer over byte-level BPE and sentencepiece, whichever the model's maker chose.
 
-Text goes in as plain text: nothing in it is ever read as a special token, whatever it spells. Special tokens are
-put between texts by their ids, which is what dialog.py does.
+Text goes in as plain text: `encode` reads nothing in it as a special token, whatever it spells. `encode_with_special`
+does; it is for prompts that chat.py has made safe.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from functools import cached_property
 from os.path import lexists
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from minisa.checkpoint.gguf import find_gguf, gguf_parts, is_gguf, read_gguf
 from minisa.errors import MinisaError, shown
@@ -24,7 +25,9 @@ BOS_NAMES = ("<|begin_of_text|>", "<s>")
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>")
 
 _FILES = "tokenizer.model, tekken.json, tokenizer.json or a .gguf file"
-_SETTINGS = ("tokenizer_config.json", "added_tokens.json", "generation_config.json", "config.json")
+_SETTINGS = (
+    "tokenizer_config.json", "chat_template.json", "added_tokens.json", "generation_config.json", "config.json",
+)  # fmt: skip
 _MAX_MODEL = 8 << 20  # bytes; the largest tokenizer.model takes 4 MB
 _MAX_TEMPLATE = 1 << 20  # bytes
 _MAX_SPECIAL = 1 << 15  # the makers' have up to 1,000; what pads a vocabulary counts too
@@ -39,7 +42,7 @@ class Vocabulary(Protocol):
     dummy_prefix: whether a text is encoded as if a space stood before it.
     add_bos: whether the maker's own tokenizer puts BOS before plain text.
     bos_id: the token that it puts there, where the vocabulary's file says which.
-    supposed: names of special tokens that the file does not give; what stands beside it may give their ids to others.
+    supposed: names of special tokens that the file does not give; the files beside it may give their ids to others.
     spelled: the bytes of a token that is written so.
     """
 
@@ -55,7 +58,7 @@ class Vocabulary(Protocol):
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
-    """MinisaError where there are none, or one is no row of the embedding; what: has them, for the message."""
+    """Raises MinisaError where there are none, or one is no row of the embedding; what: names them in the message."""
     if not ids:
         raise MinisaError(f"{what} is empty: give at least one token")
     outside = next((token for token in ids if not 0 <= token < vocab_size), None)
@@ -72,7 +75,8 @@ class Tokenizer:
     add_bos: whether the maker's own tokenizer puts it before plain text (SmolLM2's does not).
     eos_id: the one that the tokenizer's files call its EOS, or else a well-known one, if it has any.
     eos_ids: every token that ends a turn or a text.
-    chat_template: the Jinja template that came with the tokenizer, if one did; chat_format.py recognizes it.
+    chat_template: the Jinja template that came with the tokenizer, if one did.
+    named: what its files call the special tokens, such as bos_token → "<s>": a chat template's variables.
 
     Sentencepiece encodes a text as if a space stood before it and takes that space off when decoding. What goes on
     from other text is `mid_text`: no space is put before it nor taken off. So, wherever n does not cut a character,
@@ -87,8 +91,11 @@ class Tokenizer:
         eos_ids: Sequence[int],
         add_bos: bool,
         chat_template: str | None = None,
+        named: Mapping[str, str] | None = None,
+        space_at_start_only: bool = False,
     ) -> None:
         """eos_ids: those the files name, the tokenizer's own first; the well-known ones are found here.
+        space_at_start_only: where special tokens are spelled out, no space is put before the text behind one.
 
         Raises MinisaError for an id outside the vocabulary, and for a special token that plain text could spell.
         """
@@ -101,6 +108,10 @@ class Tokenizer:
         self.eos_id = ends[0] if ends else None
         self.eos_ids = frozenset(ends)
         self.chat_template = chat_template
+        self._space_at_start_only = space_at_start_only
+        names = {token_id: name for name, token_id in self.special.items()}
+        ours = {"bos_token": names.get(bos_id), "eos_token": names.get(self.eos_id)}  # type: ignore[arg-type]
+        self.named = {key: name for key, name in ours.items() if name is not None} | dict(named or {})
         for token_id in self.eos_ids if bos_id is None else self.eos_ids | {bos_id}:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
                 raise MinisaError(f"bos_token_id or eos_token_id is {token_id!r}: expected 0 to {self.vocab_size - 1}")
@@ -136,6 +147,35 @@ class Tokenizer:
                 f"character {error.start} of the text is half a surrogate pair: expected Unicode"
             ) from None
         return self._vocabulary.encode(text, mid_text=mid_text)
+
+    def encode_with_special(self, text: str, *, guard: str = "", makers_spaces: bool = False) -> list[int]:
+        """The ids of a text that spells special tokens out. Between two of them it is encoded as one piece.
+
+        guard: what keeps apart what is not to be read as a special token; it is taken out of the text between them.
+        makers_spaces: sentencepiece puts its space before the text behind every special token, as the makers' own
+            code does, whatever tokenizer_config.json says.
+        """
+        first, *others = self.split_at_special(text)
+        ids = self._between(first, guard, mid_text=False)
+        for name, plain in zip(others[::2], others[1::2], strict=True):
+            ids.append(self.special[name])
+            ids += self._between(plain, guard, mid_text=self._space_at_start_only and not makers_spaces)
+        return ids
+
+    def _between(self, text: str, guard: str, *, mid_text: bool) -> list[int]:
+        text = text.replace(guard, "") if guard else text
+        return self.encode(text, mid_text=mid_text) if text else []
+
+    def split_at_special(self, text: str) -> list[str]:
+        """Plain text, the name of a special token, plain text, and so on: an odd number of texts. Of the tokens that
+        begin at one place the longest is found."""
+        return self._special_names.split(text)
+
+    @cached_property
+    def _special_names(self) -> re.Pattern[str]:
+        names = sorted((name for name in self.special if len(name) > 1), key=len, reverse=True)
+        beginnings = "".join(map(re.escape, {name[0] for name in names}))  # skips most of a text at once
+        return re.compile(f"(?=[{beginnings}])({'|'.join(map(re.escape, names))})" if names else "((?!))")
 
     def decode(self, ids: Iterable[int], *, mid_text: bool = False) -> str:
         """The text of ids. Bytes that are no UTF-8 become U+FFFD."""
@@ -175,32 +215,55 @@ class TextStream:
         return self._utf8.decode(b"", final=True)
 
 
+class NoTokenizer(Tokenizer):
+    """In the place of the tokenizer that a checkpoint does not have: token ids stream no text, and text is refused."""
+
+    def __init__(self, where: Path, eos_ids: Sequence[int] = ()) -> None:
+        self.special, self.named, self._pieces = {}, {}, []
+        self.bos_id, self.add_bos, self.chat_template = None, False, None
+        self.eos_id, self.eos_ids = next(iter(eos_ids), None), frozenset(eos_ids)
+        self._where = where
+
+    def encode(self, text: str, *, mid_text: bool = False) -> NoReturn:
+        raise MinisaError(f"{self._where}: there is no tokenizer for text: give token ids, or put {_FILES} there")
+
+    def decode(self, ids: Iterable[int], *, mid_text: bool = False) -> NoReturn:
+        self.encode("")
+
+    def stream(self, *, mid_text: bool = False) -> TextStream:
+        return TextStream(self, strip_space=False)
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer at a path.
+    """The tokenizer at a path; a NoTokenizer for a checkpoint that comes without one.
 
     path: a directory in Hugging Face's, Meta's or Mistral's layout, or one of the files a tokenizer comes in:
-        tokenizer.model (sentencepiece's or Llama 3's), tekken.json, tokenizer.json, or a .gguf file. What stands in
-        tokenizer_config.json, added_tokens.json, generation_config.json and config.json beside it counts too.
-    Raises MinisaError when there is none, or it is damaged or of a kind that minisa does not know.
+        tokenizer.model (sentencepiece's or Llama 3's), tekken.json, tokenizer.json, or a .gguf file. What the files
+        of _SETTINGS and chat_template.jinja beside it say counts too.
+    Raises MinisaError when it is damaged or of a kind that minisa does not know.
     """
     path = Path(path)
     file, folder = (_find(path), path) if path.is_dir() else (path, path.parent)
     try:
+        settings = {name: read_json(folder / name) if lexists(folder / name) else {} for name in _SETTINGS}
+        if file is None:
+            with _naming(folder):
+                return NoTokenizer(folder, _named_ends(settings))
         if file.suffix == ".gguf" or is_gguf(file):
             file = next(gguf_parts(file))
             metadata = read_gguf(file).metadata
             with _naming(file):
-                return _from_gguf(metadata)
+                return _from_gguf(metadata) if "tokenizer.ggml.model" in metadata else NoTokenizer(file)
         content = read_json(file) if file.suffix == ".json" else read_plain(file, _MAX_MODEL, "tokenizer")
-        settings = {name: read_json(folder / name) if lexists(folder / name) else {} for name in _SETTINGS}
         template = folder / "chat_template.jinja"
         with _naming(file):
             vocabulary = _vocabulary(content)
         with _naming(folder):
-            chat_template = read_plain(template, _MAX_TEMPLATE, "template").decode() if lexists(template) else None
-            return _with_settings(vocabulary, settings, chat_template)
+            own = read_plain(template, _MAX_TEMPLATE, "template").decode() if lexists(template) else None
+            scheme = (content.get("pre_tokenizer") or {}).get("prepend_scheme") if isinstance(content, dict) else None
+            return _with_settings(vocabulary, settings, own, scheme)
     except OSError as error:
-        wrong = Path(error.filename or file)
+        wrong = Path(error.filename or file or folder)
         expected = _FILES if wrong == file else "a file, or nothing of that name"
         raise MinisaError(f"{wrong}: {error.strerror or error}: expected {expected}") from None
 
@@ -218,16 +281,15 @@ def _naming(file: Path) -> Iterator[None]:
         raise MinisaError(f"{file}: no tokenizer, or a damaged one ({reason}): fetch it again") from error
 
 
-def _find(directory: Path) -> Path:
+def _find(directory: Path) -> Path | None:
     """The tokenizer's file in a directory; the maker's own format before Hugging Face's copy of it."""
     versions = sorted(directory.glob("tokenizer.model.v*"), reverse=True)  # Mistral's
     names = ("tokenizer.model", *(file.name for file in versions), "tekken.json", "tokenizer.json")
     for candidate in (*(directory / name for name in names), directory / "original" / "tokenizer.model"):
         if candidate.is_file():
             return candidate
-    if len(models := find_gguf(directory)) == 1:
-        return models[0]
-    raise MinisaError(f"{directory}: no tokenizer in this directory: expected {_FILES}")
+    models = find_gguf(directory)
+    return models[0] if len(models) == 1 else None
 
 
 def _vocabulary(content: dict[str, Any] | bytes) -> Vocabulary:
@@ -243,9 +305,12 @@ def _vocabulary(content: dict[str, Any] | bytes) -> Vocabulary:
 
 
 def _with_settings(
-    vocabulary: Vocabulary, settings: Mapping[str, Mapping[str, Any]], chat_template: str | None
+    vocabulary: Vocabulary, settings: Mapping[str, Mapping[str, Any]], chat_template: str | None, scheme: str | None
 ) -> Tokenizer:
-    """With what the files beside it say about a vocabulary; without them its maker's habits hold."""
+    """With what the files beside it say about a vocabulary; without them its maker's habits hold.
+
+    scheme: where tokenizer.json puts a space: "always", "first" for the start of a text only, or None.
+    """
     config = settings["tokenizer_config.json"]
     _add_tokens(vocabulary, config.get("added_tokens_decoder") or {}, settings["added_tokens.json"])
     if config.get("add_prefix_space") is False:
@@ -253,29 +318,35 @@ def _with_settings(
     elif config.get("add_prefix_space") and str(config.get("tokenizer_class")).startswith("GPT2"):
         raise MinisaError("tokenizer_config.json: add_prefix_space is true: expected false with GPT2Tokenizer")
     special = vocabulary.special
-    bos = _named(config.get("bos_token"), special)
+    named = {key: _name(token) for key, token in config.items() if key.endswith("_token") and _name(token)}
+    bos = [special[named["bos_token"]]] if named.get("bos_token") in special else []
     if vocabulary.bos_id not in (None, *bos) and bos:
         raise MinisaError(
             f"tokenizer_config.json: bos_token is {bos[0]}, and tokenizer.json's post_processor puts "
             f"{vocabulary.bos_id} before a text: expected the same"
         )
     bos += [vocabulary.bos_id] if vocabulary.bos_id is not None else [special[n] for n in BOS_NAMES if n in special]
-    eos = _named(config.get("eos_token"), special)
-    for name in ("generation_config.json", "config.json"):
-        ids = settings[name].get("eos_token_id")
-        eos += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    eos = [special[named["eos_token"]]] if named.get("eos_token") in special else []
     add_bos = config.get("add_bos_token") if isinstance(vocabulary, spm.SentencePiece) else None  # no say in the others
-    if chat_template is None:
-        chat_template = config.get("chat_template")
-        if isinstance(chat_template, list):  # several, by name
-            chat_template = {entry["name"]: entry["template"] for entry in chat_template}.get("default", "")
+    for found in (settings["chat_template.json"].get("chat_template"), config.get("chat_template")):
+        if isinstance(found, list):  # several, by name
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        chat_template = found if chat_template is None else chat_template
     return Tokenizer(
         vocabulary,
         bos_id=bos[0] if bos else None,
-        eos_ids=eos,
+        eos_ids=[*eos, *_named_ends(settings)],
         add_bos=vocabulary.add_bos if add_bos is None else add_bos,
         chat_template=chat_template,
+        named=named,
+        space_at_start_only=config.get("legacy") is False or (scheme == "first" and config.get("legacy") is None),
     )
+
+
+def _named_ends(settings: Mapping[str, Mapping[str, Any]]) -> list[int]:
+    """The ids that generation_config.json and config.json call eos_token_id."""
+    found = [settings[name].get("eos_token_id") for name in ("generation_config.json", "config.json")]
+    return [token_id for ids in found for token_id in (ids if isinstance(ids, list) else [ids]) if token_id is not None]
 
 
 def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -329,7 +400,7 @@ def _add_tokens(vocabulary: Vocabulary, decoder: Mapping[str, Any], listed: Mapp
         raise MinisaError(f"the added tokens' ids leave gaps or repeat: expected {size} and those that follow")
 
 
-def _named(token: Any, special: Mapping[str, int]) -> list[int]:
-    """The id of a token as tokenizer_config.json names it, by a string or an object; none for null."""
+def _name(token: Any) -> str | None:
+    """A token's name as tokenizer_config.json has it: a string or an object; None for null and whatever else."""
     name = token.get("content") if isinstance(token, dict) else token
-    return [special[name]] if isinstance(name, str) and name in special else []
+    return name if isinstance(name, str) else None
