@@ -14,14 +14,16 @@ from minisa.attention import fastest_backend
 from minisa.cache import StaticCache
 from minisa.checkpoint import Checkpoint, load_weights
 from minisa.config import ModelConfig
+from minisa.device import choose_dtype, choose_kv_dtype
 from minisa.engine import LLM
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.quantize import check_quantization
+from minisa.runners.choice import native_step
 from minisa.sharing import SharingPlan
 from minisa.text.dialog import DIALOGS
 
-NOISE = 1_048_573  # values drawn, then repeated; a prime, so that the rows of a matrix differ
+N_NOISE = 1_048_573  # values drawn, then repeated; a prime, so that the rows of a matrix differ
 
 
 def random_llm(
@@ -29,29 +31,28 @@ def random_llm(
     plan: SharingPlan,
     *,
     device: torch.device | str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     max_seq_len: int,
     max_batch: int = 1,
     quantize: str | None = None,
-    kv_dtype: torch.dtype | None = None,
+    kv_dtype: str = "auto",
     backend: str | None = None,
+    compile: bool | None = None,
     seed: int = 0,
-    **options: Any,
 ) -> LLM:
-    """An LLM with the weights of `random_checkpoint`. It takes token ids, not text.
-
-    kv_dtype: what keys and values are kept in, None for dtype. backend: as for `load`. options: those of LLM.
-    """
+    """An LLM with the weights of `random_checkpoint`. It takes token ids, not text. Options: those of `load`."""
+    device, weight_format = torch.device(device), check_quantization(quantize)
     with torch.device("meta"):
-        transformer = Transformer(config, plan, backend or fastest_backend(torch.device(device)))
-    weight_format = check_quantization(quantize)
+        transformer = Transformer(config, plan, backend or fastest_backend(device))
+    if isinstance(dtype, str):
+        native = native_step(config, device, compile=compile, quantized=quantize is not None) is not None
+        dtype = choose_dtype(dtype, device, native=native)
+    kept = choose_kv_dtype(kv_dtype, dtype)
     load_weights(transformer, random_checkpoint(config, seed), device=device, dtype=dtype, quantize=weight_format)
     transformer.to(device)  # the buffers
-    cache = StaticCache.allocate(
-        config, plan, batch=max_batch, max_seq_len=max_seq_len, device=device, dtype=kv_dtype or dtype
-    )
+    cache = StaticCache.allocate(config, plan, batch=max_batch, max_seq_len=max_seq_len, device=device, dtype=kept)
     tokenizer: Any = _NoTokenizer()
-    return LLM(transformer, tokenizer, lambda: DIALOGS["raw"], cache, quantized=weight_format, **options)
+    return LLM(transformer, tokenizer, lambda: DIALOGS["raw"], cache, quantized=weight_format, compile=compile)
 
 
 def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
@@ -61,7 +62,7 @@ def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
     """
     with torch.device("meta"):
         shapes = Transformer(config, SharingPlan.none(config.n_layers)).state_dict()
-    noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(N_NOISE, generator=torch.Generator().manual_seed(seed))
     tensors = {name: _Noise(name, tuple(meta.shape), noise) for name, meta in shapes.items()}
     return Checkpoint(Path("random weights"), config, tensors, (), interleaved=False, format="noise", files=())
 
@@ -78,10 +79,9 @@ class _Noise:
         if len(self.shape) == 1:
             return torch.ones(stop - start)
         width = math.prod(self.shape[1:])
-        begin, count = start * width % NOISE, (stop - start) * width
-        values = self.noise[begin : begin + count]
-        while len(values) < count:
-            values = torch.cat((values, self.noise[: count - len(values)]))
+        begin, count = start * width % N_NOISE, (stop - start) * width
+        end = begin + count
+        values = (self.noise if end <= N_NOISE else self.noise.repeat(end // N_NOISE + 1))[begin:end]
         return (values * width**-0.5).view(stop - start, *self.shape[1:])
 
 
