@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import click
@@ -14,12 +13,7 @@ from minisa.interrupts import end_without_traceback
 if __name__ == "__main__":
     end_without_traceback()
 
-from minisa.benchmark import table
-from minisa.benchmark.peers import PEERS
-from minisa.benchmark.plot import check_matplotlib, plot
-from minisa.benchmark.report import record
-from minisa.benchmark.run import Benchmark
-from minisa.benchmark.settings import CONTEXTS, PROMPT_LENGTHS, Settings
+from minisa.benchmark.presets import CONTEXTS, PEERS, PROMPT_LENGTHS
 from minisa.console import OutputFile, fetch_default, keep_apart, model_options, run, write_json
 from minisa.errors import MinisaError
 
@@ -52,82 +46,50 @@ def default(lengths: tuple[int, ...]) -> str:
 @click.option("--contexts", type=Lengths(0), help=f"Tokens in the cache when decoding. {default(CONTEXTS)}")
 @click.option("--prompt-lengths", type=Lengths(1), help=f"Tokens to prefill. {default(PROMPT_LENGTHS)}")
 @click.option("--new-tokens", type=click.IntRange(1), default=16, show_default=True, help="Decoded in each turn.")
-@click.option("--repeats", type=click.IntRange(1), help="Turns of each; by default 8, less where they take long.")
-@click.option(
-    "--compile/--no-compile",
-    "compiled",
-    default=None,
-    help="Compiled steps, or eager PyTorch; else as the engine likes.",
-)
+@click.option("--repeats", type=click.IntRange(1), help="Turns of each; by default 8, fewer where they take long.")
+@click.option("--compile/--no-compile", default=None, help="Compiled steps, or eager PyTorch; by default as `load`.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads, of the ceiling and the peers too.")
 @click.option("--random-weights", metavar="SHAPE", help="Noise in place of a checkpoint: a preset, or a config.json.")
 @click.option("--against", type=click.Choice(list(PEERS)), multiple=True, help="Compare, on the same weights.")
 @click.option("--json", "json_path", type=OutputFile(), help="Write the record to this file.")
 @click.option("--plot", "plot_path", type=OutputFile(), help="Draw it into this PNG.")
 @click.pass_context
-def main(
-    context: click.Context, compiled: bool | None, json_path: str | None, plot_path: str | None, **flags: Any
-) -> None:
+def main(context: click.Context, json_path: str | None, plot_path: str | None, **flags: Any) -> None:
     """Measure a model, plain and with Shared Attention (--sa; the model's own plan by default; --sa none for plain
     alone), against the ceiling of this machine and, if asked, against others.
 
     Configurations take turns in one run, each in a process of its own. The last line is the record as JSON.
     """
+    from minisa.benchmark import plot, table
+    from minisa.benchmark.report import record
+    from minisa.benchmark.run import Benchmark
+    from minisa.benchmark.settings import choose
+
     if flags["random_weights"] is not None and context.get_parameter_source("model") is ParameterSource.COMMANDLINE:
         raise MinisaError("--random-weights names the model itself: leave out --model")
     if plot_path is not None:
-        check_matplotlib()
+        plot.check_matplotlib()
     read = [(f"--{name}", flags[name.replace("-", "_")]) for name in ("model", "sa", "random-weights")]
     keep_apart({"--json": json_path, "--plot": plot_path}, *read)
     if flags["random_weights"] is None:
         fetch_default(flags["model"])
-    settings = Settings.resolve(compile=compiled, **flags)
-    with Benchmark(settings, Progress()) as benchmark:
+    with Benchmark(choose(**flags), lambda what: click.echo(what, err=True)) as benchmark:
+        interrupted = True
         try:
-            measure(benchmark)
-        except KeyboardInterrupt:
-            report(benchmark, True, json_path, plot_path)
-            raise
-        except MinisaError:
-            if any(measured.prefill for measured in benchmark.own):
-                report(benchmark, True, json_path, plot_path)
-            raise
-        report(benchmark, False, json_path, plot_path)
-
-
-def measure(benchmark: Benchmark) -> None:
-    """The run's stages, each told on stdout as soon as it is known."""
-    click.echo(table.heading(record(benchmark)))
-    benchmark.measure_ceiling()
-    click.echo(table.ceiling(record(benchmark)))
-    benchmark.open()
-    click.echo(table.costs(record(benchmark)))
-    benchmark.measure()
-
-
-def report(benchmark: Benchmark, interrupted: bool, json_path: str | None, plot_path: str | None) -> None:
-    found = record(benchmark, interrupted)
-    click.echo(table.ceiling(found) + "\n" + table.results(found) + "\n")
-    if json_path is not None:
-        write_json(json_path, found)
-    click.echo(json.dumps(found))
-    if plot_path is not None:
-        plot(found, plot_path)
-
-
-class Progress:
-    """What is being measured, on stderr: one line that changes on a terminal, a line for each thing elsewhere."""
-
-    def __init__(self) -> None:
-        self._last = ""
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            rounds = f" ({done + 1} of {total})" if total > 1 else ""
-            click.echo(f"\r\x1b[K{what}{rounds}", nl=False, err=True)
-        elif what != self._last:
-            click.echo(what, err=True)
-        self._last = what
+            benchmark.open()
+            benchmark.measure_ceiling()
+            click.echo(table.heading(record(benchmark)))
+            benchmark.measure()
+            interrupted = False
+        finally:
+            if any(cell.rounds for cell in benchmark.cells):
+                found = record(benchmark, interrupted)
+                click.echo(f"\n{table.results(found)}\n")
+                click.echo(json.dumps(found))
+                if json_path is not None:
+                    write_json(json_path, found)
+                if plot_path is not None:
+                    plot.plot(found, plot_path)
 
 
 if __name__ == "__main__":

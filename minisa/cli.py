@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import click
-import torch
 
-from minisa.benchmark.report import device_name
-from minisa.benchmark.selfcheck import run_checks
-from minisa.benchmark.short import short_bench
+from minisa.benchmark.selfcheck_command import selfcheck
 from minisa.checkpoint import open_checkpoint
-from minisa.console import DEVICE, MODEL, OutputFile, fetch, fetch_default
+from minisa.console import MODEL, OutputFile, fetch, fetch_default
 from minisa.costs import kv_bytes, parameter_count
-from minisa.device import choose_device
 from minisa.models.registry import choose_plan, find, local_path, registry, resolve
 from minisa.sharing import SharingPlan
 from minisa.study.eval_command import evaluate
@@ -71,29 +67,10 @@ def plan(spans: str, model: str, save: str | None) -> None:
         chosen.save(save)
 
 
-@main.command()
-@DEVICE
-@click.option("--bench/--no-bench", default=True, show_default=True, help="Measure a shape that fits this machine too.")
-def selfcheck(device: str, bench: bool) -> int:
-    """Check that this machine's kernels, compiled steps and models compute what the reference computes.
-
-    Exit status 1 if anything does not. Ends with the record of a short benchmark as JSON.
-    """
-    target = choose_device(device)
-    click.echo(f"{target} ({device_name(target)}), torch {torch.__version__}")
-    failed = False
-    for outcome in run_checks(target):
-        verdict = {True: "passed", False: "FAILED", None: "left out"}[outcome.passed]
-        click.echo(f"{outcome.name:<20}{verdict:<10}{outcome.seconds:>4.0f} s  {outcome.detail}")
-        failed |= outcome.passed is False
-    if bench:
-        click.echo(short_bench(target))
-    return int(failed)
-
-
 main.add_command(evaluate)
 main.add_command(isotropy)
 main.add_command(rivals)
 main.add_command(search)
 main.add_command(refit)
 main.add_command(heal)
+main.add_command(selfcheck)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minisa.attention import fastest_backend
 from minisa.cache import StaticCache, common_prefix
-from minisa.checkpoint import load_weights, open_checkpoint, with_delta
+from minisa.checkpoint import Checkpoint, load_weights, open_checkpoint, with_delta
 from minisa.config import ModelConfig
 from minisa.costs import cache_slots, kv_bytes
 from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_name, free_memory, runs_kernels
@@ -71,10 +71,36 @@ def load(
     Raises MinisaError for whatever the caller can put right.
     """
     path, entry = resolve(str(model))
-    target = choose_device(device)
     checkpoint = open_checkpoint(path)
-    config = checkpoint.config
-    plan = choose_plan(sa, config, entry)
+    plan = choose_plan(sa, checkpoint.config, entry)
+    tokenizer = load_tokenizer(path)
+    template = partial(find_template, path, tokenizer, chat_format, None if entry is None else entry.chat)
+    if chat_format is not None:
+        template()  # a wrong name or file is told before the weights load
+    return build(
+        checkpoint, plan, tokenizer, template, device=device, dtype=dtype, max_seq_len=max_seq_len, max_batch=max_batch,
+        quantize=quantize, kv_dtype=kv_dtype, compile=compile, backend=backend, progress=progress,
+    )  # fmt: skip
+
+
+def build(
+    checkpoint: Checkpoint,
+    plan: SharingPlan,
+    tokenizer: Tokenizer,
+    template: Callable[[], ChatTemplate],
+    *,
+    device: str,
+    dtype: str | torch.dtype,
+    max_seq_len: int | None = None,
+    max_batch: int = 1,
+    quantize: str | None = None,
+    kv_dtype: str | torch.dtype = "auto",
+    compile: bool | None = None,
+    backend: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LLM:
+    """What `load` does with an open checkpoint; template is called when it is first needed."""
+    config, target = checkpoint.config, choose_device(device)
     if plan.delta is not None:
         checkpoint = with_delta(checkpoint, plan.delta)
     limit = config.longest_seq_len
@@ -84,10 +110,6 @@ def load(
         raise MinisaError(f"max_batch is {max_batch}: expected 1 or more")
     if backend == "kernels" and not runs_kernels(target):
         raise MinisaError(f"backend 'kernels' is for CUDA, the device is {target}: leave it out, or take 'torch'")
-    tokenizer = load_tokenizer(path)
-    template = partial(find_template, path, tokenizer, chat_format, None if entry is None else entry.chat)
-    if chat_format is not None:
-        template()  # a wrong name or file is told before the weights load
     with torch.device("meta"):
         transformer = Transformer(config, plan, backend or fastest_backend(target))
     compile = False if backend == "reference" else compile
@@ -181,7 +203,9 @@ class LLM:
         """
         if is_chat(beginning):
             # What two chats have in common that part there.
-            one, other = (self.chat_template.ids([*beginning, {"role": "user", "content": text}]) for text in ("a", "b"))
+            one, other = (
+                self.chat_template.ids([*beginning, {"role": "user", "content": text}]) for text in ("a", "b")
+            )
             beginning = one[: common_prefix(one, other)]
         ids = self._prompt_ids(beginning)  # type: ignore[arg-type]
         cache = self._cache_for(ids)

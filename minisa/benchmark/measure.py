@@ -7,7 +7,6 @@ they are held against is read in the same rounds.
 
 from __future__ import annotations
 
-import math
 import statistics
 import threading
 import time
@@ -28,9 +27,10 @@ Turn = TypeVar("Turn")
 
 PAUSE = 0.01  # seconds before a turn: the threads of the one before spin a while before they sleep
 N_BUFFERS = 4
-LARGEST_BUFFER = 2 << 30  # bytes
-SMALLEST_MATRIX, LARGEST_MATRIX = 256, 8192
+MAX_BUFFER = 2 << 30  # bytes
+MIN_MATRIX, MAX_MATRIX = 256, 8192
 LONG_ENOUGH = 0.02  # seconds a matrix product should take
+MAX_ROUNDS, MIN_ROUNDS, MAX_SECONDS = 8, 3, 10.0  # without --repeats; a large model gets fewer rounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +43,12 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.median(values), percentile(values, 0.1), percentile(values, 0.9))
+        deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else list(values) * 9
+        return cls(statistics.median(values), deciles[0], deciles[-1])
 
     def rate(self, amount: float) -> Spread:
         """`amount` divided by these: of seconds, a rate. p10 stays the low end."""
         return Spread(amount / self.median, amount / self.p90, amount / self.p10)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` (0 to 1) of them lie, interpolated between neighbours."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
 def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
@@ -68,21 +60,22 @@ def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Resu
     return time.perf_counter() - began, result
 
 
-def turns(
-    contenders: Sequence[Turn], rounds: int, *, seconds: float = math.inf, least: int = 1
-) -> Iterator[tuple[int, Turn]]:
+def turns(contenders: Sequence[Turn], rounds: int | None) -> Iterator[tuple[int, Turn]]:
     """(round, contender) for every contender in every round, there and back, with a pause before each.
 
     The order alternates so that nobody always goes after the same neighbour, nor always first.
-    No round begins once `seconds` are over, the first `least` excepted.
+    rounds: None for MAX_ROUNDS, or those that begin within MAX_SECONDS, but at least MIN_ROUNDS.
     """
     began = time.monotonic()
-    for i in range(rounds):
-        if i >= least and time.monotonic() - began > seconds:
+    for i in range(rounds or MAX_ROUNDS):
+        if rounds is None and i >= MIN_ROUNDS and time.monotonic() - began > MAX_SECONDS:
             return
         for contender in contenders if i % 2 == 0 else reversed(contenders):
             time.sleep(PAUSE)
             yield i, contender
+
+
+WAYS: tuple[Callable[[Tensor], Tensor], ...] = (torch.sum, torch.amax, torch.linalg.vector_norm)  # each reads once
 
 
 class ReadBandwidth:
@@ -96,36 +89,29 @@ class ReadBandwidth:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        largest = min(LARGEST_BUFFER, free_memory(device) // (4 * N_BUFFERS))
-        self.nbytes = max(min(4 * last_level_cache(device), largest) // 2**20, 1) * 2**20
+        limit = min(MAX_BUFFER, free_memory(device) // (4 * N_BUFFERS))
+        self.nbytes = max(min(4 * last_level_cache(device), limit) // 2**20, 1) * 2**20
         buffers = [torch.ones(self.nbytes // 4, device=device) for _ in range(N_BUFFERS)]
         n_threads = torch.get_num_threads() if device.type == "cpu" else 1
         parts = [part for buffer in buffers for part in buffer.chunk(n_threads)]
         self._shares = [parts[i::n_threads] for i in range(n_threads)]
         self._threads = _single_threads(n_threads) if n_threads > 1 else None
-        ways: dict[str, Callable[[Tensor], Tensor]] = {
-            "sum": torch.sum,
-            "largest": torch.amax,
-            "norm": torch.linalg.vector_norm,
-        }
-        speeds: dict[str, float] = {}
-        for name, way in ways.items():
-            self._read = way
+        speeds = []
+        for way in WAYS:
+            self._read: Callable[[Tensor], Tensor] = way
             self.once()
-            speeds[name] = max(self.once(), self.once(), self.once())
-        self.way = max(speeds, key=lambda name: speeds[name])
-        self._read = ways[self.way]
+            speeds.append(max(self.once(), self.once(), self.once()))
+        self._read = WAYS[speeds.index(max(speeds))]
+
+    @property
+    def way(self) -> str:
+        return self._read.__name__
 
     def once(self) -> float:
         """Bytes a second over one pass through every buffer."""
 
-        def read_all() -> None:
-            if self._threads is None:
-                self._read_share(self._shares[0])
-            else:
-                list(self._threads.map(self._read_share, self._shares))
-
-        seconds, _ = timed(read_all, self.device)
+        each = self._threads.map if self._threads else map
+        seconds, _ = timed(lambda: list(each(self._read_share, self._shares)), self.device)
         return self.nbytes * N_BUFFERS / seconds
 
     def _read_share(self, parts: Sequence[Tensor]) -> None:
@@ -149,8 +135,8 @@ def _single_threads(n_threads: int) -> ThreadPoolExecutor:
 
 def matrix_rates(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> list[float]:
     """Floating-point operations a second of square matrix products in dtype, large enough to keep the device busy."""
-    size, seconds = SMALLEST_MATRIX // 2, 0.0
-    while seconds < LONG_ENOUGH and size < LARGEST_MATRIX:
+    size, seconds = MIN_MATRIX // 2, 0.0
+    while seconds < LONG_ENOUGH and size < MAX_MATRIX:
         size *= 2
         product = partial(torch.matmul, *(torch.ones(size, size, device=device, dtype=dtype) for _ in range(2)))
         timed(product, device)
@@ -166,8 +152,7 @@ def last_level_cache(device: torch.device) -> int:
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         try:
             text = (index / "size").read_text().strip()
-        except OSError:
+            sizes.append(int(text.removesuffix("K")) << 10)
+        except (OSError, ValueError):
             continue
-        if text.endswith("K") and text[:-1].isdecimal():
-            sizes.append(int(text[:-1]) << 10)
     return max(sizes) or 64 << 20

@@ -1,4 +1,4 @@
-"""bench.py --plot: speed and memory against context length, from the record of a run."""
+"""bench.py --plot: speed and memory against context length, from the record of a run. And how any plot is saved."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from minisa.benchmark.report import Record
 from minisa.errors import MinisaError
 from minisa.files import written_whole
+
+Record = dict[str, Any]
 
 
 def check_matplotlib() -> None:
@@ -18,7 +19,7 @@ def check_matplotlib() -> None:
 
 
 def save(figure: Any, path: str, dpi: int = 150) -> None:
-    """Write a figure as a PNG whatever its name, a "$" in its texts standing for itself, what cannot be drawn for "?".
+    """Write a figure as a PNG, whatever the file's name. A "$" in its texts is a dollar, not mathematics.
 
     The file has its name only once it is whole. MinisaError where it cannot be written.
     """
@@ -26,7 +27,6 @@ def save(figure: Any, path: str, dpi: int = 150) -> None:
 
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-        text.set_text("".join(c if c.isprintable() or c == "\n" else "?" for c in text.get_text()))
     try:
         with written_whole(Path(path)) as partial:
             figure.savefig(partial, format="png", dpi=dpi)
@@ -42,12 +42,22 @@ def plot(record: Record, path: str) -> None:
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     speed, memory = figure.subplots(1, 2)
-    peers = {peer["name"] for peer in record["plain_over_peers"]}
-    for i, configuration in enumerate(record["configurations"]):
-        _draw_speed(speed, configuration, f"C{i}")
-        if configuration["name"] not in peers:
-            _draw_memory(memory, configuration, f"C{i}", record["run"]["cache_slots"])
-    run = record["run"]
+    run, slots = record["run"], record["run"]["cache_slots"]
+    for i, it in enumerate(record["configurations"]):
+        name, colour = it["name"], f"C{i}"
+        cells = [c for c in record["cells"] if (c["configuration"], c["kind"]) == (name, "decode") and c["share"]]
+        contexts = [cell["tokens"] for cell in cells]
+        speeds = [cell["tokens_per_second"] for cell in cells]
+        speed.plot(contexts, [s["median"] for s in speeds], marker="o", color=colour, label=name)
+        speed.fill_between(contexts, [s["p10"] for s in speeds], [s["p90"] for s in speeds], color=colour, alpha=0.15)
+        if it["kv_bytes"] is None:  # a peer, of which only the speed is comparable
+            continue
+        ceiling = [cell["tokens_per_second"]["median"] / cell["share"] for cell in cells]
+        speed.plot(contexts, ceiling, linestyle="--", color=colour, label=f"ceiling of {name}")
+        weights, per_slot = it["weight_bytes"] / 1e6, it["kv_bytes"] / slots / 1e6
+        total = [weights + per_slot * context for context in contexts]
+        memory.plot(contexts, total, marker="o", color=colour, label=f"weights and KV cache, {name}")
+        memory.plot(contexts, [weights] * len(contexts), linestyle=":", color=colour, label=f"weights, {name}")
     random = ", random weights" if record["model"]["random_weights"] else ""
     figure.suptitle(
         f"{record['model']['name']}{random}: {run['quantize'] or run['dtype']} on {run['device_name']}, "
@@ -59,23 +69,3 @@ def plot(record: Record, path: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     save(figure, path)
-
-
-def _draw_speed(axes: Any, configuration: Record, colour: str) -> None:
-    measured = [decode for decode in configuration["decode"] if decode["share_of_bandwidth"]]
-    contexts = [decode["context"] for decode in measured]
-    speeds = [decode["tokens_per_second"] for decode in measured]
-    axes.plot(contexts, [s["median"] for s in speeds], marker="o", color=colour, label=configuration["name"])
-    axes.fill_between(contexts, [s["p10"] for s in speeds], [s["p90"] for s in speeds], color=colour, alpha=0.15)
-    if configuration["kv_bytes"] is not None:
-        ceiling = [s["median"] / d["share_of_bandwidth"] for s, d in zip(speeds, measured, strict=True)]
-        axes.plot(contexts, ceiling, linestyle="--", color=colour, label=f"ceiling of {configuration['name']}")
-
-
-def _draw_memory(axes: Any, configuration: Record, colour: str, slots: int) -> None:
-    contexts = [decode["context"] for decode in configuration["decode"]]
-    weights, per_slot = configuration["weight_bytes"], configuration["kv_bytes"] / slots
-    name = configuration["name"]
-    total = [(weights + per_slot * context) / 1e6 for context in contexts]
-    axes.plot(contexts, total, marker="o", color=colour, label=f"weights and KV cache, {name}")
-    axes.plot(contexts, [weights / 1e6] * len(contexts), linestyle=":", color=colour, label=f"weights, {name}")

@@ -1,4 +1,4 @@
-"""Shapes by name, for benchmarks with random weights and for arithmetic; a checkpoint always brings its own."""
+"""Shapes by name, for random weights and for arithmetic; a checkpoint always brings its own."""
 
 from __future__ import annotations
 
@@ -32,3 +32,8 @@ PRESETS: dict[str, ModelConfig] = {
     "mistral-7b-v0.2": _llama(4096, 32, 32, 8, 14_336, 32_000, max_seq_len=32_768, rope_theta=1e6),
     "mistral-7b-v0.3": _llama(4096, 32, 32, 8, 14_336, 32_768, max_seq_len=32_768, rope_theta=1e6),
 }
+
+# What bench.py measures and compares with. They stand here so that its --help need not import PyTorch.
+CONTEXTS = (0, 512, 1500, 4096)
+PROMPT_LENGTHS = (128, 512, 2048)
+PEERS = {"transformers": ("transformers",), "llama.cpp": ("xllamacpp", "gguf")}  # and the packages each needs

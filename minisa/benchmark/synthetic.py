@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minisa.attention import fastest_backend
-from minisa.cache import StaticCache
-from minisa.checkpoint import Checkpoint, load_weights
+from minisa.checkpoint import Checkpoint
 from minisa.config import ModelConfig
-from minisa.engine import LLM
-from minisa.errors import MinisaError
+from minisa.engine import LLM, build
 from minisa.model import Transformer
-from minisa.quantize import check_quantization
-from minisa.runners.choice import native_library
 from minisa.sharing import SharingPlan
-from minisa.text.dialog import DIALOGS
+from minisa.text.chat import find_template
+from minisa.text.tokenizer import NoTokenizer
 
-NOISE = 1_048_573  # values drawn, then repeated; a prime, so that the rows of a matrix differ
+N_NOISE = 1_048_573  # values drawn, then repeated; a prime, so that the rows of a matrix differ
 
 
 def random_llm(
@@ -30,31 +27,18 @@ def random_llm(
     plan: SharingPlan,
     *,
     device: torch.device | str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     max_seq_len: int,
-    max_batch: int = 1,
-    quantize: str | None = None,
-    kv_dtype: torch.dtype | None = None,
-    backend: str | None = None,
     seed: int = 0,
     **options: Any,
 ) -> LLM:
-    """An LLM with the weights of `random_checkpoint`. It takes token ids, not text.
-
-    kv_dtype: what keys and values are kept in, None for dtype. backend: as for `load`. options: those of LLM.
-    """
-    with torch.device("meta"):
-        transformer = Transformer(config, plan, backend or fastest_backend(torch.device(device)))
-    weight_format = check_quantization(quantize)
-    load_weights(transformer, random_checkpoint(config, seed), device=device, dtype=dtype, quantize=weight_format)
-    transformer.to(device)  # the buffers
-    cache = StaticCache.allocate(
-        config, plan, batch=max_batch, max_seq_len=max_seq_len, device=device, dtype=kv_dtype or dtype
+    """An LLM with the weights of `random_checkpoint`, which takes token ids, not text. options: those of `load`."""
+    checkpoint = random_checkpoint(config, seed)
+    tokenizer = NoTokenizer(checkpoint.path)
+    template = partial(find_template, checkpoint.path, tokenizer, "raw")
+    return build(
+        checkpoint, plan, tokenizer, template, device=str(device), dtype=dtype, max_seq_len=max_seq_len, **options
     )
-    tokenizer: Any = _NoTokenizer()
-    library = native_library(config, torch.device(device), options.get("compile"), dtype)
-    options |= {"quantized": weight_format, "library": library}
-    return LLM(transformer, tokenizer, lambda: DIALOGS["raw"], cache, **options)
 
 
 def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
@@ -64,7 +48,7 @@ def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
     """
     with torch.device("meta"):
         shapes = Transformer(config, SharingPlan.none(config.n_layers)).state_dict()
-    noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(N_NOISE, generator=torch.Generator().manual_seed(seed))
     tensors = {name: _Noise(name, tuple(meta.shape), noise) for name, meta in shapes.items()}
     return Checkpoint(Path("random weights"), config, tensors, (), interleaved=False, format="noise", files=())
 
@@ -81,13 +65,7 @@ class _Noise:
         if len(self.shape) == 1:
             return torch.ones(stop - start)
         width = math.prod(self.shape[1:])
-        begin, count = start * width % NOISE, (stop - start) * width
-        values = self.noise[begin : begin + count]
-        while len(values) < count:
-            values = torch.cat((values, self.noise[: count - len(values)]))
+        begin, count = start * width % N_NOISE, (stop - start) * width
+        end = begin + count
+        values = (self.noise if end <= N_NOISE else self.noise.repeat(end // N_NOISE + 1))[begin:end]
         return (values * width**-0.5).view(stop - start, *self.shape[1:])
-
-
-class _NoTokenizer:
-    def __getattr__(self, name: str) -> NoReturn:
-        raise MinisaError("a model with random weights has no tokenizer: feed it token ids")

@@ -2,166 +2,152 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minisa.benchmark.contender import LEAD_IN, Facts, Opening
+from minisa.benchmark.contender import LEAD_IN, Contender, Facts, Opening
+from minisa.benchmark.gguf_writer import foreign_name
 from minisa.benchmark.measure import timed
-from minisa.benchmark.peers import foreign_name
 from minisa.checkpoint.names import HUGGING_FACE
 from minisa.config import ModelConfig
-from minisa.device import dtype_name, peak_memory
+from minisa.device import DTYPES, peak_memory
 from minisa.model import Transformer
 from minisa.rope import rope_frequencies
 
-COMPILE_LIMIT = 180  # seconds; a user would hardly wait longer
 TRIAL_STEPS = 6
-CHUNK = 512  # tokens at a time when a context is filled, which nobody times
+CHUNK = 512  # tokens at a time when a context is filled, which is not timed
 
 
-class TransformersPeer:
-    """A Contender. Its ways: eager with a growing cache, eager with a static one, compiled with a static one."""
+class TransformersPeer(Contender):
+    """Its ways: eager with a growing cache, eager with a static one, and a compiled step with a static one (on a GPU,
+    or with --compile)."""
 
     def __init__(self, opening: Opening) -> None:
-        import transformers
-
         torch.set_num_threads(opening.threads)
         self._opening = opening
-        before = peak_memory(opening.device)
-        self._model = build(opening.weights(opening.dtype))
-        self._facts = Facts(
-            weight_bytes=sum({p.data_ptr(): p.nbytes for p in self._model.parameters()}.values()),  # tied ones once
-            memory_before=before,
-            kv_itemsize=opening.dtype.itemsize,
-            detail=f"transformers {transformers.__version__}, {dtype_name(opening.dtype)}"
-            + (", not quantized" if opening.quantize else ""),
-        )
-        self._ways: dict[str, _Way] = {"eager": _Way(self._model, opening, static=False)}
+        self._memory_before = peak_memory(opening.device)
+        self._model = build(opening.weights(DTYPES[opening.dtype]))
+        self._ways = {"eager": _Way(self._model, opening)}
         if opening.config.sliding_window is None:  # its static cache forgets what is behind the window
             self._ways["static"] = _Way(self._model, opening, static=True)
-            if opening.compile is not False:
-                self._ways["compiled"] = _Way(self._model, opening, static=True, compile=True)
+            on_gpu = opening.device.type == "cuda"
+            if on_gpu if opening.compile is None else opening.compile:
+                mode = "reduce-overhead" if on_gpu else None  # as its own generate would: with CUDA graphs
+                step = torch.compile(self._model.forward, dynamic=False, mode=mode)
+                self._ways["compiled"] = _Way(self._model, opening, static=True, step=step)
         self._chosen: dict[str, str] = {}
-        self._context: list[int] = []
+        self._context: Sequence[int] = ()
 
     def facts(self) -> Facts:
-        return self._facts
+        import transformers
 
-    def chosen(self) -> dict[str, str]:
-        """Which way was the fastest, for "prefill 512", "decode at 0" and so on; and which did not work at all."""
-        return self._chosen
+        opening = self._opening
+        quantized = ", not quantized" if opening.quantize else ""
+        chosen = "".join(f"; {what}: {way}" for what, way in self._chosen.items())
+        return Facts(
+            weight_bytes=sum({p.data_ptr(): p.nbytes for p in self._model.parameters()}.values()),  # tied ones once
+            dtype=DTYPES[opening.dtype],
+            kv_dtype=DTYPES[opening.dtype],
+            memory_before=self._memory_before,
+            peak_memory=peak_memory(opening.device),
+            detail=f"transformers {transformers.__version__}, {opening.dtype}{quantized}{chosen}",
+        )
 
     @torch.inference_mode()
-    def prefill(self, tokens: list[int]) -> float:
+    def feed(self, tokens: Sequence[int], start: int, row: int = 0) -> int:
+        way = self._ways["eager"]
+        if start == 0:
+            way.cache = way.new_cache()
+        return int(way.feed([tokens]).argmax())
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Sequence[int]) -> float:
+        def run(way: _Way) -> list[float]:
+            way.cache, way.filled = way.new_cache(), 0
+            return [timed(lambda: way.feed([tokens]), self._opening.device)[0]]
+
         names = [name for name in self._ways if name != "compiled"]  # it would compile for every length
-        return self._best(f"prefill {len(tokens)}", lambda way: [way.prefill(tokens)], names)[0]
+        return self._best(f"prefill {len(tokens)}", names, run, run)[0]
 
-    @torch.inference_mode()
-    def fill(self, tokens: list[int]) -> None:
+    def fill(self, tokens: Sequence[int], batch: int) -> None:
         self._context = tokens
 
     @torch.inference_mode()
     def decode(self, context: int, steps: int) -> list[float]:
-        def run(way: _Way, steps: int = steps) -> list[float]:
+        def run(way: _Way) -> list[float]:
             way.fill(self._context)
             return way.decode(context, steps)
 
-        return self._best(f"decode at {context}", run, list(self._ways), lambda way: run(way, TRIAL_STEPS))
+        def trial(way: _Way) -> list[float]:
+            way.fill(self._context)
+            return way.decode(context, TRIAL_STEPS)
 
-    @torch.inference_mode()
-    def greedy(self, tokens: list[int], new_tokens: int) -> list[int]:
-        return self._ways["eager"].greedy(tokens, new_tokens)
-
-    def peak_memory(self) -> int:
-        return peak_memory(self._opening.device)
+        return self._best(f"decode at {context}", list(self._ways), trial, run)
 
     def _best(
-        self,
-        what: str,
-        run: Callable[[_Way], list[float]],
-        names: list[str],
-        trial: Callable[[_Way], list[float]] | None = None,
+        self, what: str, names: list[str], trial: Callable[[_Way], list[float]], run: Callable[[_Way], list[float]]
     ) -> list[float]:
         """run with the way that is fastest at it; the first time, every way is tried to find out which."""
         if what not in self._chosen:
             speeds = {}
             for name in names:
-                if name not in self._ways:
-                    continue
                 try:
-                    with _time_limit(COMPILE_LIMIT):
-                        (trial or run)(self._ways[name])  # warm-up
-                        speeds[name] = min((trial or run)(self._ways[name]))
-                except Exception as error:  # whatever a peer's compiler stumbles over
-                    if name == "eager":
+                    trial(self._ways[name])  # warm-up
+                    speeds[name] = min(trial(self._ways[name]))
+                except Exception as error:  # whatever its compiler stumbles over
+                    if name != "compiled":
                         raise
                     del self._ways[name]
-                    self._chosen[name] = f"gave up ({type(error).__name__})"
+                    self._chosen[name] = f"failed ({type(error).__name__})"
             self._chosen[what] = min(speeds, key=lambda name: speeds[name])
         return run(self._ways[self._chosen[what]])
 
 
 class _Way:
-    """One way to run the model, with a cache of its own."""
+    """One way to run the model, with a cache of its own. step: what decodes; None for the model's forward."""
 
-    def __init__(self, model: Any, opening: Opening, *, static: bool, compile: bool = False) -> None:
-        self._model = model
-        self._device = opening.device
-        self._batch = opening.batch
-        self._static = static
-        self._slots = opening.context
-        # On a GPU as its own generate would: with CUDA graphs.
-        mode = "reduce-overhead" if opening.device.type == "cuda" else None
-        self._step = torch.compile(model.forward, dynamic=False, mode=mode) if compile else model.forward
-        self._cache: Any = None  # allocated on first use
-        self._filled = 0
+    def __init__(
+        self, model: Any, opening: Opening, *, static: bool = False, step: Callable[..., Any] | None = None
+    ) -> None:
+        self._model, self._opening, self._static = model, opening, static
+        self._step = step or model.forward
+        self.cache: Any = None
+        self.filled = 0
 
     def new_cache(self) -> Any:
         from transformers import DynamicCache, StaticCache
 
-        return StaticCache(self._model.config, max_cache_len=self._slots) if self._static else DynamicCache()
+        return StaticCache(self._model.config, max_cache_len=self._opening.context) if self._static else DynamicCache()
 
-    def prefill(self, tokens: list[int]) -> float:
-        cache = self.new_cache()
-        return timed(lambda: self._feed([tokens], cache), self._device)[0]
+    def feed(self, rows: list[Sequence[int]]) -> Tensor:
+        """Logits [B, vocab_size] after the last tokens of rows of the same length."""
+        ids = torch.tensor(rows, device=self._opening.device)
+        return self._model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-    def fill(self, tokens: list[int]) -> None:
-        if self._cache is None:
-            self._cache = self.new_cache()
-        for start in range(self._filled, len(tokens), CHUNK):
-            self._feed([tokens[start : start + CHUNK]] * self._batch, self._cache)
-        self._filled = max(self._filled, len(tokens))
+    def fill(self, tokens: Sequence[int]) -> None:
+        if self.filled == 0:
+            self.cache = self.new_cache()
+        for start in range(self.filled, len(tokens), CHUNK):
+            self.feed([tokens[start : start + CHUNK]] * self._opening.batch)
+        self.filled = max(self.filled, len(tokens))
 
     def decode(self, context: int, steps: int) -> list[float]:
-        token = torch.ones(self._batch, 1, dtype=torch.int64, device=self._device)
+        tokens = torch.ones(self._opening.batch, 1, dtype=torch.int64, device=self._opening.device)
+
+        def step() -> Tensor:
+            return self._step(tokens, past_key_values=self.cache, use_cache=True).logits[:, -1:].argmax(-1)
+
         times = []
         for i in range(-LEAD_IN, steps):
             if i <= 0:
-                _rewind(self._cache, context)
-            seconds, output = timed(
-                lambda token=token: self._step(token, past_key_values=self._cache, use_cache=True),  # type: ignore[misc]
-                self._device,
-            )
-            token = output.logits[:, -1:].argmax(-1)
+                _rewind(self.cache, context)
+            seconds, tokens = timed(step, self._opening.device)
             times.append(seconds)
-        _rewind(self._cache, context)
+        _rewind(self.cache, context)
         return times[LEAD_IN:]
-
-    def greedy(self, tokens: list[int], new_tokens: int) -> list[int]:
-        cache = self.new_cache()
-        chosen = [int(self._feed([tokens], cache).argmax())]
-        while len(chosen) < new_tokens:
-            chosen.append(int(self._feed([chosen[-1:]], cache).argmax()))
-        return chosen
-
-    def _feed(self, tokens: list[list[int]], cache: Any) -> Tensor:
-        ids = torch.tensor(tokens, device=self._device)
-        return self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
 def build(model: Transformer) -> Any:
@@ -170,24 +156,17 @@ def build(model: Transformer) -> Any:
 
     config = model.config
     with torch.device("meta"):
-        peer = peer_class(config)(peer_config(config))
+        peer = transformers.AutoModelForCausalLM.from_config(peer_config(config))
     weights = {foreign_name(name, HUGGING_FACE, "model.layers."): tensor for name, tensor in model.state_dict().items()}
     if config.tie_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     peer.load_state_dict(weights, assign=True)
     # Its own buffers were made on the meta device; ours also know the factors that GGUF files carry.
-    frequencies = rope_frequencies(config).to(model.tok_embeddings.weight.device)
-    peer.model.rotary_emb.inv_freq = frequencies
-    peer.model.rotary_emb.original_inv_freq = frequencies
-    peer.model.rotary_emb.attention_scaling = config.attention_factor
+    rotary, frequencies = peer.model.rotary_emb, rope_frequencies(config).to(model.tok_embeddings.weight.device)
+    rotary.inv_freq = rotary.original_inv_freq = frequencies
+    rotary.attention_scaling = config.attention_factor
     transformers.logging.set_verbosity_error()
     return peer.eval()
-
-
-def peer_class(config: ModelConfig) -> Any:
-    import transformers
-
-    return transformers.LlamaForCausalLM if config.sliding_window is None else transformers.MistralForCausalLM
 
 
 def peer_config(config: ModelConfig) -> Any:
@@ -221,19 +200,3 @@ def _rewind(cache: Any, length: int) -> None:
         elif getattr(layer, "keys", None) is not None:
             layer.keys = layer.keys[:, :, :length]
             layer.values = layer.values[:, :, :length]
-
-
-@contextmanager
-def _time_limit(seconds: int) -> Iterator[None]:
-    """TimeoutError in the body after so many seconds; for the main thread of a process."""
-
-    def expire(*_: object) -> NoReturn:
-        raise TimeoutError
-
-    previous = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
