@@ -267,8 +267,8 @@ class LLM:
     def _start(self, prompts: list[list[int]], options: Options, *, answers: bool) -> Iterator[Chunk]:
         if not 0 < len(prompts) <= self.cache.batch:
             raise MinisaError(
-                f"generate: {len(prompts) or 'no'} prompts for max_batch {self.cache.batch}: give one or more, and load "
-                "with a max_batch that is large enough"
+                f"generate: {len(prompts) or 'no'} prompts for max_batch {self.cache.batch}: give some, or load "
+                "with a larger max_batch"
             )
         if options.speculate and len(prompts) > 1:
             raise MinisaError(f"generate: speculate is for one prompt, {len(prompts)} are given: leave it out")

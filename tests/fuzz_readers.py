@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 
 import minisa
@@ -17,15 +18,13 @@ from minisa.checkpoint import load_weights, open_checkpoint, with_delta, write_d
 from minisa.models.registry import choose_plan
 from minisa.sharing import Delta, SharingPlan
 from minisa.study.findings import Findings, read_findings, write_findings
-from minisa.study.results import Results
-from minisa.study.tasks import TASKS, read_questions, read_rows
 from minisa.study.training import Training, read_training, write_training
 from minisa.text.chat import find_template
 from minisa.text.templates import Beyond, Refused, written
 from minisa.text.tokenizer import Tokenizer, load_tokenizer
 from tests.encode import encode_gguf, repack_zip
 from tests.loadable import N_TOKENS, VOCABULARY, loadable_gguf
-from tests.study_rows import ROWS, write_rows
+from tests.study_rows import ROWS, write_data
 from tests.tiny import (
     empty_model,
     random_weights,
@@ -217,28 +216,11 @@ def heal_state(folder: Path) -> Reader:
 
 
 def task_rows(folder: Path) -> Reader:
-    """A row of each task, one after the other."""
-    file = write_rows(folder / "rows.jsonl", *(ROWS[name] for name in TASKS))
+    pytest.importorskip("lm_eval")
+    from minisa.study.tasks import LocalTask
 
-    def read() -> None:
-        for task, row in zip(TASKS.values(), read_rows(file), strict=False):
-            read_questions(task, write_rows(folder / "row.jsonl", row), 0, None)
-
-    return Reader(file, read, folder)
-
-
-def results(folder: Path) -> Reader:
-    file, settings = folder / "results.jsonl", {"task": "piqa"}
-
-    def read() -> None:
-        kept = Results(file, settings, ("acc",))
-        kept.variant("plain", "none")
-        kept.close()
-
-    read()
-    with file.open("a") as lines:
-        lines.write('{"variant": "plain", "item": 3, "scores": {"acc": [1.0, 1.0]}}\n')
-    return Reader(file, read, file)
+    data = write_data(folder / "data", "piqa", *[ROWS["piqa"]] * 3)
+    return Reader(data / "piqa.jsonl", lambda: LocalTask("piqa", data).build_all_requests(), folder)
 
 
 READERS: dict[str, Callable[[Path], Reader]] = {
@@ -271,5 +253,5 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "search state": search_state,
     "heal state": heal_state,
     "task rows": task_rows,
-    "results": results,
+    "models.toml": models_toml,
 }  # fmt: skip

@@ -154,7 +154,9 @@ def test_a_model_that_no_description_fits(tmp_path: Path) -> None:
     weights = random_weights(CONFIG)
     for metadata in ({"general.architecture": "qwen2"}, {"split.count": 3}, {"llama.attention.head_count": "many"}):
         file = write_gguf(tmp_path / "m.gguf", CONFIG, weights, metadata=metadata)
-        refused(open_checkpoint, file, r"m\.gguf: .*('qwen2'|by its metadata the first of 3 parts|head_count is 'many')")
+        refused(
+            open_checkpoint, file, r"m\.gguf: .*('qwen2'|by its metadata the first of 3 parts|head_count is 'many')"
+        )
     sound = read_gguf(write_gguf(tmp_path / "m.gguf", CONFIG, weights)).metadata
     for factors in ([0.0] * 8, [float("nan")] * 8, [1.0] * (1 << 17)):
         data = struct.pack(f"<{len(factors)}f", *factors)

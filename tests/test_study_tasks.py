@@ -1,144 +1,137 @@
-"""The tasks of eval: how the makers' rows become the text that is scored, and what cannot be one."""
+"""The tasks of eval: prompts and scores are lm-eval's own, and files that hold something else are refused."""
 
 from __future__ import annotations
 
 import math
-import re
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hypothesis.strategies as st
 import pytest
-from hypothesis import example, given
 
 from minisa.errors import MinisaError
 from minisa.study.compare import ratio
-from minisa.study.tasks import TASKS, read_questions, read_rows, score_numbers
-from tests.study_rows import ARC, GSM8K, HELLASWAG, LAMBADA, MMLU, MRPC, PIQA, ROWS, TEXTS, WINOGRANDE, write_rows
+from tests.study_rows import LM_TASKS, ROWS, write_data
+
+pytest.importorskip("lm_eval", reason='needs pip install "minisa[eval]"')
+import datasets
+import lm_eval
+from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+
+from minisa.study.tasks import NAMES, LocalTask, samples_of, scores_of
+
+THEIRS = {"arc_easy": "arc", "mmlu": "mmlu", "sst2": "glue", "mrpc": "glue", "rte": "glue"}  # folders, if not the name
+NAMED = {"mmlu": "mmlu_anatomy", "lambada": "lambada_openai"}
 
 
-class TestTasks:
-    @pytest.mark.parametrize("name", ROWS)
-    def test_the_text_that_is_scored(self, name: str, tmp_path: Path) -> None:
-        (question,) = read_questions(TASKS[name], write_rows(tmp_path / "rows", ROWS[name]), 0, None)
-        assert (list(question.prompts), list(question.answers), question.right) == TEXTS[name]
+class Guessing(LM):
+    """Scores and answers that depend on the request alone."""
 
-    def test_lambada_s_text_in_one(self, tmp_path: Path) -> None:
-        rows = write_rows(tmp_path / "rows", LAMBADA, {"text": f"{LAMBADA['context']} {LAMBADA['continuation']}"})
-        apart, together = read_questions(TASKS["lambada"], rows, 0, None)
-        assert together == apart
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        draws = [random.Random(repr(request.args)) for request in requests]
+        return [(-10 * draw.random(), draw.random() < 0.5) for draw in draws]
 
-    @given(st.text("[] a\n", min_size=1))
-    @example("[" * 200_000)
-    def test_hellaswag_s_tags_go_in_linear_time(self, text: str) -> None:
-        question = TASKS["hellaswag"].ask(HELLASWAG | {"endings": [text]})
-        tagged, bracket, rest = text.strip().rpartition("]")  # in the rest the makers' expression would look forever
-        expected = re.sub(r"\[.*?\]", "", tagged + bracket) + rest
-        assert question.answers == (" " + expected.replace("  ", " "),)
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        raise NotImplementedError
 
-    def test_every_task_is_here(self) -> None:
-        assert set(TASKS) == set(ROWS)
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        answers = [" 4\n#### 1004", "#### $1,004.", "It is 1004.", "I don't know...", "1004 or 5", "#### -1004"]
+        return [answers[number % len(answers)] for number, _ in enumerate(requests)]
 
-    def test_examples_come_first_with_their_right_answers_and_never_the_question_itself(self, tmp_path: Path) -> None:
-        other = ARC | {"question": "What is cold?", "answerKey": "A"}
-        data = write_rows(tmp_path / "rows", ARC)
-        pool = write_rows(tmp_path / "pool", ARC, other, other)
-        (question,) = read_questions(TASKS["arc_easy"], data, 2, pool)
-        cold = "Question: What is cold?\nAnswer: ice\n\n"
-        assert question.prompts[0] == cold + cold + "Question: What is hot?\nAnswer:"
-        with pytest.raises(MinisaError, match="2 examples for --shots 3"):
-            read_questions(TASKS["arc_easy"], data, 3, pool)
-        with pytest.raises(MinisaError, match="needs --shots-data"):
-            read_questions(TASKS["arc_easy"], data, 1, None)
 
-    def test_winogrande_s_example_has_the_right_word(self, tmp_path: Path) -> None:
-        other = WINOGRANDE | {"sentence": "Cats like _ best.", "option1": "fish", "option2": "hay", "answer": "1"}
-        pool = write_rows(tmp_path / "pool", other)
-        (question,) = read_questions(TASKS["winogrande"], write_rows(tmp_path / "rows", WINOGRANDE), 1, pool)
-        assert question.prompts[1] == "Cats like fish best.\n\nThe cup missed the bag as the bag"
+def variations(name: str) -> list[dict[str, Any]]:
+    """Rows that differ in what is asked and in what is right."""
+    rows = []
+    for number in range(12):
+        row = dict(ROWS[name])
+        key = next(key for key in ("ctx_a", "question", "goal", "sentence1", "sentence", "context") if key in row)
+        row[key] = f"Number {number}. {row[key]}"
+        row |= {key: type(row[key])(number % 2) for key in ("label",) if key in row}
+        rows.append(row)
+    return rows
 
-    def test_mmlu_s_examples_are_of_the_same_subject(self, tmp_path: Path) -> None:
-        pool = [MMLU | {"question": f"Q{i}", "subject": ("art", "easy_sums")[i % 2], "answer": 3} for i in range(6)]
-        data = write_rows(tmp_path / "rows", MMLU)
-        (question,) = read_questions(TASKS["mmlu"], data, 2, write_rows(tmp_path / "pool", *pool))
-        heading, first, second, asked = question.prompts[0].split("\n\n")
-        assert heading.endswith("about easy sums.")
-        assert first == "Q1\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: D" and second.startswith("Q3\n")
-        assert asked.startswith("One plus one?")
-        with pytest.raises(MinisaError, match="3 examples of subject 'easy_sums' for --shots 5"):
-            read_questions(TASKS["mmlu"], data, 5, tmp_path / "pool")
 
-    def test_limit_takes_the_first(self, tmp_path: Path) -> None:
-        data = write_rows(tmp_path / "rows", LAMBADA, LAMBADA | {"continuation": "Bob"}, LAMBADA)
-        assert [q.answers[0] for q in read_questions(TASKS["lambada"], data, 0, None, limit=2)] == [" Ann", " Bob"]
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_fewshot", [None, 2])
+def test_prompts_and_scores_are_lm_eval_s(
+    name: str, num_fewshot: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = variations(name)
+    pool = rows if name != "mmlu" else [row for other in rows for row in (other | {"subject": "law"}, other)]
+    if name == "lambada":
+        num_fewshot = None  # it has no examples of its own
+    mine = LocalTask(name, write_data(tmp_path, name, *pool), num_fewshot)
+    found = samples_of(Guessing(), mine)
 
-    @pytest.mark.parametrize(
-        ("task", "row", "message"),
-        [
-            ("piqa", {"goal": "x"}, "row 1: 'sol1' is missing: expected the fields of piqa"),
-            ("piqa", PIQA | {"label": 2}, "its answer is none of its choices"),
-            ("winogrande", WINOGRANDE | {"sentence": "no blank"}, "row 1: not a row of winogrande"),
-            ("arc_easy", ARC | {"answerKey": "E"}, "row 1: not a row of arc_easy"),
-            ("mmlu", MMLU | {"choices": ["1", "2"]}, "row 1: not a row of mmlu"),
-            ("gsm8k", GSM8K | {"answer": "four"}, "there is no '#### number'"),
-            ("lambada", LAMBADA | {"context": ""}, "a prompt or an answer is empty"),
-            ("piqa", PIQA | {"label": math.inf}, "row 1: not a row of piqa"),
-            ("mmlu", MMLU | {"subject": 5}, "row 1: not a row of mmlu: its subject is no text"),
-            ("hellaswag", HELLASWAG | {"endings": ["x"] * 33}, "33 choices, expected at most 32"),
-            ("piqa", [1], "line 1: expected a JSON object"),
-        ],
-    )
-    def test_rows_of_something_else(self, task: str, row: Any, message: str, tmp_path: Path) -> None:
-        with pytest.raises(MinisaError, match=message):
-            read_questions(TASKS[task], write_rows(tmp_path / "rows", row), 0, None)
+    if name == "lambada":
+        rows = [{"text": f"{row['context']} {row['continuation']}"} for row in rows]
+    split = datasets.Dataset.from_list(rows)
+    offline = dict.fromkeys(("train", "validation", "test", "dev"), split)
+    monkeypatch.setattr(ConfigurableTask, "download", lambda self, *_, **__: setattr(self, "dataset", offline))
+    folder = Path(lm_eval.__file__).parent / "tasks" / THEIRS.get(name, name)
+    theirs = TaskManager(include_path=folder, include_defaults=False).load([NAMED.get(name, name)])
+    ((_, task),) = theirs["tasks"].items()
+    task.set_config("num_fewshot", mine.config.num_fewshot or 0)
+    task.set_fewshot_seed(1234)
+    results = evaluate(lm=Guessing(), task_dict=theirs, bootstrap_iters=0)
+    ((_, expected),) = results["samples"].items()
 
-    def test_files_that_hold_no_rows(self, tmp_path: Path) -> None:
-        (tmp_path / "rows").write_text("{not json\n")
-        with pytest.raises(MinisaError, match="line 1: not JSON"):
-            read_rows(tmp_path / "rows")
-        (tmp_path / "rows").write_text("\n")
-        with pytest.raises(MinisaError, match="there are no rows"):
-            read_rows(tmp_path / "rows")
-        with pytest.raises(MinisaError, match="cannot read"):
-            read_rows(tmp_path / "none")
+    if name == "mmlu":  # ours has another subject's questions between
+        found = [sample for sample in found if sample["doc"]["subject"] == "anatomy"]
+    if num_fewshot is None or name in ("mmlu", "gsm8k"):  # others draw theirs from a training set
+        assert [sample["arguments"] for sample in found] == [sample["arguments"] for sample in expected]
+    else:
+        assert all(sample["arguments"][0][0].count("Number") == 3 for sample in found)
+    ((_, metrics),) = results["results"].items()
+    for metric, pairs in scores_of(expected).items():
+        value = math.exp(ratio(pairs).value) if metric == "perplexity" else ratio(pairs).value
+        key = f"exact_match,{metric}" if name == "gsm8k" else f"{metric},none"
+        assert value == pytest.approx(metrics[key]), metric
 
-    def test_a_line_separator_inside_a_string_is_not_the_end_of_a_row(self, tmp_path: Path) -> None:
-        (tmp_path / "rows").write_text('{"a": "x\u2028y"}\n', encoding="utf-8")
-        assert read_rows(tmp_path / "rows") == [{"a": "x\u2028y"}]
 
-    def test_choices_are_scored_whole_and_by_the_character(self, tmp_path: Path) -> None:
-        (question,) = read_questions(TASKS["piqa"], write_rows(tmp_path / "rows", PIQA), 0, None)
-        score = TASKS["piqa"].score
-        assert score is not None  # " Use water." has 10 characters after its space, the other 24
-        assert score(question, [-11.0, -12.0], [False, False]) == {"acc_norm": (0, 1), "acc": (1, 1)}
-        assert score(question, [-10.0, -25.0], [False, False]) == {"acc_norm": (1, 1), "acc": (1, 1)}
+def test_every_variant_sees_the_same_examples(tmp_path: Path) -> None:
+    task = LocalTask("piqa", write_data(tmp_path, "piqa", *variations("piqa")), num_fewshot=3)
+    first, second = (samples_of(Guessing(), task, limit=5) for _ in range(2))
+    assert len(first) == 5
+    assert first == second
+    for sample in first:
+        examples, asked = sample["arguments"][0][0].rsplit("Question: ", 1)
+        assert asked not in examples
 
-    def test_f1_of_mrpc_is_that_of_the_confusion_matrix(self, tmp_path: Path) -> None:
-        labels, chosen = [1, 1, 1, 0, 0, 1], [1, 0, 1, 1, 0, 1]
-        data = write_rows(tmp_path / "rows", *(MRPC | {"label": label} for label in labels))
-        score = TASKS["mrpc"].score
-        assert score is not None
-        found = [
-            score(question, [-1.0 - choice, -2.0 + choice], [False, False])
-            for question, choice in zip(read_questions(TASKS["mrpc"], data, 0, None), chosen, strict=True)
-        ]
-        precision, recall = 3 / 4, 3 / 4
-        assert ratio([s["f1"] for s in found]).value == pytest.approx(2 * precision * recall / (precision + recall))
-        assert ratio([s["acc"] for s in found]).value == pytest.approx(4 / 6)
 
-    @pytest.mark.parametrize(
-        ("answer", "stated", "last"),
-        [
-            (" so it is <<4>>\n#### 1004", 1, 1),
-            (" #### 1,004.\n\nQ", 1, 1),
-            ("#### $1004.00", 1, 1),
-            (" The answer is 1004.", 0, 1),
-            (" 1004 or 5", 0, 0),
-            ("#### 1005", 0, 0),
-            ("#### -1004", 0, 0),
-            (" I don't know...", 0, 0),
-        ],
-    )
-    def test_generated_numbers(self, answer: str, stated: int, last: int, tmp_path: Path) -> None:
-        (question,) = read_questions(TASKS["gsm8k"], write_rows(tmp_path / "rows", GSM8K), 0, None)
-        assert score_numbers(question, answer) == {"acc": (stated, 1), "last_number": (last, 1)}
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("piqa", {"goal": "x"}, "piqa cannot be made of piqa.jsonl: 'label' is undefined: study/lm_tasks/piqa.yaml"),
+        ("winogrande", ROWS["winogrande"] | {"sentence": "no blank"}, "winogrande cannot be made of"),
+        ("arc_easy", ROWS["arc_easy"] | {"answerKey": "E"}, "arc_easy cannot be made of"),
+        ("mmlu", ROWS["mmlu"] | {"choices": ["1", "2"]}, "mmlu cannot be made of"),
+        ("mmlu", ROWS["mmlu"], "mmlu cannot be made of .*the 1 that are available"),
+        ("hellaswag", ROWS["hellaswag"] | {"endings": 5}, "hellaswag cannot be made of"),
+        ("piqa", [1], "piqa.jsonl: expected rows, one JSON object a line"),
+        ("chess", {}, "'chess' is unknown: expected some of arc_easy, gsm8k"),
+    ],
+)
+def test_rows_of_something_else(task: str, row: Any, message: str, tmp_path: Path) -> None:
+    if task in NAMES:
+        write_data(tmp_path, task, row)
+    with pytest.raises(MinisaError, match=message):
+        samples_of(Guessing(), LocalTask(task, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{not json\n", "not JSON"), ("\n", "expected rows"), (None, "cannot read the text")]
+)
+def test_files_that_hold_no_rows(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "piqa.jsonl").write_text(content)
+    with pytest.raises(MinisaError, match=message):
+        LocalTask("piqa", tmp_path)
+
+
+def test_every_task_has_a_row_here() -> None:
+    assert set(NAMES) == set(ROWS) == {file.stem for file in LM_TASKS.iterdir()}

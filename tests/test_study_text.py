@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,27 +52,16 @@ def test_what_is_wrong_with_a_text_is_said(tmp_path: Path) -> None:
         windows(TinyLLM(), path, 8)
     with pytest.raises(MinisaError, match="windows of 129 tokens: expected 2 to 128"):
         windows(TinyLLM(), path, 129)
-    for read in (read_text, sha256_of):
-        with pytest.raises(MinisaError, match="cannot read"):
-            read(tmp_path / "none.txt")
 
 
-@pytest.mark.parametrize("read", [read_text, sha256_of])
-def test_what_never_ends_or_never_begins_is_no_text(read: Callable[[Path], str], tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(MinisaError, match=f"{path}: cannot read the .*: not a file"):
-            read(path)
-
-
-def test_lines_end_as_in_any_text(tmp_path: Path) -> None:
+def test_a_file_s_text_and_sha256(tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(b"a\r\nb\rc")
     assert read_text(tmp_path / "t") == "a\nb\nc"
-
-
-def test_sha256_is_of_the_bytes(tmp_path: Path) -> None:
-    (tmp_path / "t").write_bytes(b"a\r\nb")
-    assert sha256_of(tmp_path / "t") == hashlib.sha256(b"a\r\nb").hexdigest()
+    assert sha256_of(tmp_path / "t") == hashlib.sha256(b"a\r\nb\rc").hexdigest()
+    for read in (read_text, sha256_of):
+        for path in (tmp_path / "none", Path("/dev/zero")):
+            with pytest.raises(MinisaError, match=f"{path}: cannot read the"):
+                read(path)
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)

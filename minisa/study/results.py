@@ -51,7 +51,7 @@ def _metric(metric: str, mine: Sequence[Pair], reference: Sequence[Pair]) -> Rec
     named = {"value": value, "difference": difference}
     if metric in EXPONENTIAL:
         named = {"value": value.exp(), "ratio": difference.exp()}
-    record = {}
+    record: Record = {}
     for name, estimate in named.items():
         record |= {name: finite(estimate.value), f"{name}_stderr": finite(estimate.stderr)}
     return record

@@ -106,6 +106,6 @@ def scores_of(samples: Sequence[dict[str, Any]]) -> dict[str, list[Pair]]:
 def _pair(metric: str, value: Any) -> Pair:
     """A question's part in a metric that is a ratio of sums: F1 of label 1 is 2 TP / (2 TP + FP + FN)."""
     if metric == "f1":
-        right, chosen = value
+        right, chosen = map(int, value)
         return 2.0 * (chosen == right == 1), float((chosen == 1) + (right == 1))
     return (-value if metric == "perplexity" else float(value)), 1.0
