@@ -210,8 +210,9 @@ class _Tables:
 
     def _matrix(self, *modules: nn.Module, arrange: Callable[..., Tensor] | None = None) -> _Matrix:
         """The weights of modules as one packed matrix, its rows as `arrange` puts them; the modules lose theirs."""
-        pieces = zip(*map(_take, modules), strict=True)
-        parts = [arrange(*rows) if arrange else torch.cat(rows) for rows in pieces]
+        taken = zip(*map(_take, modules), strict=True)
+        parts = [arrange(*rows) if arrange else joined(rows) for rows in taken]
+        del taken  # or the weights as they were would still be there while they are packed
         packed = (pack_bf16, pack_int8, pack_int4)[len(parts) - 1](*parts)
         self.weights.append(packed.data)
         return _Matrix(packed.data.data_ptr(), FORMATS[packed.format], packed.rows, packed.cols)
