@@ -123,10 +123,13 @@ def _pack(codes: np.ndarray) -> np.ndarray:
 
 
 def repack_zip(file: Path, edit: Callable[[str, bytes], bytes | None], compression: int = zipfile.ZIP_STORED) -> None:
-    """Write the archive anew, each part as `edit` makes it out of its name and content; None leaves it out."""
+    """Write the archive anew, each part as `edit` makes it out of its name and content; None leaves it out.
+
+    Without torch's .format_version, from which torch.load concludes that the parts are padded as torch pads them.
+    """
     with zipfile.ZipFile(file) as archive:
         parts = {entry.filename: edit(entry.filename, archive.read(entry)) for entry in archive.infolist()}
     with zipfile.ZipFile(file, "w", compression) as archive:
         for name, part in parts.items():
-            if part is not None:
+            if part is not None and not name.endswith(".format_version"):
                 archive.writestr(name, part)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import struct
 import zipfile
 from collections.abc import Callable
@@ -51,7 +50,6 @@ SAFETENSORS = {
     "overlap": (described({"a": f32([2], 0, 8), "b": f32([1], 4, 8)}), "'b' overlaps the tensor before it"),
     "same bytes twice": (described({"a": f32([2], 0, 8), "b": f32([2], 0, 8)}), "'b' overlaps the tensor before it"),
     "hole": (described({"a": f32([1], 4, 8)}), "'a' leaves a gap before it"),
-    "past the end": (described({"a": f32([4], 0, 16)}), "describes .* bytes, the file has"),
     "bytes nobody owns": (described({"a": f32([1], 0, 4)}), "describes .* bytes, the file has"),
     "size and shape disagree": (described({"a": f32([3], 0, 8)}), "does not take the bytes 0 to 8"),
     "absurd shape": (described({"a": f32([1 << 62, 1 << 62], 0, 8)}), "does not take the bytes"),
@@ -124,14 +122,11 @@ GGUF = {
     "many tensors": (gguf_file(HUGE, 0), f"at {HUGE} tensors"),
     "long key": (gguf_file(0, 1, struct.pack("<Q", HUGE)), f"at a string of {HUGE} bytes"),
     "long array": (with_array(4, HUGE), f"at {HUGE} numbers"),
-    "long array of strings": (with_array(8, HUGE), f"at {HUGE} strings"),
     "long array of arrays": (with_array(9, HUGE), f"at {HUGE} arrays"),
     "deep arrays": (with_array(9, 1, struct.pack("<IQ", 9, 1) * 50), "arrays nested more than 4 deep"),
     "unknown value type": (with_value(13), "a value of type 13, which GGUF does not define"),
     "alignment 0": (with_value(4, bytes(4), "general.alignment"), "general.alignment is 0: expected a power of two"),
-    "alignment text": (with_value(8, gguf_string("32"), "general.alignment"), "general.alignment is '32'"),
     "no dimensions": (with_tensors(("t", (), 0, 0)), r"'t' of shape \[\] cannot be made of F32"),
-    "five dimensions": (with_tensors(("t", (1,) * 5, 0, 0)), r"'t' of shape \[1, 1, 1, 1, 1\] cannot be made of F32"),
     "no elements": (with_tensors(("t", (0, 4), 0, 0)), r"'t' of shape \[4, 0\] cannot be made of F32"),
     "parted blocks": (with_tensors(("t", (33, 4), 8, 0)), r"'t' of shape \[4, 33\] cannot be made of Q8_0 blocks"),
     "unknown ggml type": (with_tensors(("t", (4,), 77, 0)), "'t' has type 77, which minisa does not know"),
@@ -154,9 +149,7 @@ def test_a_model_that_no_description_fits(tmp_path: Path) -> None:
     weights = random_weights(CONFIG)
     for metadata in ({"general.architecture": "qwen2"}, {"split.count": 3}, {"llama.attention.head_count": "many"}):
         file = write_gguf(tmp_path / "m.gguf", CONFIG, weights, metadata=metadata)
-        refused(
-            open_checkpoint, file, r"m\.gguf: .*('qwen2'|by its metadata the first of 3 parts|head_count is 'many')"
-        )
+        refused(open_checkpoint, file, r"m\.gguf: .*('qwen2'|the first of 3 parts|head_count is 'many')")
     sound = read_gguf(write_gguf(tmp_path / "m.gguf", CONFIG, weights)).metadata
     for factors in ([0.0] * 8, [float("nan")] * 8, [1.0] * (1 << 17)):
         data = struct.pack(f"<{len(factors)}f", *factors)
@@ -178,13 +171,19 @@ def saved(content: Any, **options: Any) -> Callable[[Path], None]:
 def repacked(
     edit: Callable[[str, bytes], bytes | None], compression: int = zipfile.ZIP_STORED
 ) -> Callable[[Path], None]:
-    """The zeros of `a`, in an archive whose parts were edited."""
+    """`a` and `b`, in an archive whose parts were edited, and which torch did not write."""
 
     def write(file: Path) -> None:
-        torch.save({"a": torch.zeros(1000)}, file)
+        torch.save({"a": torch.zeros(1000), "b": torch.ones(1000)}, file)
         repack_zip(file, edit, compression)
 
     return write
+
+
+def unpadded(file: Path) -> None:
+    repacked(lambda _, part: part)(file)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(f"{file.stem}/.format_version", "1")
 
 
 TWICE = torch.ones(1000)
@@ -192,13 +191,13 @@ PTH: dict[str, tuple[Callable[[Path], Any], str]] = {
     "code": (saved({"a": torch.ones(2), "x": Payload()}), r"refused: its pickle asks for .*\.system"),
     "a module": (saved({"x": torch.nn.Linear(2, 2)}), r"refused: its pickle asks for torch\.nn\.modules\.linear"),
     "empty": (lambda file: file.write_bytes(b""), "no zip archive: fetch it again"),
-    "bare pickle": (lambda file: file.write_bytes(pickle.dumps({"a": 1})), "no zip archive"),
+    "not padded as it says": (unpadded, "'b' does not lie in its part of the archive"),
     "before torch 1.6": (saved({"a": TWICE}, _use_new_zipfile_serialization=False), "no zip .* torch older than 1.6"),
     "compressed": (repacked(lambda _, part: part, zipfile.ZIP_DEFLATED), "a compressed archive"),
     "data missing": (repacked(lambda name, part: None if "/data/" in name else part), "damaged"),
-    "longer than the file": (
+    "longer than its part": (
         repacked(lambda _, part: part.replace(b"M" + struct.pack("<H", 1000), b"M\xff\xff", 2)),
-        "'a' does not lie inside the file",
+        "'a' does not lie in its part of the archive",
     ),
     "same bytes twice": (
         saved({"layers.0.attention_norm.weight": TWICE, "norm.weight": TWICE[:4]}), "has bytes of another tensor"
@@ -211,7 +210,6 @@ PTH: dict[str, tuple[Callable[[Path], Any], str]] = {
     "sparse": (saved({"a": torch.eye(3).to_sparse()}), "'a' holds a Tensor: expected a dictionary of plain tensors"),
     "integers": (saved({"tok_embeddings.weight": torch.ones(2, 2, dtype=torch.int8)}), "is stored as int8"),
     "no embedding": (saved({"norm.weight": torch.ones(2)}), "lack a matrix tok_embeddings.weight"),
-    "flat embedding": (saved({"tok_embeddings.weight": torch.tensor(1.0)}), "lack a matrix tok_embeddings.weight"),
 }  # fmt: skip
 
 

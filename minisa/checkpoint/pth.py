@@ -26,8 +26,7 @@ def read_pth(path: Path) -> dict[str, FileTensor]:
     file = DataFile(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("a compressed archive, which torch.save never writes")
+            parts = dict(_extent(entry, file) for entry in archive.infolist())
         with warnings.catch_warnings(action="ignore"):  # torch's, about pickles it does not know, which it then refuses
             content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except zipfile.BadZipFile:
@@ -38,8 +37,17 @@ def read_pth(path: Path) -> dict[str, FileTensor]:
         raise MinisaError(f"{path}: {_reason(error)}") from None
     if not isinstance(content, dict) or not content:
         raise MinisaError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
-    tensors = [_tensor(name, tensor, file) for name, tensor in content.items()]
+    tensors = [_tensor(name, tensor, file, parts) for name, tensor in content.items()]
     return {tensor.name: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.offset)}
+
+
+def _extent(entry: zipfile.ZipInfo, file: DataFile) -> tuple[int, int]:
+    """Where the bytes of a part of the archive begin and end in the file."""
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("a compressed archive, which torch.save never writes")
+    lengths = file.read(entry.header_offset + 26, 4).numpy().view("<u2")  # of the name and of what else precedes them
+    begin = entry.header_offset + 30 + int(lengths.sum())
+    return begin, begin + entry.file_size
 
 
 def _reason(error: Exception) -> str:
@@ -51,16 +59,18 @@ def _reason(error: Exception) -> str:
     return f"damaged, or more than weights ({type(error).__name__}: {detail}): fetch it again"
 
 
-def _tensor(name: Any, tensor: Any, file: DataFile) -> FileTensor:
+def _tensor(name: Any, tensor: Any, file: DataFile, parts: dict[int, int]) -> FileTensor:
+    """parts: where the storages of the file begin and end."""
     where = f"{file.path}: {name!r}" if isinstance(name, str) else f"{file.path}: a key that is no name"
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
         raise MinisaError(f"{where} holds a {type(tensor).__name__}: expected a dictionary of plain tensors")
     if not tensor.is_contiguous():
         raise MinisaError(f"{where} is not contiguous: expected plain tensors")
     storage: Any = tensor.untyped_storage()
-    begin = getattr(storage, "_checkpoint_offset", None) or file.size  # none where the storage is not of the file
-    begin += int(tensor.storage_offset()) * tensor.dtype.itemsize
-    found = FileTensor(name, tuple(tensor.shape), tensor.dtype, file, begin)
-    if found.end > file.size:
-        raise MinisaError(f"{where} does not lie inside the file: it is damaged, fetch it again")
+    part = getattr(storage, "_checkpoint_offset", None) or 0  # where torch expects it
+    found = FileTensor(
+        name, tuple(tensor.shape), tensor.dtype, file, part + int(tensor.storage_offset()) * tensor.itemsize
+    )
+    if found.end > parts.get(part, 0):
+        raise MinisaError(f"{where} does not lie in its part of the archive: fetch the file again")
     return found
