@@ -214,25 +214,6 @@ def test_gguf_that_is_refused(changes: dict[str, Any], says: str, tmp_path: Path
     refused(file, says)
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        (
-            {"default_num_special_tokens": 1 << 60},
-            "default_num_special_tokens is 1152921504606846976: expected at most",
-        ),
-        ({"default_num_special_tokens": 3}, "each once"),  # [INST] would be 3, as the first byte
-        ({"pattern": r"(?:a+)+$|."}, "is not Mistral's"),
-        ({"pattern": 5}, "is not Mistral's"),
-        ({"default_vocab_size": None}, "damaged"),
-    ],
-)
-def test_tekken_that_is_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
-    raw = tekken_json()
-    raw["config"] |= changes
-    refused(write_json(tmp_path / "tekken.json", raw), says)
-
-
 def test_tekken_cuts_its_vocabulary_and_fills_up_its_special_tokens(tmp_path: Path) -> None:
     raw = tekken_json()
     tokenizer = load_tokenizer(write_json(tmp_path / "tekken.json", raw))
@@ -286,3 +267,22 @@ def test_tekken_v15_which_has_settings_in_its_prompts(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_text("{}", encoding="utf-8")
     with pytest.raises(MinisaError, match="its chat template is none of"):
         find_dialog(tmp_path, load_tokenizer(write_json(tmp_path / "tekken.json", raw)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"default_num_special_tokens": 1 << 60},
+            "default_num_special_tokens is 1152921504606846976: expected at most",
+        ),
+        ({"default_num_special_tokens": 3}, "each once"),  # [INST] would be 3, as the first byte
+        ({"pattern": r"(?:a+)+$|."}, "is not Mistral's"),
+        ({"pattern": 5}, "is not Mistral's"),
+        ({"default_vocab_size": None}, "damaged"),
+    ],
+)
+def test_tekken_that_is_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    raw = tekken_json()
+    raw["config"] |= changes
+    refused(write_json(tmp_path / "tekken.json", raw), says)
