@@ -11,6 +11,7 @@ import pytest
 
 from minisa.errors import MinisaError
 from minisa.text.bytelevel import LLAMA3_SPLIT, TEKKEN_SPLIT
+from minisa.text.chat_format import find_dialog
 from minisa.text.tokenizer import Tokenizer, load_tokenizer
 from tests.encode import encode_gguf
 from tests.vocabularies import (
@@ -213,25 +214,6 @@ def test_gguf_that_is_refused(changes: dict[str, Any], says: str, tmp_path: Path
     refused(file, says)
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        (
-            {"default_num_special_tokens": 1 << 60},
-            "default_num_special_tokens is 1152921504606846976: expected at most",
-        ),
-        ({"default_num_special_tokens": 3}, "each once"),  # [INST] would be 3, as the first byte
-        ({"pattern": r"(?:a+)+$|."}, "is not Mistral's"),
-        ({"pattern": 5}, "is not Mistral's"),
-        ({"default_vocab_size": None}, "damaged"),
-    ],
-)
-def test_tekken_that_is_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
-    raw = tekken_json()
-    raw["config"] |= changes
-    refused(write_json(tmp_path / "tekken.json", raw), says)
-
-
 def test_tekken_cuts_its_vocabulary_and_fills_up_its_special_tokens(tmp_path: Path) -> None:
     raw = tekken_json()
     tokenizer = load_tokenizer(write_json(tmp_path / "tekken.json", raw))
@@ -245,10 +227,14 @@ def test_tekken_cuts_its_vocabulary_and_fills_up_its_special_tokens(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("version", "name"), [("v3", "<SPECIAL_17>"), ("v7", "[SYSTEM_PROMPT]")])
-def test_a_tekken_file_that_lists_no_special_tokens(version: str, name: str, tmp_path: Path) -> None:
+def test_what_a_tekken_file_means_that_lists_no_special_tokens(version: str, name: str, tmp_path: Path) -> None:
+    """The version tells the chat format too, where a maker's own download has no template."""
     raw = tekken_json()
     raw["config"]["version"] = version
-    assert load_tokenizer(write_json(tmp_path / "tekken.json", raw)).special[name] == 17
+    (tmp_path / "params.json").write_text("{}", encoding="utf-8")
+    tokenizer = load_tokenizer(write_json(tmp_path / "tekken.json", raw))
+    assert tokenizer.special[name] == 17
+    assert find_dialog(tmp_path, tokenizer).name == f"mistral-{version}"
 
 
 def test_names_that_a_tekken_file_does_not_give_are_given_beside_it(tmp_path: Path) -> None:
@@ -271,3 +257,32 @@ def test_names_that_a_tekken_file_does_not_give_are_given_beside_it(tmp_path: Pa
     write_json(tmp_path / "tekken.json", raw)
     with pytest.raises(MinisaError, match="the added token '<pad>' has the id 10, and 11 in the vocabulary"):
         load_tokenizer(tmp_path)
+
+
+def test_tekken_v15_which_has_settings_in_its_prompts(tmp_path: Path) -> None:
+    raw = tekken_json()
+    raw["special_tokens"] = [
+        {"rank": n, "token_str": name} for n, name in enumerate(("<s>", "[INST]", "[MODEL_SETTINGS]"))
+    ]
+    (tmp_path / "params.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(MinisaError, match="its chat template is none of"):
+        find_dialog(tmp_path, load_tokenizer(write_json(tmp_path / "tekken.json", raw)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"default_num_special_tokens": 1 << 60},
+            "default_num_special_tokens is 1152921504606846976: expected at most",
+        ),
+        ({"default_num_special_tokens": 3}, "each once"),  # [INST] would be 3, as the first byte
+        ({"pattern": r"(?:a+)+$|."}, "is not Mistral's"),
+        ({"pattern": 5}, "is not Mistral's"),
+        ({"default_vocab_size": None}, "damaged"),
+    ],
+)
+def test_tekken_that_is_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    raw = tekken_json()
+    raw["config"] |= changes
+    refused(write_json(tmp_path / "tekken.json", raw), says)

@@ -19,13 +19,14 @@ import sentencepiece
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minisa.text.bytelevel import LLAMA3_SPLIT, TEKKEN_SPLIT
+from minisa.text import bytelevel
+from minisa.text.bytelevel import TEKKEN_SPLIT
 from minisa.text.chat import Message
 from minisa.text.tokenizer import Tokenizer, load_tokenizer
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
-SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}
+SPLIT = {"type": "Split", "pattern": {"Regex": bytelevel.LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}
 SMOLLM2 = {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}
 LLAMA3 = {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL | {"use_regex": False}]}
 
