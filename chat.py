@@ -26,8 +26,8 @@ from minisa.costs import kv_bytes
 from minisa.generation.row import Options
 from minisa.generation.sampling import Sampling, SamplingOptions
 from minisa.models.registry import choose_plan, resolve
-from minisa.text.conversation import Conversation
 from minisa.text.chat import FORMATS
+from minisa.text.conversation import Conversation
 
 HELP = """\
 /reset         forget the conversation

@@ -339,7 +339,7 @@ def test_tekken_v15_which_has_settings_in_its_prompts(tmp_path: Path) -> None:
         {"rank": n, "token_str": name} for n, name in enumerate(("<s>", "[INST]", "[MODEL_SETTINGS]"))
     ]
     (tmp_path / "params.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(MinisaError, match="a chat format with .MODEL_SETTINGS. is not known"):
+    with pytest.raises(MinisaError, match=r"a chat format with \[MODEL_SETTINGS\] is not known"):
         find_template(tmp_path, load_tokenizer(write_json(tmp_path / "tekken.json", raw)))
 
 

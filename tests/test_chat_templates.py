@@ -58,8 +58,8 @@ PUBLISHED = {
     "Alpaca": ("alpaca_template", "llama2"),
 }
 HARD = (
-    *(" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u200b", "\xa0", "a", "The cat", " 12345.6", "e\u0301", "日本語", "👩‍👩‍👧", "٣"),
-    *("<", ">", "</div>", "<b>", "[x]", "[", "{{ x }}", "{% if %}", '"', "\\n", "'s", "<|", "|>", "</", "ſ", "\u2800"),
+    *(" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u200b", "\xa0", "a", "The cat", " 12345.6", "e\u0301", "日本語"),
+    *("👩‍👩‍👧", "٣", "<", ">", "</div>", "<b>", "[x]", "[", "{{ x }}", "{% if %}", '"', "\\n", "'s", "<|", "|>", "</", "ſ", "\u2800"),
 )  # fmt: skip
 
 
@@ -147,7 +147,7 @@ TOOLS_TALK: list[Message] = [
 ]
 
 
-@pytest.mark.parametrize("name", ["Llama 3.2", "Mistral Nemo", "Llama 3.1", "Qwen 2.5", "Qwen 3"])
+@pytest.mark.parametrize("name", ["Llama 3.2", "Mistral Nemo", "Llama 3.1", "Qwen 2.5"])
 def test_tools(
     name: str, unsloth: Mapping[str, str], request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -28,7 +28,6 @@ from minisa.models.registry import (
 from minisa.sharing import SharingPlan
 from minisa.text.chat import FORMATS
 
-
 VALID = """
 ["tiny-1b"]
 kind = "base"

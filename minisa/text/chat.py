@@ -213,7 +213,7 @@ class ChatTemplate:
             if self._own and isinstance(parts := plain.get("content"), list):
                 plain["content"] = "".join(part.get("text", "") for part in parts if isinstance(part, dict))
             return {key: item for key, item in plain.items() if item is not None}
-        if isinstance(value, Sequence):
+        if isinstance(value, list | tuple):
             return [self._plain(item) for item in value]
         raise MinisaError(f"messages: {shown(value)} in them: expected what JSON has, text, numbers, lists and objects")
 
