@@ -25,8 +25,8 @@ from minisa.console import banner, mebibytes, model_options, open_model, run
 from minisa.costs import kv_bytes
 from minisa.generation.options import Options
 from minisa.models.registry import choose_plan, resolve
-from minisa.text.conversation import Conversation
 from minisa.text.chat import FORMATS
+from minisa.text.conversation import Conversation
 
 HELP = """\
 /reset         forget the conversation

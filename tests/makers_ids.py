@@ -124,7 +124,7 @@ TEXT_IDS["mistral-v2"] = TEXT_IDS["mistral-v7"] = TEXT_IDS["mistral-v3"]
 TEXT_IDS["llama3.2.json"], TEXT_IDS["nemo.json"] = TEXT_IDS["llama3"], TEXT_IDS["tekken"]  # in Hugging Face's too
 # fmt: on
 
-# Ids of the messages in tests/test_chat_templates.py as the makers' code has them: llama-models 0.3.0 (ChatFormat.encode_dialog_prompt),
+# Ids of [SYSTEM, *TALK] of tests/test_chat_templates.py: llama-models 0.3.0 (ChatFormat.encode_dialog_prompt),
 # mistral-common 1.13.1 (MistralTokenizer.encode_chat_completion); for SmolLM2 transformers 5.23.0
 # (apply_chat_template with the GGUF file's template). Llama 2's are Meta's formula (llama, generation.py) put through
 # sentencepiece with its tokenizer.model, TinyLlama's zephyr's template through Hugging Face's tokenizers, "</s>" not in

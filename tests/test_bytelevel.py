@@ -11,7 +11,7 @@ import pytest
 
 from minisa.errors import MinisaError
 from minisa.text.bytelevel import LLAMA3_SPLIT, TEKKEN_SPLIT
-from minisa.text.chat_format import find_dialog
+from minisa.text.chat import find_template
 from minisa.text.tokenizer import Tokenizer, load_tokenizer
 from tests.encode import encode_gguf
 from tests.vocabularies import (
@@ -234,7 +234,7 @@ def test_what_a_tekken_file_means_that_lists_no_special_tokens(version: str, nam
     (tmp_path / "params.json").write_text("{}", encoding="utf-8")
     tokenizer = load_tokenizer(write_json(tmp_path / "tekken.json", raw))
     assert tokenizer.special[name] == 17
-    assert find_dialog(tmp_path, tokenizer).name == f"mistral-{version}"
+    assert find_template(tmp_path, tokenizer).name == f"mistral-{version}"
 
 
 def test_names_that_a_tekken_file_does_not_give_are_given_beside_it(tmp_path: Path) -> None:
@@ -265,8 +265,8 @@ def test_tekken_v15_which_has_settings_in_its_prompts(tmp_path: Path) -> None:
         {"rank": n, "token_str": name} for n, name in enumerate(("<s>", "[INST]", "[MODEL_SETTINGS]"))
     ]
     (tmp_path / "params.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(MinisaError, match="its chat template is none of"):
-        find_dialog(tmp_path, load_tokenizer(write_json(tmp_path / "tekken.json", raw)))
+    with pytest.raises(MinisaError, match=r"a chat format with \[MODEL_SETTINGS\] is not known"):
+        find_template(tmp_path, load_tokenizer(write_json(tmp_path / "tekken.json", raw)))
 
 
 @pytest.mark.parametrize(

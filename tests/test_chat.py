@@ -291,7 +291,7 @@ class TestBadCheckpoints:
         self.run(run_chat, folder, "config.json")
 
     def test_no_tokenizer(self, run_chat: Callable[..., Ran], folder: Path) -> None:
-        self.run(run_chat, folder, "no tokenizer in this directory")
+        self.run(run_chat, folder, "no tokenizer, so no text: give token ids")
 
     def test_weights_missing(self, run_chat: Callable[..., Ran], folder: Path) -> None:
         (folder / "model.safetensors").unlink()

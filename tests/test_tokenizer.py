@@ -16,10 +16,12 @@ from minisa.checkpoint.gguf import read_gguf
 from minisa.errors import MinisaError
 from minisa.files import read_json
 from minisa.text.bytelevel import TEKKEN_SPLIT
+from minisa.text.chat import find_template
 from minisa.text.tokenizer import load_tokenizer
 from tests.encode import encode_gguf
 from tests.makers_ids import TEXT_IDS
 from tests.vocabularies import (
+    METASPACE,
     PACKAGE_FILES,
     REAL,
     SPECIAL,
@@ -28,6 +30,7 @@ from tests.vocabularies import (
     byte_level_json,
     gguf_byte_level,
     load_real,
+    sentencepiece_json,
     sentencepiece_model,
     write_json,
 )
@@ -197,8 +200,6 @@ def test_smollm2_as_hugging_face_has_it(text: str, request: pytest.FixtureReques
 
 def test_which_file_of_a_directory(tmp_path: Path) -> None:
     """The maker's own format before Hugging Face's copy; Llama 3's repositories have theirs in original/."""
-    with pytest.raises(MinisaError, match="no tokenizer in this directory: expected"):
-        load_tokenizer(tmp_path)
     (tmp_path / "original").mkdir()
     (tmp_path / "original" / "tokenizer.model").write_bytes(sentencepiece_model(vocab_size=320))
     assert load_tokenizer(tmp_path).vocab_size == 320
@@ -246,6 +247,51 @@ def test_a_gguf_file_by_another_name(tmp_path: Path) -> None:
         file = tmp_path / name
         file.write_bytes(encode_gguf(gguf_byte_level(byte_level_json()), {}))
         assert load_tokenizer(file).encode("hello") != []
+
+
+def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
+    """It takes and gives token ids, with the ends that config.json states; of text it says what is missing."""
+    write_json(tmp_path / "config.json", {"eos_token_id": [7, 8]})
+    without = load_tokenizer(tmp_path)
+    assert (without.eos_ids, without.bos_ids, without.special) == ({7, 8}, [], {})
+    stream = without.stream()
+    assert [stream.feed(5), stream.flush()] == ["", ""]
+    for use in (without.encode, without.decode, find_template(tmp_path, without).ids):
+        with pytest.raises(MinisaError, match=rf"{tmp_path}: no tokenizer, .* tokenizer\.model, tekken\.json, tok"):
+            use([{"role": "user", "content": "Hi"}])  # type: ignore[operator]
+    file = tmp_path / "model.gguf"
+    file.write_bytes(encode_gguf({"general.architecture": "llama"}, {}))
+    assert load_tokenizer(file).special == {}
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_spaces_behind_special_tokens(scheme: str, tmp_path: Path) -> None:
+    """As Hugging Face's tokenizers put them; the makers' own code puts one before every text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    raw = sentencepiece_json(
+        sentencepiece_model(), normalizer=None, pre_tokenizer=METASPACE | {"prepend_scheme": scheme}
+    )
+    file = write_json(tmp_path / "tokenizer.json", raw)
+    ours, theirs = load_tokenizer(file), tokenizers.Tokenizer.from_file(str(file))
+    for text in ("<s>the cat</s>sat", "the<s></s>\nmat[INST]x"):
+        assert ours.encode_with_special(text) == theirs.encode(text, add_special_tokens=False).ids
+    plain = [ours.encode(text) for text in ("the", "cat")]
+    assert ours.encode_with_special("the</s>cat", makers_spaces=True) == [*plain[0], 2, *plain[1]]
+    write_json(tmp_path / "tokenizer_config.json", {"legacy": scheme == "always"})
+    assert load_tokenizer(tmp_path).encode_with_special("<s>the") == ours.encode_with_special("<s>the")
+
+
+def test_where_a_chat_template_is_found(tmp_path: Path) -> None:
+    """The .jinja file before the two .json files; of several the one named default."""
+    named = [{"name": name, "template": f"the {name} one"} for name in ("tool_use", "default")]
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    assert load_tokenizer(tmp_path).chat_template is None
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": named})
+    assert load_tokenizer(tmp_path).chat_template == "the default one"
+    write_json(tmp_path / "chat_template.json", {"chat_template": "a file's"})
+    assert load_tokenizer(tmp_path).chat_template == "a file's"
+    (tmp_path / "chat_template.jinja").write_text("newer", encoding="utf-8")
+    assert load_tokenizer(tmp_path).chat_template == "newer"
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

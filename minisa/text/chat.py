@@ -21,7 +21,7 @@ import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,13 +47,20 @@ CLOCK = datetime.datetime(2024, 7, 26)
 MAX_TEMPLATE = 1 << 20  # bytes
 MAX_PROMPT = 1 << 24  # characters
 _THOUGHTS = ("<think>", "</think>")
-_NEEDED = {"chatml": "<|im_start|>", "llama3": "<|start_header_id|>", "mistral-v2": "[INST]", "mistral-v3": "[INST]"}
-_NEEDED["mistral-v7"] = "[SYSTEM_PROMPT]"
 
-# Which format a vocabulary's special tokens speak for, in the makers' own layouts; the first that is there decides.
+# A special token that the format cannot do without.
+_NEEDED = {
+    "chatml": "<|im_start|>",
+    "llama3": "<|start_header_id|>",
+    "mistral-v2": "[INST]",
+    "mistral-v3": "[INST]",
+    "mistral-v7": "[SYSTEM_PROMPT]",
+}
+# In the makers' own layouts, the format by the first of these tokens that the vocabulary has. Of the one with None,
+# which is newer, the format is not known here.
 _BY_TOKEN = {
     "<|start_header_id|>": "llama3",
-    "[MODEL_SETTINGS]": None,  # newer than what is known here
+    "[MODEL_SETTINGS]": None,
     "[SYSTEM_PROMPT]": "mistral-v7",
     "[INST]": "mistral-v3",
 }
@@ -110,20 +117,20 @@ class ChatTemplate:
     def __init__(
         self, name: str, source: str, tokenizer: Tokenizer, *, own: bool = False, clock: datetime.datetime = CLOCK
     ) -> None:
-        """own: it is one of FORMATS, which follow the makers' code in where sentencepiece puts spaces.
-        clock: what the template is told when it asks for the time.
+        """own: it is one of FORMATS: sentencepiece's spaces are where the makers' code has them, and parts of a message
+        are joined. clock: what the template is told when it asks for the time.
 
         Raises MinisaError where the source is no Jinja template, and where the vocabulary lacks a format's tokens.
         """
-        if (needed := _NEEDED.get(name)) is not None and own and needed not in tokenizer.special:
-            raise MinisaError(f"the {name} chat format needs the token {needed}: the vocabulary has none")
+        if own and _NEEDED.get(name, name) not in (name, *tokenizer.special):
+            raise MinisaError(f"the {name} chat format needs the token {_NEEDED[name]}: the vocabulary has none")
         self.name = name
+        self._source = source
         self._tokenizer = tokenizer
         self._own = own
-        self._names = [name for name in tokenizer.special if len(name) > 1]
-        self._source = source
+        self._special = [token for token in tokenizer.special if len(token) > 1]
         sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        sandbox.filters["tojson"] = _to_json
+        sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
         sandbox.globals |= {"raise_exception": _raise_exception, "strftime_now": clock.strftime}
         try:
             self._template = sandbox.from_string(source)
@@ -139,20 +146,23 @@ class ChatTemplate:
         """
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise MinisaError(f"messages is {shown(messages)}: expected a list of them, at least one")
+        guard, mark = self._unused_characters(messages, tools)
+        chat = []
         for number, message in enumerate(messages):
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise MinisaError(f"messages[{number}] is {shown(message)}: expected role and content")
-        guard, mark = self._unused(messages, tools)
-        chat = [self._guarded(message, guard, message["role"] == "assistant") for message in self._plain(messages)]
-        last = chat[-1]
-        continues = last["role"] == "assistant" and _append(last, mark + " ")
-        text = self._render(chat, self._guarded(self._plain(tools), guard), add_generation_prompt=not continues)
+            given = {key: value for key, value in message.items() if value is not None}  # as transformers has it
+            if self._own and isinstance(parts := given.get("content"), list | tuple):
+                given["content"] = "".join(part["text"] for part in _texts(parts))
+            chat.append(self._guarded(given, guard, _THOUGHTS if message["role"] == "assistant" else ()))
+        continues = chat[-1]["role"] == "assistant" and _append(chat[-1], mark + " ")
+        text = self._render(chat, self._guarded(tools, guard), add_generation_prompt=not continues)
         if continues:
-            text, found, behind = text.rpartition(mark)
+            text, found, rest = text.rpartition(mark)
             if not found:
-                raise MinisaError(f"messages: {self.name} leaves out the assistant's last one, to be continued")
-            text = text if behind.startswith(" ") else text.rstrip()
-        text = text.replace(json.dumps(guard)[1:-1], guard)  # a template may have written it so
+                raise MinisaError(f"messages: {self._what} leaves out the assistant's last one, to be continued")
+            text = text if rest.startswith(" ") else text.rstrip()  # the template has taken off the space
+        text = text.replace(json.dumps(guard)[1:-1], guard)  # in ASCII, where the template wants that
         return self._tokenizer.encode_with_special(text, guard=guard, makers_spaces=self._own)
 
     @cached_property
@@ -169,87 +179,77 @@ class ChatTemplate:
         return self._tokenizer.eos_ids.union(self._tokenizer.special[name] for name in names[:2])
 
     def _render(self, chat: list[Any], tools: Any, add_generation_prompt: bool = False) -> str:
-        variables = {"messages": chat, "tools": tools, "documents": None}
-        names = {**self._tokenizer.named, "add_bos_token": self._tokenizer.add_bos}
+        names: dict[str, Any] = {**self._tokenizer.named, "add_bos_token": self._tokenizer.add_bos, "documents": None}
+        names |= {"messages": chat, "tools": tools, "add_generation_prompt": add_generation_prompt}
         texts, length = [], 0
         try:
-            for text in self._template.generate(**names, **variables, add_generation_prompt=add_generation_prompt):
+            for text in self._template.generate(names):
                 length += len(text)
                 if length > MAX_PROMPT:
                     raise SecurityError(f"it writes more than {MAX_PROMPT} characters")
                 texts.append(text)
         except _Refused as error:
-            raise MinisaError(f"messages: {self._whose} refuses them: {error}") from None
+            raise MinisaError(f"messages: {self._what} refuses them: {error}") from None
         except Exception as error:  # a template is a program: it may fail in any way
             raise self._failed(error) from None
         return "".join(texts)
 
     @property
-    def _whose(self) -> str:
+    def _what(self) -> str:
         return f"the {self.name} chat format" if self._own else self.name
 
     def _failed(self, error: Exception) -> MinisaError:
         reason = f"{type(error).__name__}: {error}"[:300]
-        return MinisaError(f"{self._whose} fails ({reason}): check the messages, or name another (--chat-format)")
+        return MinisaError(f"{self._what} fails ({reason}): check the messages, or name another (--chat-format)")
 
-    def _unused(self, *given: Any) -> list[str]:
-        """Two characters that occur nowhere in what is given, the template and the special tokens: Braille's are no
-        space, have no case, and JSON and Python write them as they are."""
-        taken = self._source + "".join(self._names) + repr(given)
-        free = (char for char in map(chr, range(0x2800, 0xD800)) if char not in taken)
-        found = list(islice((char for char in free if json.dumps(char)[1:-1] not in taken), 2))
+    def _unused_characters(self, *given: Any) -> list[str]:
+        """Two that occur nowhere in what is given, the template and the special tokens: of Braille, say, which is no
+        space, has no case, and is written by JSON and Python as it is."""
+        taken = self._source + "".join(self._special) + repr(given)
+        free = (c for c in map(chr, range(0x2800, 0xD800)) if c not in taken and json.dumps(c)[1:-1] not in taken)
+        found = list(islice(free, 2))
         if len(found) < 2:
-            raise MinisaError("messages: they use every character of Unicode from U+2800: expected text")
+            raise MinisaError("messages: they have every character from U+2800 to U+D7FF: expected text")
         return found
 
-    def _plain(self, value: Any) -> Any:
-        """The same in Python's own strings, numbers, lists and dicts; messages without what is None in them."""
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
+    def _guarded(self, value: Any, guard: str, allowed: Sequence[str] = ()) -> Any:
+        """A copy with the guard behind the first character of whatever could be read as a special token."""
         if isinstance(value, Mapping):
-            plain = {key: self._plain(item) for key, item in value.items()}
-            if "role" not in plain:
-                return plain
-            if self._own and isinstance(parts := plain.get("content"), list):
-                plain["content"] = "".join(part.get("text", "") for part in parts if isinstance(part, dict))
-            return {key: item for key, item in plain.items() if item is not None}
-        if isinstance(value, Sequence):
-            return [self._plain(item) for item in value]
-        raise MinisaError(f"messages: {shown(value)} in them: expected what JSON has, text, numbers, lists and objects")
-
-    def _guarded(self, value: Any, guard: str, assistants: bool = False) -> Any:
-        """The same with the guard behind the first character of whatever could be read as a special token."""
-        if isinstance(value, list):
-            return [self._guarded(item, guard, assistants) for item in value]
-        if isinstance(value, dict):
-            return {self._guarded(k, guard): self._guarded(item, guard, assistants) for k, item in value.items()}
+            return {self._guarded(key, guard): self._guarded(item, guard, allowed) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._guarded(item, guard, allowed) for item in value]
+        if not isinstance(value, str | int | float | None):
+            raise MinisaError(f"messages: {shown(value)} in them: expected text, numbers, lists and objects")
         if not isinstance(value, str):
             return value
-        allowed = _THOUGHTS if assistants else ()
         places = {found.start() for found in self._spelled.finditer(value) if found[1] not in allowed}
-        for start in range(max(0, len(value) - max(map(len, self._names), default=0)), len(value)):
-            if any(name.startswith(value[start:]) for name in self._names):
+        for start in range(max(0, len(value) - max(map(len, self._special), default=0)), len(value)):
+            if any(name.startswith(value[start:]) for name in self._special):  # the next message may have its end
                 places.add(start)
         return "".join(char + guard * (place in places) for place, char in enumerate(value)) if places else value
 
     @cached_property
     def _spelled(self) -> re.Pattern[str]:
         """Every place where a special token begins, in whatever case: a template may change that."""
-        names = "|".join(map(re.escape, sorted(self._names, key=len, reverse=True)))
+        names = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
         return re.compile(f"(?=({names}))" if names else "(?!)", re.IGNORECASE)
 
 
+def _texts(parts: Sequence[Any]) -> list[Any]:
+    """Of the parts that a message's content may be in, those that are text."""
+    return [part for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+
+
 def _append(message: dict[str, Any], text: str) -> bool:
-    """Put text behind a message's content, or the last of its parts that is text; whether there was any."""
-    if isinstance(message.get("content"), str):
+    """Put text behind a message's content, or behind the last of its parts that is text; whether there was any."""
+    content = message.get("content")
+    if isinstance(content, str):
         message["content"] += text
         return True
-    parts = message.get("content")
-    for part in reversed(parts if isinstance(parts, list) else []):
-        if isinstance(part, dict) and isinstance(part.get("text"), str):
-            part["text"] += text
-            return True
-    return False
+    parts = _texts(content) if isinstance(content, list) else []
+    if parts:
+        parts[-1]["text"] += text
+    return bool(parts)
 
 
 class _Refused(TemplateError):
@@ -258,10 +258,6 @@ class _Refused(TemplateError):
 
 def _raise_exception(message: str) -> None:
     raise _Refused(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)  # Jinja's own escapes for HTML
 
 
 class _Generation(Extension):

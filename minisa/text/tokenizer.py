@@ -20,31 +20,24 @@ from minisa.checkpoint.gguf import find_gguf, gguf_parts, is_gguf, read_gguf
 from minisa.errors import MinisaError, shown
 from minisa.files import read_json, read_plain
 from minisa.text import bytelevel, spm
+from minisa.text.added_tokens import add_tokens
 
 BOS_NAMES = ("<|begin_of_text|>", "<s>")
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>")
 
 _FILES = "tokenizer.model, tekken.json, tokenizer.json or a .gguf file"
-_SETTINGS = (
-    "tokenizer_config.json", "chat_template.json", "added_tokens.json", "generation_config.json", "config.json",
-)  # fmt: skip
+_SETTINGS = tuple(
+    f"{name}.json" for name in ("tokenizer_config", "chat_template", "added_tokens", "generation_config", "config")
+)
 _MAX_MODEL = 8 << 20  # bytes; the largest tokenizer.model takes 4 MB
 _MAX_TEMPLATE = 1 << 20  # bytes
-_MAX_SPECIAL = 1 << 15  # the makers' have up to 1,000; what pads a vocabulary counts too
+_MAX_SPECIAL = 1 << 15  # special tokens; the makers' have up to 1,000, and what pads a vocabulary counts too
 _MAX_NAME = 128  # characters of a special token; the makers' have up to 31
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
 class Vocabulary(Protocol):
-    """What a Tokenizer is built over: bytelevel.ByteLevelBPE or spm.SentencePiece.
-
-    pieces: the bytes of each id, empty for special tokens. special: name → id.
-    dummy_prefix: whether a text is encoded as if a space stood before it.
-    add_bos: whether the maker's own tokenizer puts BOS before plain text.
-    bos_id: the token that it puts there, where the vocabulary's file says which.
-    supposed: names of special tokens that the file does not give; the files beside it may give their ids to others.
-    spelled: the bytes of a token that is written so.
-    """
+    """What a Tokenizer is built over: bytelevel.ByteLevelBPE or spm.SentencePiece, which explain its attributes."""
 
     pieces: list[bytes]
     special: dict[str, int]
@@ -140,35 +133,27 @@ class Tokenizer:
 
         Raises MinisaError when the text is not valid Unicode.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise MinisaError(
-                f"character {error.start} of the text is half a surrogate pair: expected Unicode"
-            ) from None
+        if half := re.search(r"[\ud800-\udfff]", text):
+            raise MinisaError(f"character {half.start()} of the text is half a surrogate pair: expected Unicode")
         return self._vocabulary.encode(text, mid_text=mid_text)
 
     def encode_with_special(self, text: str, *, guard: str = "", makers_spaces: bool = False) -> list[int]:
         """The ids of a text that spells special tokens out. Between two of them it is encoded as one piece.
 
-        guard: what keeps apart what is not to be read as a special token; it is taken out of the text between them.
-        makers_spaces: sentencepiece puts its space before the text behind every special token, as the makers' own
-            code does, whatever tokenizer_config.json says.
+        guard: a character that keeps text from being read as a special token; it is taken out between them.
+        makers_spaces: sentencepiece's space is put behind every special token, whatever tokenizer_config.json says.
         """
-        first, *others = self.split_at_special(text)
-        ids = self._between(first, guard, mid_text=False)
-        for name, plain in zip(others[::2], others[1::2], strict=True):
-            ids.append(self.special[name])
-            ids += self._between(plain, guard, mid_text=self._space_at_start_only and not makers_spaces)
+        ids: list[int] = []
+        for number, part in enumerate(self.split_at_special(text)):
+            if number % 2:
+                ids.append(self.special[part])
+            elif plain := part.replace(guard, "") if guard else part:
+                mid_text = number > 0 and self._space_at_start_only and not makers_spaces
+                ids += self.encode(plain, mid_text=mid_text)
         return ids
 
-    def _between(self, text: str, guard: str, *, mid_text: bool) -> list[int]:
-        text = text.replace(guard, "") if guard else text
-        return self.encode(text, mid_text=mid_text) if text else []
-
     def split_at_special(self, text: str) -> list[str]:
-        """Plain text, the name of a special token, plain text, and so on: an odd number of texts. Of the tokens that
-        begin at one place the longest is found."""
+        """Plain text, the name of a special token, plain text, and so on. The longest name at a place counts."""
         return self._special_names.split(text)
 
     @cached_property
@@ -192,12 +177,10 @@ class Tokenizer:
 
 
 class TextStream:
-    """Token ids in, text out, never half a UTF-8 character.
-
-    strip_space: take off the space that sentencepiece puts before a text.
-    """
+    """Token ids in, text out, never half a UTF-8 character."""
 
     def __init__(self, tokenizer: Tokenizer, *, strip_space: bool) -> None:
+        """strip_space: take off the space that sentencepiece puts before a text."""
         self._token_bytes = tokenizer.token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip_space = strip_space
@@ -225,7 +208,7 @@ class NoTokenizer(Tokenizer):
         self._where = where
 
     def encode(self, text: str, *, mid_text: bool = False) -> NoReturn:
-        raise MinisaError(f"{self._where}: there is no tokenizer for text: give token ids, or put {_FILES} there")
+        raise MinisaError(f"{self._where}: no tokenizer, so no text: give token ids, or put {_FILES} there")
 
     def decode(self, ids: Iterable[int], *, mid_text: bool = False) -> NoReturn:
         self.encode("")
@@ -245,15 +228,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     file, folder = (_find(path), path) if path.is_dir() else (path, path.parent)
     try:
-        settings = {name: read_json(folder / name) if lexists(folder / name) else {} for name in _SETTINGS}
-        if file is None:
-            with _naming(folder):
-                return NoTokenizer(folder, _named_ends(settings))
-        if file.suffix == ".gguf" or is_gguf(file):
+        if file is not None and (file.suffix == ".gguf" or is_gguf(file)):
             file = next(gguf_parts(file))
             metadata = read_gguf(file).metadata
             with _naming(file):
                 return _from_gguf(metadata) if "tokenizer.ggml.model" in metadata else NoTokenizer(file)
+        settings = {name: read_json(folder / name) if lexists(folder / name) else {} for name in _SETTINGS}
+        if file is None:
+            with _naming(folder):
+                return NoTokenizer(folder, _named_ends(settings))
         content = read_json(file) if file.suffix == ".json" else read_plain(file, _MAX_MODEL, "tokenizer")
         template = folder / "chat_template.jinja"
         with _naming(file):
@@ -300,7 +283,7 @@ def _vocabulary(content: dict[str, Any] | bytes) -> Vocabulary:
     if not content["model"].get("byte_fallback"):
         return bytelevel.from_tokenizer_json(content)
     vocabulary = spm.from_tokenizer_json(content)
-    _add_tokens(vocabulary, {str(token["id"]): token for token in content.get("added_tokens") or []}, {})
+    add_tokens(vocabulary, {str(token["id"]): token for token in content.get("added_tokens") or []}, {})
     return vocabulary
 
 
@@ -312,21 +295,18 @@ def _with_settings(
     scheme: where tokenizer.json puts a space: "always", "first" for the start of a text only, or None.
     """
     config = settings["tokenizer_config.json"]
-    _add_tokens(vocabulary, config.get("added_tokens_decoder") or {}, settings["added_tokens.json"])
+    add_tokens(vocabulary, config.get("added_tokens_decoder") or {}, settings["added_tokens.json"])
     if config.get("add_prefix_space") is False:
         vocabulary.dummy_prefix = False
     elif config.get("add_prefix_space") and str(config.get("tokenizer_class")).startswith("GPT2"):
         raise MinisaError("tokenizer_config.json: add_prefix_space is true: expected false with GPT2Tokenizer")
     special = vocabulary.special
-    named = {key: _name(token) for key, token in config.items() if key.endswith("_token") and _name(token)}
-    bos = [special[named["bos_token"]]] if named.get("bos_token") in special else []
+    named = {key: name for key, token in config.items() if key.endswith("_token") and (name := _name(token))}
+    bos, eos = ([special[n] for n in (named.get(key),) if n in special] for key in ("bos_token", "eos_token"))
     if vocabulary.bos_id not in (None, *bos) and bos:
-        raise MinisaError(
-            f"tokenizer_config.json: bos_token is {bos[0]}, and tokenizer.json's post_processor puts "
-            f"{vocabulary.bos_id} before a text: expected the same"
-        )
+        puts = f"tokenizer.json's post_processor puts {vocabulary.bos_id} before a text"
+        raise MinisaError(f"tokenizer_config.json: bos_token is {bos[0]}, and {puts}: expected the same")
     bos += [vocabulary.bos_id] if vocabulary.bos_id is not None else [special[n] for n in BOS_NAMES if n in special]
-    eos = [special[named["eos_token"]]] if named.get("eos_token") in special else []
     add_bos = config.get("add_bos_token") if isinstance(vocabulary, spm.SentencePiece) else None  # no say in the others
     for found in (settings["chat_template.json"].get("chat_template"), config.get("chat_template")):
         if isinstance(found, list):  # several, by name
@@ -352,9 +332,7 @@ def _named_ends(settings: Mapping[str, Mapping[str, Any]]) -> list[int]:
 def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
-        raise MinisaError(
-            f"tokenizer.ggml.model is {kind!r}: expected 'gpt2' (byte-level BPE) or 'llama' (sentencepiece)"
-        )
+        raise MinisaError(f"tokenizer.ggml.model is {kind!r}: expected 'gpt2' (byte-level) or 'llama' (sentencepiece)")
     vocabulary: Vocabulary = bytelevel.from_gguf(metadata) if kind == "gpt2" else spm.from_gguf(metadata)
     ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     return Tokenizer(
@@ -366,41 +344,7 @@ def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-def _add_tokens(vocabulary: Vocabulary, decoder: Mapping[str, Any], listed: Mapping[str, int]) -> None:
-    """Give a vocabulary the tokens that a fine-tuner added, which a tokenizer.model does not know."""
-    added = {name: (token_id, True) for name, token_id in listed.items()}
-    added |= {token["content"]: (int(key), bool(token.get("special", True))) for key, token in decoder.items()}
-    size = len(vocabulary.pieces)
-    special, names = vocabulary.special, {token_id: name for name, token_id in vocabulary.special.items()}
-    for name, (token_id, is_special) in added.items():
-        if (known := special.get(name)) is not None:
-            if known != token_id:
-                other = names.get(token_id, "")
-                if not {name, other} <= vocabulary.supposed:
-                    raise MinisaError(f"the added token {name!r} has the id {token_id}, and {known} in the vocabulary")
-                special[name], special[other] = token_id, known
-                names[token_id], names[known] = name, other
-            continue
-        bytelevel.check_ids([token_id])
-        vocabulary.pieces += [b""] * (token_id + 1 - len(vocabulary.pieces))
-        piece, text = vocabulary.pieces[token_id], vocabulary.spelled(name)
-        if piece == text and not is_special:  # listed, and nothing new
-            continue
-        if piece not in (b"", text):
-            raise MinisaError(f"the added token {name!r} has the id {token_id}, which is that of {piece!r}")
-        if not is_special:
-            bytelevel.require_marker(name)
-        vocabulary.pieces[token_id] = b"" if is_special else text
-        special[name] = token_id
-    for name, (token_id, _) in added.items():
-        if special.get(name, token_id) != token_id:
-            raise MinisaError(f"two added tokens, {name!r} and {names[token_id]!r}, have the id {token_id}")
-    beyond = sorted(token_id for token_id, _ in added.values() if token_id >= size)
-    if beyond != list(range(size, size + len(beyond))):  # Hugging Face's gives them these, whatever the file says
-        raise MinisaError(f"the added tokens' ids leave gaps or repeat: expected {size} and those that follow")
-
-
 def _name(token: Any) -> str | None:
-    """A token's name as tokenizer_config.json has it: a string or an object; None for null and whatever else."""
+    """A token's name as tokenizer_config.json has it, a string or an object; None for null."""
     name = token.get("content") if isinstance(token, dict) else token
     return name if isinstance(name, str) else None
