@@ -120,8 +120,9 @@ class TestFlags:
         assert head.startswith(b"\x89PNG\r\n") and len(head) > 10_000
 
     def test_help_does_not_import_torch(self) -> None:
-        """Where what it shares with other command lines does not."""
-        code = "import sys, minisa.console\nbefore = 'torch' in sys.modules\nimport bench\nassert before or 'torch' not in sys.modules"
+        """Unless what it shares with other command lines does."""
+        code = "import sys, minisa.console; before = 'torch' in sys.modules; import bench; "
+        code += "assert before or 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
