@@ -42,7 +42,7 @@ Bench = Callable[..., Ran]
 @pytest.fixture
 def run_bench(run_main: Callable[..., commands.Ran], monkeypatch: pytest.MonkeyPatch) -> Bench:
     """run_bench(*flags): bench.py's main in this process, as the command line runs it; its workers are processes."""
-    monkeypatch.setattr(measure, "last_level_cache", lambda device: 1 << 20)
+    monkeypatch.setitem(measure.BUFFER, "cpu", 4 << 20)
     monkeypatch.setattr(measure, "MAX_MATRIX", 256)
     threads = torch.get_num_threads()
 

@@ -53,17 +53,14 @@ class TestPrimitives:
         assert len(list(measure.turns("a", None))) == measure.MIN_ROUNDS
         assert len(list(measure.turns("a", 9))) == 9
 
-    def test_bandwidth_is_read_from_memory_and_not_from_a_cache(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(measure, "last_level_cache", lambda _: 1 << 22)
+    def test_bandwidth_is_read_from_memory_and_not_from_a_cache(self) -> None:
         threads = torch.get_num_threads()
         reader = measure.ReadBandwidth(CPU)
         parts = [part for share in reader._shares for part in share]
-        assert sum(part.nbytes for part in parts) == measure.N_BUFFERS * reader.nbytes == 4 << 24
+        assert sum(part.nbytes for part in parts) == measure.N_BUFFERS * reader.nbytes >= 1 << 28
         assert len({part.data_ptr() for part in parts}) == len(parts)
         assert torch.get_num_threads() == threads  # those of the reader are its own affair
         assert 1e8 < reader.once() < 1e13  # bytes a second: no unit is wrong by a thousand
-        monkeypatch.undo()
-        assert measure.last_level_cache(CPU) >= 1 << 18
 
     def test_the_matrix_rate_counts_two_operations_for_each_product(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(measure, "MAX_MATRIX", 512)
