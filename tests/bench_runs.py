@@ -32,6 +32,9 @@ class Ran(commands.Ran):
     def configuration(self, name: str) -> dict[str, Any]:
         return next(found for found in self.record["configurations"] if found["name"] == name)
 
+    def cells(self, name: str, kind: str) -> list[dict[str, Any]]:
+        return [cell for cell in self.record["cells"] if (cell["configuration"], cell["kind"]) == (name, kind)]
+
 
 Bench = Callable[..., Ran]
 
@@ -39,8 +42,8 @@ Bench = Callable[..., Ran]
 @pytest.fixture
 def run_bench(run_main: Callable[..., commands.Ran], monkeypatch: pytest.MonkeyPatch) -> Bench:
     """run_bench(*flags): bench.py's main in this process, as the command line runs it; its workers are processes."""
-    monkeypatch.setattr(measure, "last_level_cache", lambda device: 1 << 20)
-    monkeypatch.setattr(measure, "LARGEST_MATRIX", 256)
+    monkeypatch.setitem(measure.BUFFER, "cpu", 4 << 20)
+    monkeypatch.setattr(measure, "MAX_MATRIX", 256)
     threads = torch.get_num_threads()
 
     def run(*flags: object) -> Ran:

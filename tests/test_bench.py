@@ -17,7 +17,6 @@ import torch
 import minisa
 from minisa import costs
 from minisa.benchmark import contender, report
-from minisa.benchmark import run as benchmark_run
 from minisa.sharing import SharingPlan
 from tests.bench_runs import CONFIG, PLAN, QUICK, Bench, Ran
 
@@ -31,87 +30,81 @@ class TestTheRecord:
         assert ran.status == 0, ran.err
         return ran
 
-    def test_has_what_its_docstring_promises(self, ran: Ran) -> None:
+    def test_what_is_measured_fits_what_the_formulas_say(self, ran: Ran) -> None:
         record = ran.record
-        assert (record["version"], record["interrupted"]) == (report.VERSION, False)
+        assert not record["interrupted"]
         assert record["model"] == {
             "name": "tiny.gguf", "random_weights": False, "layers": 4, "dim": 64, "max_seq_len": 128,
             "parameters": costs.parameter_count(CONFIG, SharingPlan.none(4)),
         }  # fmt: skip
-        assert [c["name"] for c in record["configurations"]] == ["plain", "shared"]
-        for configuration in record["configurations"]:
-            assert configuration["load_seconds"] > 0 and configuration["first_token_seconds"] > 0
-            assert configuration["peak_memory"] > configuration["memory_before_load"] > 1 << 20
-            assert [(p["tokens"], p["rounds"]) for p in configuration["prefill"]] == [(8, 2), (24, 2)]
-            assert [(d["context"], d["rounds"], d["steps"]) for d in configuration["decode"]] == [(0, 2, 6), (20, 2, 6)]
-            for row in configuration["prefill"] + configuration["decode"]:
-                speed = row["tokens_per_second"]
+        for name, plan in (("plain", SharingPlan.none(4)), ("shared", PLAN)):
+            found = ran.configuration(name)
+            assert found["load_seconds"] > 0 and found["first_token_seconds"] > 0
+            assert found["peak_memory"] > found["memory_before_load"] > 1 << 20
+            assert found["kv_bytes"] == found["kv_bytes_by_formula"] == costs.kv_bytes(CONFIG, plan, 64, 4)
+            prefill, decode = ran.cells(name, "prefill"), ran.cells(name, "decode")
+            assert [(cell["tokens"], cell["rounds"], cell["steps"]) for cell in prefill] == [(8, 2, 2), (24, 2, 2)]
+            assert [(cell["tokens"], cell["rounds"], cell["steps"]) for cell in decode] == [(0, 2, 6), (20, 2, 6)]
+            for cell in prefill + decode:
+                speed = cell["tokens_per_second"]
                 assert 0 < speed["p10"] <= speed["median"] <= speed["p90"]
-            for decode in configuration["decode"]:
-                parts = dict(decode["bytes"])
+                assert cell["allowed_tokens_per_second"] > 0
+            for cell in decode:
+                parts = dict(cell["bytes"])
                 assert parts.pop("total") == sum(parts.values())
-                speed = decode["bytes"]["total"] * decode["tokens_per_second"]["median"]
-                assert decode["share_of_bandwidth"] == pytest.approx(speed / decode["bandwidth"])
-                assert 0 < decode["share_of_best_bandwidth"] <= decode["share_of_bandwidth"]
-                assert decode["allowed_tokens_per_second"] > 0
-        for ceiling in ("read_bandwidth", "matrix_rate"):
-            for when in ("start", "end"):
-                found = record["ceiling"][ceiling][when]
+                speed = cell["bytes"]["total"] * cell["tokens_per_second"]["median"]
+                assert cell["share"] == pytest.approx(speed / cell["bandwidth"]["median"])
+            for cell in prefill:
+                fastest = cell["flops"] / record["ceiling"]["start"]["matrix_rate"]["best"]
+                assert cell["share"] == pytest.approx(fastest * cell["tokens_per_second"]["median"] / cell["tokens"])
+        for when in ("start", "end"):
+            for found in record["ceiling"][when].values():
                 assert found["best"] >= found["median"] > 0
-        documented = report.__doc__ or ""
-        keys = {*record, *record["model"], *record["run"], *record["ceiling"], *record["shared_over_plain"]}
-        for configuration in record["configurations"]:
-            keys |= {*configuration, *configuration["prefill"][0], *configuration["decode"][0]}
-        assert [key for key in keys if key not in documented] == []
+        assert "MISMATCH" not in ran.out
+        keys = {*record, *record["model"], *record["run"], *record["ceiling"], *record["ceiling"]["start"]}
+        keys |= {*record["cells"][0], *record["configurations"][0]}
+        assert [key for key in keys if key not in str(report.__doc__)] == []
 
     def test_sharing_is_compared_by_the_round_and_with_the_prediction(self, ran: Ran) -> None:
-        against_plain = ran.record["shared_over_plain"]
-        plain, shared = ran.configuration("plain"), ran.configuration("shared")
+        shared = ran.configuration("shared")
         assert shared["plan"] == str(PLAN) and shared["followers"] == 2
-        assert against_plain["kv_bytes"] == {"ratio": 0.75, "predicted": 0.75}  # n/(2L) of it is saved
-        assert against_plain["weight_bytes"]["ratio"] == pytest.approx(against_plain["weight_bytes"]["predicted"])
-        for i, decode in enumerate(against_plain["decode"]):
-            expected = plain["decode"][i]["bytes"]["total"] / shared["decode"][i]["bytes"]["total"]
-            assert decode["predicted"] == expected > 1
-            assert decode["p10"] <= decode["ratio"] <= decode["p90"]
-        for i, prefill in enumerate(against_plain["prefill"]):
-            assert prefill["predicted"] == plain["prefill"][i]["flops"] / shared["prefill"][i]["flops"] > 1
+        assert shared["kv_over_plain"] == {"ratio": 0.75, "predicted": 0.75}  # n/(2L) of it is saved
+        assert shared["weights_over_plain"]["ratio"] == pytest.approx(shared["weights_over_plain"]["predicted"])
+        for kind, amount in (("decode", lambda cell: cell["bytes"]["total"]), ("prefill", lambda cell: cell["flops"])):
+            for one, other in zip(ran.cells("plain", kind), ran.cells("shared", kind), strict=True):
+                assert other["predicted"] == amount(one) / amount(other) > 1
+                assert 0 < other["ratio"]["p10"] <= other["ratio"]["median"] <= other["ratio"]["p90"]
+                assert one["ratio"] is None
 
-    def test_kv_bytes_measured_are_those_of_the_formula(self, ran: Ran) -> None:
-        slots = ran.record["run"]["cache_slots"]
-        for name, plan in (("plain", SharingPlan.none(4)), ("shared", PLAN)):
-            configuration = ran.configuration(name)
-            assert configuration["kv_bytes"] == costs.kv_bytes(CONFIG, plan, slots, 4)
-            assert configuration["kv_bytes_match"] is True
-        assert "MISMATCH" not in ran.out
-
-    def test_a_person_reads_the_table(self, ran: Ran) -> None:
+    def test_a_person_reads_the_tables(self, ran: Ran) -> None:
         lines = ran.out.splitlines()
-        order = ["ceiling, ", "a decode step by formula", "load, s", "prefill of 8", "decode at 0", "decode at 20"]
-        order += ["KV cache of 64 slots", "  by formula", "weights as stored", "peak memory"]
-        places = [next(i for i, line in enumerate(lines) if line.startswith(start)) for start in order]
+        starts = [
+            "tiny.gguf: ",
+            "ceiling, ",
+            "decode step by formula",
+            "tokens/s",
+            "prefill 8",
+            "decode 0",
+            "decode 20",
+        ]
+        places = [next(i for i, line in enumerate(lines) if line.startswith(start)) for start in starts]
         assert places == sorted(places)
-        decode = next(line for line in lines if line.startswith("decode at 20"))
-        plain = ran.configuration("plain")["decode"][1]["tokens_per_second"]["median"]
-        predicted = ran.record["shared_over_plain"]["decode"][1]["predicted"]
-        assert f"{plain:,.1f}" in decode and decode.endswith(f"{predicted:.3f}")
+        cell = ran.cells("shared", "decode")[1]
+        (row,) = (lines[i + 1] for i, line in enumerate(lines) if line.startswith("decode 20"))
+        assert row.split()[:2] == ["shared", f"{cell['tokens_per_second']['median']:,.1f}"]
+        assert row.endswith(f"{cell['predicted']:.3f}")
         assert max(map(len, lines[:-1])) <= 120
-        assert "decoding at 20" in ran.err  # progress
+        assert "decode 20" in ran.err  # progress
 
 
-def test_a_disturbed_run_says_so(
-    run_bench: Bench, untrained_shape: Path, in_this_process: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_a_disturbed_run_and_a_wrong_formula_say_so(
+    run_bench: Bench, bench_gguf: Path, in_this_process: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for slowest, told in ((0.015, False), (0.1, True)):
-        monkeypatch.setattr(contender.Minisa, "decode", lambda self, context, steps, s=slowest: [0.01, s] * steps)
-        ran = run_bench("--random-weights", untrained_shape, "--sa", "none", *QUICK)
-        assert ("DISTURBED: some speeds swung by 10.0×" in ran.out) is told
-
-
-def test_a_wrong_formula_is_reported(run_bench: Bench, bench_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "kv_bytes", lambda *arguments: costs.kv_bytes(*arguments) - 2)
-    ran = run_bench("--model", bench_gguf, "--sa", "none", *QUICK)
-    assert ran.configuration("plain")["kv_bytes_match"] is False
+    for slowest, disturbed in ((0.015, False), (0.1, True)):
+        monkeypatch.setattr(contender.Minisa, "decode", lambda self, context, steps, s=slowest: [0.01, s] * steps)
+        ran = run_bench("--model", bench_gguf, "--sa", "none", *QUICK)
+        assert ("DISTURBED: some speeds swung by 10.0×" in ran.out) is disturbed
     assert "MISMATCH: the KV cache of plain takes 65,536 bytes, the formula says 65,534" in ran.out
 
 
@@ -130,17 +123,13 @@ class TestAgainst:
         path = bench_gguf if model == "--model" else untrained_shape
         ran = run_bench(model, path, "--sa", "3", *QUICK, "--batch", 2, "--no-compile", "--against", peer)
         assert ran.status == 0, ran.err
-        (found,) = ran.record["plain_over_peers"]
-        assert (found["name"], found["same_greedy_tokens"], found["greedy_tokens"]) == (peer, 16, 16)
-        configuration = ran.configuration(peer)
-        for i, decode in enumerate(configuration["decode"]):
-            assert decode["steps"] == 6 and decode["tokens_per_second"]["median"] > 0
-            assert found["decode"][i]["ratio"] > 0
-        assert all(prefill["ratio"] > 0 for prefill in found["prefill"])
+        assert [it["name"] for it in ran.record["configurations"]] == ["plain", "shared", peer]
+        assert ran.configuration(peer)["same_greedy_tokens"] == ran.record["run"]["greedy_tokens"] == 16
+        for cell in ran.cells(peer, "prefill") + ran.cells(peer, "decode"):
+            assert cell["ratio"]["median"] > 0 and cell["tokens_per_second"]["median"] > 0
         plain = ran.configuration("plain")["weight_bytes"]
-        assert plain <= configuration["weight_bytes"] <= 1.01 * plain  # llama.cpp counts rotary factors in
-        assert "plain ÷ it" in ran.out and peer in ran.out
-        assert [c["name"] for c in ran.record["configurations"]] == ["plain", "shared", peer]
+        assert plain <= ran.configuration(peer)["weight_bytes"] <= 1.01 * plain  # llama.cpp counts rotary factors in
+        assert f"{peer}: " in ran.out and "16 of 16 greedy tokens like plain's" in ran.out
 
     def test_a_peer_that_computes_something_else_is_found_out(
         self, run_bench: Bench, bench_gguf: Path, in_this_process: list[Any], monkeypatch: pytest.MonkeyPatch
@@ -150,57 +139,39 @@ class TestAgainst:
 
         monkeypatch.setattr(transformers_peer, "rope_frequencies", lambda config: torch.ones(config.head_dim // 2))
         ran = run_bench("--model", bench_gguf, *QUICK, "--no-compile", "--against", "transformers")
-        assert ran.record["plain_over_peers"][0]["same_greedy_tokens"] < 16
+        assert ran.configuration("transformers")["same_greedy_tokens"] < 16
 
-    def test_llama_cpp_needs_the_cpu_and_a_type_it_shares(self, bench_gguf: Path, run_bench: Bench) -> None:
+    def test_llama_cpp_needs_a_type_it_shares(
+        self, bench_gguf: Path, run_bench: Bench, in_this_process: list[Any]
+    ) -> None:
         pytest.importorskip("xllamacpp", reason='needs pip install "minisa[peers]"')
         ran = run_bench("--model", bench_gguf, "--dtype", "fp16", "--against", "llama.cpp")
         assert ran.status == 2 and "leave out --dtype fp16" in ran.err
 
 
 class TestBeingStopped:
-    def test_ctrl_c_prints_what_is_done(
-        self, run_bench: Bench, bench_gguf: Path, in_this_process: list[Any], monkeypatch: pytest.MonkeyPatch,
-        tmp_path: Path,
+    @pytest.mark.parametrize(
+        ("stop", "status"), [(KeyboardInterrupt(), 130), (minisa.MinisaError("out of memory"), 2)], ids=str
+    )
+    def test_half_way_it_prints_what_is_done(
+        self, stop: BaseException, status: int, run_bench: Bench, bench_gguf: Path, in_this_process: list[Any],
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     ) -> None:  # fmt: skip
         decode = contender.Minisa.decode
 
-        def interrupted(self: contender.Minisa, context: int, steps: int) -> list[float]:
+        def stopped(self: contender.Minisa, context: int, steps: int) -> list[float]:
             if context == 20:
-                raise KeyboardInterrupt
+                raise stop
             return decode(self, context, steps)
 
-        monkeypatch.setattr(contender.Minisa, "decode", interrupted)
+        monkeypatch.setattr(contender.Minisa, "decode", stopped)
         ran = run_bench("--model", bench_gguf, "--sa", "3", *QUICK, "--json", tmp_path / "record.json")
-        assert ran.status == 130
+        assert ran.status == status
         assert ran.record["interrupted"] is True and "interrupted" in ran.out.rpartition("\n{")[0]
         assert json.loads((tmp_path / "record.json").read_text()) == ran.record
-        done, missing = ran.configuration("shared")["decode"]
-        assert done["tokens_per_second"]["median"] > 0 and missing["tokens_per_second"] is None
-        assert ran.record["shared_over_plain"]["decode"][1]["ratio"] is None
-        assert ran.record["ceiling"]["read_bandwidth"]["end"] is None
-
-    def test_before_anything_was_measured(
-        self, run_bench: Bench, bench_gguf: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def interrupted(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(benchmark_run, "ReadBandwidth", interrupted)
-        ran = run_bench("--model", bench_gguf, *QUICK)
-        assert ran.status == 130
-        assert ran.record["configurations"] == []
-
-    def test_an_error_half_way_keeps_what_is_done(
-        self, run_bench: Bench, bench_gguf: Path, in_this_process: list[Any], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def full(self: contender.Minisa, context: int, steps: int) -> list[float]:
-            raise minisa.MinisaError("out of memory")
-
-        monkeypatch.setattr(contender.Minisa, "decode", full)
-        ran = run_bench("--model", bench_gguf, *QUICK)
-        assert ran.status == 2 and ran.err.endswith("bench.py: out of memory\n")
-        assert ran.configuration("plain")["prefill"][0]["rounds"] == 2
+        done, missing = ran.cells("shared", "decode")
+        assert done["tokens_per_second"]["median"] > 0
+        assert missing["tokens_per_second"] is missing["ratio"] is ran.record["ceiling"]["end"] is None
 
     def test_a_real_interrupt_ends_every_process_with_130(self, bench_gguf: Path) -> None:
         """Ctrl-C on a terminal goes to the whole process group, workers too."""
@@ -212,9 +183,9 @@ class TestBeingStopped:
         try:
             assert process.stderr is not None
             for line in process.stderr:
-                if line == "prefill of 8\n":
+                if line == "prefill 8\n":
                     break
-            time.sleep(0.1)
+            time.sleep(0.3)
             os.killpg(process.pid, signal.SIGINT)
             out, err = process.communicate(timeout=60)
         except BaseException:
@@ -223,4 +194,4 @@ class TestBeingStopped:
         assert process.returncode == 130
         assert "Traceback" not in err
         record = json.loads(out.splitlines()[-1])
-        assert record["interrupted"] is True and record["configurations"][0]["prefill"][0]["rounds"] > 0
+        assert record["interrupted"] is True and record["cells"][0]["rounds"] > 0

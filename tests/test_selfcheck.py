@@ -47,8 +47,7 @@ def test_a_wrong_result_is_a_failure(quick: None, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         TorchRunner, "stepper", lambda *given: lambda *state: (chosen(*given)(*state)[0] * 0, state[1] + 1)
     )
-    monkeypatch.setattr("minisa.benchmark.selfcheck.native_library", lambda *_, **__: object())
-    monkeypatch.setattr("minisa.engine.choose_runner", lambda model, *_: TorchRunner(model))
+    monkeypatch.setattr("minisa.engine.choose_runner", lambda model, *_: TorchRunner(model, name="C++ step"))
     monkeypatch.setattr("minisa.benchmark.selfcheck.local_path", lambda _: None)
     monkeypatch.setitem(selfcheck.CHECKS, "quantized products", lambda _: 1 / 0)  # type: ignore[misc,arg-type,return-value]
     ran = run("--no-bench")
@@ -73,10 +72,9 @@ def test_errors_of_attention_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_short_benchmark(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
-    monkeypatch.setattr("minisa.cli.run_checks", lambda _: iter(()))
+    monkeypatch.setattr("minisa.benchmark.selfcheck.run_checks", lambda _: iter(()))
     ran = run()
     record = json.loads(ran.output.splitlines()[-1])
     assert ran.return_value == 0
     assert [c["name"] for c in record["configurations"]] == ["plain", "shared"]
     assert record["configurations"][1]["followers"] == 15
-    assert "RANDOM WEIGHTS" in ran.output

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -27,7 +26,7 @@ Turn = TypeVar("Turn")
 
 PAUSE = 0.01  # seconds before a turn: the threads of the one before spin a while before they sleep
 N_BUFFERS = 4
-MAX_BUFFER = 2 << 30  # bytes
+BUFFER = {"cpu": 256 << 20, "cuda": 2 << 30}  # bytes; on a GPU long enough for a launch not to show
 MIN_MATRIX, MAX_MATRIX = 256, 8192
 LONG_ENOUGH = 0.02  # seconds a matrix product should take
 MAX_ROUNDS, MIN_ROUNDS, MAX_SECONDS = 8, 3, 10.0  # without --repeats; a large model gets fewer rounds
@@ -81,7 +80,7 @@ WAYS: tuple[Callable[[Tensor], Tensor], ...] = (torch.sum, torch.amax, torch.lin
 class ReadBandwidth:
     """Reads memory as fast as torch can on this device with the threads it has.
 
-    Several buffers, each larger than the last-level cache, are read in turn, so that none is still in it.
+    Several buffers, together larger than the last-level cache, are read in turn, so that none is still in it.
     On a CPU every thread reads parts of its own, start to end: torch's threads would meet after each buffer, and on a
     busy machine that halves the figure. Of several ways to read the fastest is kept: a ceiling that is too low would
     flatter everybody under it.
@@ -89,8 +88,8 @@ class ReadBandwidth:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        limit = min(MAX_BUFFER, free_memory(device) // (4 * N_BUFFERS))
-        self.nbytes = max(min(4 * last_level_cache(device), limit) // 2**20, 1) * 2**20
+        limit = free_memory(device) // (4 * N_BUFFERS)
+        self.nbytes = min(BUFFER.get(device.type, BUFFER["cpu"]), limit) // 4096 * 4096
         buffers = [torch.ones(self.nbytes // 4, device=device) for _ in range(N_BUFFERS)]
         n_threads = torch.get_num_threads() if device.type == "cpu" else 1
         parts = [part for buffer in buffers for part in buffer.chunk(n_threads)]
@@ -142,17 +141,3 @@ def matrix_rates(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> 
         timed(product, device)
         seconds, _ = timed(product, device)
     return [2 * size**3 / timed(product, device)[0] for _ in range(repeats)]
-
-
-def last_level_cache(device: torch.device) -> int:
-    """Bytes of the cache nearest to memory; a guess on the large side where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size * 8  # and long enough for a launch not to show
-    sizes = [0]
-    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
-        try:
-            text = (index / "size").read_text().strip()
-            sizes.append(int(text.removesuffix("K")) << 10)
-        except (OSError, ValueError):
-            continue
-    return max(sizes) or 64 << 20

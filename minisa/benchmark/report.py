@@ -30,6 +30,7 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -108,20 +109,13 @@ def _configuration(settings: Settings, it: Configuration, plain: Configuration) 
     facts, opening, config = it.facts, settings.opening, settings.opening.config
     slots, itemsize = opening.context, facts.kv_dtype.itemsize
     ours = facts.kv_bytes is not None
-    ratios: Record = {"weights_over_plain": None, "kv_over_plain": None}
+    sharing: Record = {"weights_over_plain": None, "kv_over_plain": None}
     if it.name == "shared":
-        kept, weights = (
-            [of(config, each.plan) for each in (it, plain)]
-            for of in (lambda config, plan: kv_bytes(config, plan, 1, 1), parameter_count)
-        )
-        ratios["weights_over_plain"] = {
-            "ratio": facts.weight_bytes / plain.facts.weight_bytes,
-            "predicted": weights[0] / weights[1],
-        }
-        ratios["kv_over_plain"] = {
-            "ratio": (facts.kv_bytes or 0) / (plain.facts.kv_bytes or 1),
-            "predicted": kept[0] / kept[1],
-        }
+        weights, plain_weights = (parameter_count(config, each.plan) for each in (it, plain))
+        kept, plain_kept = (kv_bytes(config, each.plan, 1, 1) for each in (it, plain))
+        ratios = facts.weight_bytes / plain.facts.weight_bytes, (facts.kv_bytes or 0) / (plain.facts.kv_bytes or 1)
+        sharing["weights_over_plain"] = {"ratio": ratios[0], "predicted": weights / plain_weights}
+        sharing["kv_over_plain"] = {"ratio": ratios[1], "predicted": kept / plain_kept}
     return {
         "name": it.name,
         "plan": str(it.plan),
@@ -135,7 +129,7 @@ def _configuration(settings: Settings, it: Configuration, plain: Configuration) 
         "kv_bytes_by_formula": kv_bytes(config, it.plan, slots, itemsize, opening.batch) if ours else None,
         "memory_before_load": facts.memory_before,
         "peak_memory": facts.peak_memory,
-        **ratios,
+        **sharing,
         "same_greedy_tokens": None if it is plain else it.agreement,
     }
 
@@ -150,18 +144,17 @@ def _cell(benchmark: Benchmark, cell: Cell) -> Record:
     flops = step.flops if step else prefill_flops(settings.opening.config, it.plan, cell.tokens)
     fastest = max(flops / max(start.matrix), step.bytes / max(start.bandwidth) if step else 0)
     beside = statistics.median(cell.bandwidth) if cell.bandwidth else None
-    share = None
-    if seconds and step and beside:
-        share = step.bytes / seconds.median / beside
-    elif seconds and not decoding:
-        share = fastest / seconds.median
+    if step:
+        share = step.bytes / seconds.median / beside if seconds and beside else None
+    else:
+        share = fastest / seconds.median if seconds else None
     return {
         "configuration": it.name,
         "kind": cell.kind,
         "tokens": cell.tokens,
         "rounds": len(cell.rounds),
         "steps": len(steps),
-        "tokens_per_second": seconds and _spread(seconds.rate(tokens)),
+        "tokens_per_second": seconds and asdict(seconds.rate(tokens)),
         "bytes": step and {part: getattr(step, part) for part in PARTS} | {"total": step.bytes},
         "flops": flops,
         "allowed_tokens_per_second": tokens / fastest,
@@ -196,17 +189,13 @@ def _ratio(benchmark: Benchmark, cell: Cell) -> Record:
     pairs: Iterable[tuple[list[float], list[float]]] = zip(*own, cell.rounds, strict=False) if own else ()
     ratios = [statistics.median(plains) / statistics.median(others) for plains, others in pairs]
     if it.name != "shared":
-        return {"ratio": _spread(Spread.of([1 / ratio for ratio in ratios])) if ratios else None, "predicted": None}
+        return {"ratio": asdict(Spread.of([1 / ratio for ratio in ratios])) if ratios else None, "predicted": None}
     settings, config = benchmark.settings, benchmark.settings.opening.config
     if cell.kind == "decode":
         amounts = [cost(settings, each, cell.tokens).bytes for each in (plain, it)]
     else:
         amounts = [prefill_flops(config, each.plan, cell.tokens) for each in (plain, it)]
-    return {"ratio": _spread(Spread.of(ratios)) if ratios else None, "predicted": amounts[0] / amounts[1]}
-
-
-def _spread(spread: Spread) -> Record:
-    return {"median": spread.median, "p10": spread.p10, "p90": spread.p90}
+    return {"ratio": asdict(Spread.of(ratios)) if ratios else None, "predicted": amounts[0] / amounts[1]}
 
 
 def device_name(device: torch.device) -> str:

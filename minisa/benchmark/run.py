@@ -139,7 +139,8 @@ class Benchmark:
             self._tell(f"warming up {kind} {tokens} of {cell.configuration.name}")
             step(cell.configuration.worker, tokens)
         self._tell(f"{kind} {tokens}")
-        for _, turn in turns([*cells, self.reader], self.settings.repeats):
+        contenders: list[Cell | ReadBandwidth] = [*cells, self.reader]
+        for _, turn in turns(contenders, self.settings.repeats):
             if isinstance(turn, ReadBandwidth):
                 bandwidth.append(turn.once())
             else:

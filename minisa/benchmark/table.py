@@ -55,20 +55,11 @@ def results(record: Record) -> str:
         speed = _spread(cell["tokens_per_second"], digits)
         speeds.append([f"{label:<16} {name}", *speed, share, *_spread(cell["ratio"], 3), number(cell["predicted"], 3)])
     slots = f"KV of {record['run']['cache_slots']:,}"
-    columns = [
-        "load",
-        "first token",
-        "weights",
-        "ratio (predicted)",
-        slots,
-        "ratio (predicted)",
-        "peak memory",
-        "added",
-    ]
+    columns = ["load", "first token", "weights", "of plain's", slots, "of plain's", "peak memory", "added"]
     sizes = [["", *columns]]
     for it in record["configurations"]:
         ratios = [
-            f"{found['ratio']:.3f} ({found['predicted']:.3f})" if found else "–"
+            f"{found['ratio']:.3f}, predicted {found['predicted']:.3f}" if found else "–"
             for found in (it["weights_over_plain"], it["kv_over_plain"])
         ]
         seconds = [f"{number(it[key], 2)} s" for key in ("load_seconds", "first_token_seconds")]

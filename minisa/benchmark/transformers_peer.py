@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,6 @@ from minisa.device import DTYPES, peak_memory
 from minisa.model import Transformer
 from minisa.rope import rope_frequencies
 
-TRIAL_STEPS = 6
 CHUNK = 512  # tokens at a time when a context is filled, which is not timed
 
 
@@ -70,7 +70,7 @@ class TransformersPeer(Contender):
             return [timed(lambda: way.feed([tokens]), self._opening.device)[0]]
 
         names = [name for name in self._ways if name != "compiled"]  # it would compile for every length
-        return self._best(f"prefill {len(tokens)}", names, run, run)[0]
+        return self._best(f"prefill {len(tokens)}", names, run)[0]
 
     def fill(self, tokens: Sequence[int], batch: int) -> None:
         self._context = tokens
@@ -81,22 +81,16 @@ class TransformersPeer(Contender):
             way.fill(self._context)
             return way.decode(context, steps)
 
-        def trial(way: _Way) -> list[float]:
-            way.fill(self._context)
-            return way.decode(context, TRIAL_STEPS)
+        return self._best(f"decode at {context}", list(self._ways), run)
 
-        return self._best(f"decode at {context}", list(self._ways), trial, run)
-
-    def _best(
-        self, what: str, names: list[str], trial: Callable[[_Way], list[float]], run: Callable[[_Way], list[float]]
-    ) -> list[float]:
+    def _best(self, what: str, names: list[str], run: Callable[[_Way], list[float]]) -> list[float]:
         """run with the way that is fastest at it; the first time, every way is tried to find out which."""
         if what not in self._chosen:
             speeds = {}
             for name in names:
                 try:
-                    trial(self._ways[name])  # warm-up
-                    speeds[name] = min(trial(self._ways[name]))
+                    run(self._ways[name])  # warm-up
+                    speeds[name] = statistics.median(run(self._ways[name]))
                 except Exception as error:  # whatever its compiler stumbles over
                     if name != "compiled":
                         raise
