@@ -12,7 +12,7 @@ from minisa.engine import LLM
 from minisa.errors import MinisaError
 from minisa.models.registry import ModelEntry, choose_plan
 from minisa.sharing import SharingPlan
-from minisa.study.rivals import Rival, altered, slot_bytes
+from minisa.study.baselines import Baseline, altered, slot_bytes
 
 PLAIN = "plain"
 
@@ -28,7 +28,7 @@ class Variant:
     name: str
     sa: str | None
     plan: SharingPlan
-    rival: Rival
+    rival: Baseline
 
     @property
     def identity(self) -> str:
@@ -75,18 +75,18 @@ def parse_variants(
 ) -> list[Variant]:
     """The plain model, then those of --sa and those of --rival. MinisaError for what the model cannot be."""
     none = SharingPlan.none(config.n_layers)
-    variants = [Variant(PLAIN, None, none, Rival())]
+    variants = [Variant(PLAIN, None, none, Baseline())]
     for sa in plans:
-        variants.append(Variant(sa, sa, choose_plan(sa, config, entry), Rival()))
+        variants.append(Variant(sa, sa, choose_plan(sa, config, entry), Baseline()))
     for text in rivals:
         shared, rest = plan_of(text)
         if shared is not None:
-            rival = Rival.parse(rest, config.n_layers) if rest else Rival()
+            rival = Baseline.parse(rest, config.n_layers) if rest else Baseline()
             if rival.dropped or rival.borrowed:
                 raise MinisaError(f"--rival {text}: only kv-int8 goes with a plan of attention sharing")
             variants.append(Variant(text, shared, choose_plan(shared, config, entry), rival))
         else:
-            variants.append(Variant(text, None, none, Rival.parse(text, config.n_layers)))
+            variants.append(Variant(text, None, none, Baseline.parse(text, config.n_layers)))
     names = [variant.name for variant in variants]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
