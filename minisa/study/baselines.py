@@ -11,9 +11,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -75,15 +76,11 @@ def _layers(text: str, n_layers: int) -> frozenset[int]:
     return frozenset(map(int, names))
 
 
-def slot_bytes(config: ModelConfig, plan: SharingPlan, baseline: Baseline | None = None, itemsize: int = 2) -> int:
-    """Bytes of keys and values that one token takes in the cache, over all layers.
-
-    itemsize: bytes of an element that is not in eight bits (2 for bf16).
-    """
-    baseline = baseline or Baseline()
+def slot_bytes(config: ModelConfig, plan: SharingPlan, baseline: Baseline = Baseline()) -> int:
+    """Bytes of keys and values that one token takes in the cache over all layers, in bf16 if not in eight bits."""
     without = len(baseline.dropped) + len(baseline.borrowed)
     keys, values = len(plan.leaders) - without, plan.n_layers - without
-    vector = config.head_dim + SCALE_BYTES if baseline.int8 else config.head_dim * itemsize
+    vector = config.head_dim + SCALE_BYTES if baseline.int8 else config.head_dim * 2
     return (keys + values) * config.n_kv_heads * vector
 
 
@@ -101,9 +98,9 @@ def altered(model: Transformer, baseline: Baseline) -> Iterator[None]:
         for layer, backend in zip(layers, backends, strict=True):
             layer.backend = in_eight_bits(backend) if baseline.int8 else backend
         for i in baseline.dropped:
-            _lead_by(layers[i], without_attention(layers[i]))
+            layers[i].__dict__["lead"] = partial(lead_without_attention, layers[i])  # hides the method of the class
         for i, source in baseline.borrowed.items():
-            _lead_by(layers[i], borrowing(layers[i], source))
+            layers[i].__dict__["lead"] = partial(lead_with_keys_of, source, layers[i])
         yield
     finally:
         for layer, backend in zip(layers, backends, strict=True):
@@ -111,35 +108,20 @@ def altered(model: Transformer, baseline: Baseline) -> Iterator[None]:
             layer.__dict__.pop("lead", None)
 
 
-Lead = Callable[[Tensor, int, Tensor, Any, Visible, StaticCache], tuple[Tensor, Shared]]  # as Layer.lead
+def lead_without_attention(layer: Layer, x: Tensor, *_: Any) -> tuple[Tensor, Shared]:
+    """Layer.lead with its attention dropped: nothing is written to the cache."""
+    return x + layer.feed_forward(layer.ffn_norm(x)), None  # nobody follows in a plain model
 
 
-def _lead_by(layer: Layer, lead: Lead) -> None:
-    layer.__dict__["lead"] = lead  # found before the method of the class
-
-
-def without_attention(layer: Layer) -> Lead:
-    """The layer with its attention dropped: it writes nothing to the cache."""
-
-    def lead(x: Tensor, *_: Any) -> tuple[Tensor, Shared]:
-        return x + layer.feed_forward(layer.ffn_norm(x)), None  # nobody follows in a plain model
-
-    return lead
-
-
-def borrowing(layer: Layer, source: int) -> Lead:
-    """The layer attending to the keys and values of an earlier one."""
-
-    def lead(
-        x: Tensor, i: int, positions: Tensor, angles: Any, visible: Visible, cache: StaticCache
-    ) -> tuple[Tensor, Shared]:
-        q = apply_rope(layer.attention.queries(layer.attention_norm(x)), angles)
-        index = cache.key_index[source]
-        assert index is not None  # every layer of a plain model has keys
-        mixed, shared = layer.backend.lead(q, cache.keys[index], cache.values[source], visible)
-        return layer.finish(x, mixed), shared
-
-    return lead
+def lead_with_keys_of(
+    source: int, layer: Layer, x: Tensor, i: int, positions: Tensor, angles: Any, visible: Visible, cache: StaticCache
+) -> tuple[Tensor, Shared]:
+    """Layer.lead with the keys and values of an earlier layer."""
+    q = apply_rope(layer.attention.queries(layer.attention_norm(x)), angles)
+    index = cache.key_index[source]
+    assert index is not None  # every layer of a plain model has keys
+    mixed, shared = layer.backend.lead(q, cache.keys[index], cache.values[source], visible)
+    return layer.finish(x, mixed), shared
 
 
 def in_eight_bits(backend: AttentionBackend) -> AttentionBackend:

@@ -37,7 +37,7 @@ def baselines(
 
     llm = open_model(model, max_seq_len=1, compile=False, **load)
     cut = windows(llm, text, length, limit)
-    bar = Progress(f"baselines {kind}", 1)
+    bar = Progress(f"baselines {kind}", layers)
     none = SharingPlan.none(llm.config.n_layers)
     steps: list[dict[str, Any]] = []
     found = cheapest(llm.model, cut, kind, layers, progress=bar.update)

@@ -26,11 +26,11 @@ def cheapest(
     windows: Tensor,
     kind: str,
     n: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[float], None] = lambda rounds: None,
 ) -> Iterator[tuple[Baseline, float]]:
     """(baseline, mean loss in nats a token over windows [N, T]) of no layer, of the best one layer, of two, … of n.
 
-    kind: "drop" or "cla". progress: called with (trials done, trials in all, as far as can be told).
+    kind: "drop" or "cla". progress: called with the rounds done, of n.
     Raises MinisaError where the plain model's loss is not finite.
     """
     baseline, layers = Baseline(), set(range(model.config.n_layers))
@@ -38,18 +38,15 @@ def cheapest(
     if not math.isfinite(plain):
         raise MinisaError(NO_NUMBERS)
     yield baseline, plain
-    done = 0
     for number in range(n):
         found = []
         tried = extensions(baseline, kind, layers)
-        per_round = len(tried) * KEPT // len(layers) if number == 0 else len(tried)
         for layer, candidate in tried:
             with altered(model, candidate):
                 found.append((token_losses(model, windows).double().mean().item(), layer, candidate))
-            progress(done + len(found), done + len(tried) + per_round * (n - number - 1))
+            progress(number + len(found) / len(tried))
         if not found:
             return
-        done += len(tried)
         found.sort(key=lambda trial: trial[:2])
         loss, _, baseline = found[0]
         if number == 0:

@@ -115,10 +115,10 @@ def heal(
             keep()
         report(f"step {training.step}: {divergence:.4f} nats a token from plain")
 
-    if not training.history:
-        check()
-    checked = share_done(training.history[-1][0], training.seconds)
     try:
+        if not training.history:
+            check()
+        checked = share_done(training.history[-1][0], training.seconds)
         while True:
             done = share_done(training.step, time.monotonic() - began)
             due = done == 1 or int(done * checks) > int(checked * checks)

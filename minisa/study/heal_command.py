@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,7 +19,7 @@ from minisa.study.options import LENGTH, PLAN, SEED, TEXTS, plan_file
 @click.option("--minutes", type=Finite(0, min_open=True), help="Time to train.")
 @click.option("--steps", type=click.IntRange(1), help="Steps to train, in place of --minutes: the same every time.")
 @click.option(
-    "--train", "which", type=click.Choice(["followers", "attention", "all"]), default="attention", show_default=True,
+    "--train", type=click.Choice(["followers", "attention", "all"]), default="attention", show_default=True,
     help="wv, wo and norms of the followers; attention and norms of every layer from the first follower on; or w1, w2 "
     "and w3 of those layers too.",
 )  # fmt: skip
@@ -38,13 +39,9 @@ def heal(
     texts: tuple[str, ...],
     minutes: float | None,
     steps: int | None,
-    which: str,
-    rate: float,
-    length: int,
-    held_out_tokens: int,
-    seed: int,
     device: str,
     out: str,
+    **settings: Any,
 ) -> None:
     """Distil the plain model into the shared one, and write the plan with its weights beside it.
 
@@ -52,7 +49,7 @@ def heal(
     the same command goes on where it was, from OUT.heal.
     """
     from minisa.study.heal import STATES, Training
-    from minisa.study.heal import heal as train
+    from minisa.study.heal import heal as distil
     from minisa.study.plans import provenance, read_plan, save_plan
     from minisa.study.resuming import fingerprint, read_state, write_state
     from minisa.study.text import sample, sha256_of
@@ -61,39 +58,35 @@ def heal(
         raise MinisaError("heal: say how long to train, by either --minutes or --steps")
     llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
     plan, weights = read_plan(model, sa)
-    state = Path(f"{out}.heal")
-    chosen = {"length": length, "seed": seed, "train": which, "rate": rate, "states": STATES}
-    settings = chosen | {
-        "model": Path(model).name,
-        "checkpoint": fingerprint(model),
-        "plan": f"{plan} {plan.head_maps} {plan.delta.sha256 if plan.delta else ''}",
-        "texts": [sha256_of(text) for text in texts],
-        "held_out_tokens": held_out_tokens,
-    }
-    training = Training(**read_state(state, settings))
+    settings["states"] = STATES
+    state, kept = Path(f"{out}.heal"), dict(settings)
+    kept["plan"] = f"{plan} {plan.head_maps} {plan.delta.sha256 if plan.delta else ''}"
+    kept |= {"checkpoint": fingerprint(model), "texts": [sha256_of(text) for text in texts]}
+    training = Training(**read_state(state, kept))
     if training.step:
         click.echo(f"going on from {state}: {training.step} steps, {training.seconds / 60:.1f} min", err=True)
-    n_held_out = max(held_out_tokens // length, 1)
-    held_out, windows = sample(llm, texts, length, (n_held_out,), seed)
+    length = settings["length"]
+    n_held_out = max(settings["held_out_tokens"] // length, 1)
+    held_out, windows = sample(llm, texts, length, (n_held_out,), settings["seed"])
     if not len(windows):
         raise MinisaError(f"--text: {n_held_out} windows of {length} tokens are held out, none is left: give more text")
     limit = f"{minutes:g} min" if minutes is not None else f"{steps} steps"
-    train(
+    distil(
         llm.model,
         plan,
         windows,
         held_out,
         training,
         weights=weights,
-        which=which,
+        which=settings["train"],
         minutes=minutes,
         steps=steps,
-        rate=rate,
+        rate=settings["rate"],
         report=lambda line: click.echo(f"[{training.seconds / 60:5.1f} min of {limit}] {line}", err=True),
-        saved=lambda: write_state(state, settings, vars(training)),
+        saved=lambda: write_state(state, kept, vars(training)),
     )
     before = training.history[0][1]
-    figures = chosen | {
+    figures = settings | {
         "steps": training.step,
         "minutes": round(training.seconds / 60, 1),
         "held_out_tokens": held_out.numel(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,18 +25,7 @@ from minisa.study.options import LENGTH, PLAN, SEED, TEXTS, plan_file
 @SEED
 @DEVICE
 @plan_file("refitted.json")
-def refit(
-    model: str,
-    sa: str,
-    texts: tuple[str, ...],
-    tokens: int,
-    held_out_tokens: int,
-    length: int,
-    matrices: str,
-    seed: int,
-    device: str,
-    out: str,
-) -> None:
+def refit(model: str, sa: str, texts: tuple[str, ...], device: str, out: str, **settings: Any) -> None:
     """Fit the plan's matrices to what the plain model computes, layer by layer, and write plan and weights.
 
     The weights go beside the plan, to a file that ends in .delta.safetensors. A matrix is left alone where that is
@@ -50,21 +40,18 @@ def refit(
 
     llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
     plan, weights = read_plan(model, sa)
-    counts = [max(number // length, 1) for number in (held_out_tokens, tokens)]
-    held_out, windows, _ = sample(llm, texts, length, counts, seed)
+    counts = [max(settings[name] // settings["length"], 1) for name in ("held_out_tokens", "tokens")]
+    held_out, windows, _ = sample(llm, texts, settings["length"], counts, settings["seed"])
     judge = Judge(llm.model, held_out)
     bar = Progress("refit", plan.n_layers)
     found, corrections = refit_weights(
-        llm.model, plan, windows, held_out, which=matrices, weights=weights, progress=bar.update
+        llm.model, plan, windows, held_out, which=settings["matrices"], weights=weights, progress=bar.update
     )
     bar.close()
     before, after = judge.divergence(plan, weights), judge.divergence(plan, as_stored(found))
-    figures = {
-        "length": length,
-        "seed": seed,
+    figures = settings | {
         "tokens": windows.numel(),
         "held_out_tokens": held_out.numel(),
-        "matrices": matrices,
         "divergence": round(after, 5),
         "divergence_before": round(before, 5),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,8 @@ import torch
 from minisa.checkpoint import open_checkpoint
 from minisa.checkpoint.layouts import BESIDE_THE_WEIGHTS
 from minisa.errors import MinisaError
-from minisa.files import open_plain, written_whole
+from minisa.files import sha256_of, written_whole
 from minisa.models.registry import resolve
-
-EDGE = 64 << 10  # bytes
 
 
 def read_state(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,18 +46,9 @@ def write_state(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any
 
 
 def fingerprint(model: str) -> str:
-    """A hash of each of the checkpoint's files by its name, its size, and its first and last EDGE bytes.
-
-    The files are the weights, their description and the tokenizer. It tells checkpoints of one name apart.
-    """
+    """A hash of the checkpoint's files, weights, description and tokenizer, which tells those of one name apart."""
     path, _ = resolve(model)
     files = {file.path for file in open_checkpoint(path).files}
     files |= {file for pattern in BESIDE_THE_WEIGHTS for file in path.glob(pattern) if file.is_file()}
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        with open_plain(name) as file:
-            first = file.read(EDGE)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - EDGE, 0))
-            digest.update(repr((name.name, size)).encode() + first + file.read(EDGE))
-    return digest.hexdigest()[:16]
+    hashes = [(file.name, sha256_of(file)) for file in sorted(files)]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]

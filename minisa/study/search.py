@@ -40,7 +40,6 @@ class Findings:
 
     pairs: dict[Pair, tuple[float, Heads]] = field(default_factory=dict)  # error and head map
     measured: dict[Key, float] = field(default_factory=dict)  # divergence
-    remapped: dict[Key, tuple[Heads | None, ...]] = field(default_factory=dict)  # head maps chosen again
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +50,7 @@ class Point:
     divergence: float
 
 
+@dataclass
 class Search:
     """A search on one model.
 
@@ -59,20 +59,16 @@ class Search:
     saved when findings have grown.
     """
 
-    def __init__(
-        self,
-        plain: Transformer,
-        calibration: Tensor,
-        held_out: Tensor,
-        findings: Findings,
-        *,
-        deadline: float,
-        report: Callable[[str], None] = lambda line: None,
-        saved: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.plain, self.calibration, self.held_out = plain, calibration, held_out
-        self.findings, self.deadline, self.report, self.saved = findings, deadline, report, saved
-        self.n_layers = plain.config.n_layers
+    plain: Transformer
+    calibration: Tensor
+    held_out: Tensor
+    findings: Findings
+    deadline: float
+    report: Callable[[str], None] = lambda line: None
+    saved: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        self.n_layers = self.plain.config.n_layers
         self._judge: Judge | None = None  # made only when something is left to measure
         self._base = SharingPlan.none(self.n_layers)  # what is measured next differs little from it
         self._forecasts: dict[Pair, float] = {}
@@ -121,7 +117,7 @@ class Search:
         for follower in range(1, self.n_layers):
             errors = {leader: self.findings.pairs[leader, follower][0] for leader in range(follower)}
             best = min(errors, key=lambda leader: errors[leader])
-            alone = max(self._measure(self._plan({follower: best})), 1e-6)
+            alone = max(self._point(self._plan({follower: best})).divergence, 1e-6)
             self.report(f"layer {follower} alone, led by {best}: {alone:.4f}")
             for leader, error in errors.items():
                 self._forecasts[leader, follower] = alone * error / errors[best]
@@ -129,7 +125,7 @@ class Search:
     def _grown(self, plan: SharingPlan) -> Point:
         """The best plan found with one follower more."""
         leaders = _leaders(plan)
-        base = self._measure(plan) if leaders else 0.0
+        base = self._point(plan).divergence if leaders else 0.0
         self._base = plan
         points: list[Point] = []
         for leader, follower in list(_one_each(self._candidates(plan)).values())[:WIDTH]:
@@ -192,11 +188,7 @@ class Search:
 
     def _remapped(self, point: Point) -> Point:
         """With head maps chosen again in the plan itself, where that measures better."""
-        key = _key(point.plan)
-        if key not in self.findings.remapped:
-            self.findings.remapped[key] = remap(self.plain, point.plan, self.calibration).head_maps
-            self.saved()
-        found = self._point(SharingPlan(point.plan.sources, self.findings.remapped[key]))
+        found = self._point(remap(self.plain, point.plan, self.calibration))
         self.report(f"head maps again: {found.divergence:.4f}, before {point.divergence:.4f}")
         return min(found, point, key=lambda either: either.divergence)
 
@@ -209,9 +201,7 @@ class Search:
         return time.monotonic() >= self.deadline and _key(plan) not in self.findings.measured
 
     def _point(self, plan: SharingPlan) -> Point:
-        return Point(plan, self._measure(plan))
-
-    def _measure(self, plan: SharingPlan) -> float:
+        """The plan, measured if it has not been yet."""
         key = _key(plan)
         if key not in self.findings.measured:
             if self._judge is None:
@@ -221,7 +211,7 @@ class Search:
                 self._judge.rebase(self._base)
             self.findings.measured[key] = self._judge.divergence(plan)
             self.saved()
-        return self.findings.measured[key]
+        return Point(plan, self.findings.measured[key])
 
 
 def _leaders(plan: SharingPlan) -> dict[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -32,12 +33,9 @@ def search(
     spans: str | None,
     texts: tuple[str, ...],
     budget_minutes: float,
-    calibration_tokens: int,
-    held_out_tokens: int,
-    length: int,
-    seed: int,
     device: str,
     out: str,
+    **settings: Any,
 ) -> None:
     """Choose followers, leaders and head maps by what they cost on held-out text, and write the plan.
 
@@ -58,35 +56,23 @@ def search(
     began = time.monotonic()
     llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
     state = Path(f"{out}.search")
-    settings = {
-        "model": Path(model).name,
-        "checkpoint": fingerprint(model),
-        "texts": [sha256_of(text) for text in texts],
-        "calibration_tokens": calibration_tokens,
-        "held_out_tokens": held_out_tokens,
-        "length": length,
-        "seed": seed,
-    }
-    findings = Findings(**read_state(state, settings))
+    kept = settings | {"checkpoint": fingerprint(model), "texts": [sha256_of(text) for text in texts]}
+    findings = Findings(**read_state(state, kept))
     if findings.measured:
         click.echo(f"going on from {state}: {len(findings.measured)} plans measured", err=True)
-    counts = [max(tokens // length, 1) for tokens in (held_out_tokens, calibration_tokens)]
-    held_out, calibration, _ = sample(llm, texts, length, counts, seed)
+    length = settings["length"]
+    counts = [max(settings[name] // length, 1) for name in ("held_out_tokens", "calibration_tokens")]
+    held_out, calibration, _ = sample(llm, texts, length, counts, settings["seed"])
     held_out = echoing(held_out, len(llm.tokenizer.bos_ids))
 
     def report(line: str) -> None:
         minutes = (time.monotonic() - began) / 60
         click.echo(f"[{minutes:5.1f} of {budget_minutes:g} min] {line}", err=True)
 
-    searching = Search(
-        llm.model,
-        calibration,
-        held_out,
-        findings,
-        deadline=began + 60 * budget_minutes,
-        report=report,
-        saved=lambda: write_state(state, settings, vars(findings)),
-    )
+    def saved() -> None:
+        write_state(state, kept, vars(findings))
+
+    searching = Search(llm.model, calibration, held_out, findings, began + 60 * budget_minutes, report, saved)
     if spans is None:
         points = searching.run(followers or 0)
     else:
@@ -95,9 +81,7 @@ def search(
     plain = token_losses(llm.model, held_out)
     shared = token_losses(share(llm.model, best.plan), held_out)
     ratio = perplexity(shared) / perplexity(plain)
-    figures = {
-        "length": length,
-        "seed": seed,
+    figures = settings | {
         "calibration_tokens": calibration.numel(),
         "held_out_tokens": held_out.numel(),
         "divergence": round(best.divergence, 5),
