@@ -16,10 +16,8 @@ import minisa
 from minisa.checkpoint import load_weights, open_checkpoint, with_delta, write_delta
 from minisa.models.registry import choose_plan, read_registry
 from minisa.sharing import Delta, SharingPlan
-from minisa.study.findings import Findings, read_findings, write_findings
 from minisa.study.results import Results
 from minisa.study.tasks import TASKS, read_questions, read_rows
-from minisa.study.training import Training, read_training, write_training
 from minisa.text.chat_format import find_dialog
 from minisa.text.templates import Beyond, Refused, written
 from minisa.text.tokenizer import Tokenizer, load_tokenizer
@@ -202,20 +200,6 @@ def delta(folder: Path) -> Reader:
     return Reader(file, read, folder)
 
 
-def search_state(folder: Path) -> Reader:
-    file, config = folder / "state.json", tiny_config(n_layers=3, n_heads=2)
-    pairs = {(leader, follower): (0.5, (0, 1)) for follower in (1, 2) for leader in range(follower)}
-    write_findings(file, {"length": 8}, Findings(pairs, {"1:2": 0.25}, {"1:2": {2: (1, 0)}}))
-    return Reader(file, lambda: read_findings(file, {"length": 8}, config), file)
-
-
-def heal_state(folder: Path) -> Reader:
-    file, ones = folder / "state.heal", {f"layers.{i}.attention.wo.weight": torch.ones(4, 4) for i in (1, 2)}
-    training = Training(3, 1.5, 0.25, [(0, 0.5), (3, 0.25)], ones, ones, ones, ones)
-    write_training(file, {"length": 8}, training)
-    return Reader(file, lambda: read_training(file, {"length": 8}, ones), file)
-
-
 def task_rows(folder: Path) -> Reader:
     """A row of each task, one after the other."""
     file = write_rows(folder / "rows.jsonl", *(ROWS[name] for name in TASKS))
@@ -274,8 +258,6 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "chat template": chat_template,
     "plan": plan,
     "delta": delta,
-    "search state": search_state,
-    "heal state": heal_state,
     "task rows": task_rows,
     "results": results,
     "models.toml": models_toml,

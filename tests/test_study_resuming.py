@@ -33,7 +33,9 @@ def test_a_state_is_read_back_by_the_same_settings_only(tmp_path: Path) -> None:
         write_state(tmp_path / "none" / "plan.json.search", {}, STATE)
 
 
-@pytest.mark.parametrize("content", [b"", b"no", pickle.dumps({"settings": {}, "state": {}}), pickle.dumps(print)])
+@pytest.mark.parametrize(
+    "content", [b"", b"no", pickle.dumps({"settings": {}, "state": {}}, 2), pickle.dumps(print, 2)]
+)
 def test_a_file_that_is_no_state_is_refused(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "plan.json.heal"
     file.write_bytes(content)
