@@ -91,8 +91,8 @@ def search(
     save_plan(best.plan, Path(out), provenance(model, texts, **figures), {})
     click.echo("followers  KV saved  nats a token  plan")
     for point in points:
-        saved = kv_saved(llm.config, point.plan)
-        click.echo(f"{len(point.plan.followers):>9}  {saved:>8.1%}  {point.divergence:>12.4f}  {point.plan}")
+        share_saved = kv_saved(llm.config, point.plan)
+        click.echo(f"{len(point.plan.followers):>9}  {share_saved:>8.1%}  {point.divergence:>12.4f}  {point.plan}")
     click.echo(
         f"perplexity on {held_out.numel():,} held-out tokens: plain {perplexity(plain):.3f}, "
         f"shared {perplexity(shared):.3f} ({ratio - 1:+.1%})\n{out}: {best.plan}"
