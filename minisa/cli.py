@@ -10,11 +10,11 @@ from minisa.console import MODEL, OutputFile, fetch, fetch_default
 from minisa.costs import kv_bytes, parameter_count
 from minisa.models.registry import choose_plan, find, local_path, registry, resolve
 from minisa.sharing import SharingPlan
+from minisa.study.baselines_command import baselines
 from minisa.study.eval_command import evaluate
 from minisa.study.heal_command import heal
 from minisa.study.isotropy_command import isotropy
 from minisa.study.refit_command import refit
-from minisa.study.rivals_command import rivals
 from minisa.study.search_command import search
 
 
@@ -69,7 +69,7 @@ def plan(spans: str, model: str, save: str | None) -> None:
 
 main.add_command(evaluate)
 main.add_command(isotropy)
-main.add_command(rivals)
+main.add_command(baselines)
 main.add_command(search)
 main.add_command(refit)
 main.add_command(heal)

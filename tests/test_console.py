@@ -128,8 +128,8 @@ def test_other_errors_are_ours_and_show_where(monkeypatch: pytest.MonkeyPatch) -
 
 
 WRITES = (
-    "eval --json", "eval --plot", "isotropy --json", "isotropy --plot", "rivals --json", "search --out",
-    "search --plot", "refit --out", "heal --out", "plan --save", "bench --json", "bench --plot",
+    "eval --json", "eval --plot", "isotropy --json", "isotropy --plot", "baselines --json", "search --out",
+    "refit --out", "heal --out", "plan --save", "bench --json", "bench --plot",
 )  # fmt: skip
 
 
@@ -179,14 +179,6 @@ APART = {
     "eval of a model": "--model a.gguf --json a.gguf --data b --task piqa",
     "eval of a plan": "--sa 1 --sa a.json --json ./a.json --data b --task piqa",
     "eval of a rival": "--rival drop:1 --rival sa:a.json+kv-int8 --plot a.json --data b --task piqa",
-    "isotropy": "--text t --json a --plot a",
-    "isotropy of a model": "--model a --text t --plot a",
-    "rivals": "drop 1 --text t --json ./t",
-    "rivals of a model": "drop 1 --model a --text t --json a",
-    "search": "--followers 1 --text t.json --out ./t.json",
-    "search of a model": "--followers 1 --model a --text t --plot a",
-    "refit": "--sa 1 --text u --text t.json --out t.json",
-    "heal": "--sa 1 --steps 1 --text t.json --out t.json",
 }
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from minisa.benchmark.presets import PRESETS
 from minisa.errors import MinisaError
 from minisa.models.registry import SHIPPED, choose_plan, find
 from minisa.sharing import SharingPlan
-from minisa.study.plans import save_plan
 
 PLANS = sorted((SHIPPED / "plans").glob("*.json"))
 
@@ -43,26 +40,3 @@ def test_there_are_three_for_the_default_model_and_one_is_its_default() -> None:
 def test_a_plan_made_for_another_model_is_refused() -> None:
     with pytest.raises(MinisaError, match="made for 30 layers, the model has 32"):
         choose_plan(SHIPPED / "plans/smollm2-135m-4.json", PRESETS["llama2-7b"])
-
-
-def test_a_plan_stays_whole_until_the_next_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between weights and plan, the old ones still belong together; and no weights pile up."""
-    out, plan = tmp_path / "a.json", SharingPlan.parse("1:3", 5)
-
-    def is_whole() -> bool:
-        delta = SharingPlan.load(out).delta
-        assert delta is not None
-        return hashlib.sha256(delta.path.read_bytes()).hexdigest() == delta.sha256
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    for number in range(3):
-        save_plan(plan, out, {}, {"layers.3.attention.wo.weight": torch.full((4, 4), number)})
-        assert is_whole()
-        assert len(list(tmp_path.iterdir())) == 2
-        with monkeypatch.context() as patched:
-            patched.setattr(SharingPlan, "save", killed)
-            with pytest.raises(KeyboardInterrupt):
-                save_plan(plan, out, {}, {"layers.3.attention.wo.weight": torch.full((4, 4), -1)})
-        assert is_whole()

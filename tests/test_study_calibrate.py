@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
-from minisa.study.calibrate import attention_weights, best_map, pair_errors
+from minisa.study.calibrate import best_map, pair_errors
 from minisa.study.head_maps import compare_maps, descend, remap
 from minisa.study.judge import Judge, first_difference
 from minisa.study.loss import final_hidden
-from minisa.study.walk import Walk, share
+from minisa.study.walk import Streams, Walk, attention_weights, share
 from tests.models import N_LAYERS, PLANS, SIX_LAYERS, build_model, in_one_go, random_tokens
 from tests.tiny import tiny_config
 
@@ -25,19 +25,24 @@ PLAN = SharingPlan.following(N_LAYERS, {3: 2, 5: 4}, {5: [1, 0, 3, 2]})
 WINDOWED = tiny_config(n_layers=N_LAYERS, sliding_window=7)
 
 
+def all_states(walk: Walk, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """x before each layer and after the last."""
+    first = walk.embed(tokens)
+    return [first, *walk.onward([first], 0)]
+
+
 @pytest.mark.parametrize("config", [SIX_LAYERS, WINDOWED], ids=["full", "window"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_a_walk_is_the_model_whichever_layer_it_goes_on_from(plan: SharingPlan, config) -> None:
     model = share(build_model(config, PLANS["none"]), plan)
     tokens = random_tokens(config, 2, 20)
     walk = Walk(model)
-    states = [walk.embed(tokens)]
-    states += walk.onward(states, 0, keep=True)
+    states = all_states(walk, tokens)
     assert len(states) == N_LAYERS + 1
     expected = final_hidden(build_model(config, plan), tokens)
     assert torch.allclose(model.norm(states[-1]), expected, atol=1e-4)
     for start in range(1, N_LAYERS):
-        assert torch.allclose(walk.onward(states[: start + 1], start)[0], states[-1], atol=1e-5)
+        assert torch.allclose(list(walk.onward(states[: start + 1], start))[-1], states[-1], atol=1e-5)
 
 
 def test_sharing_copies_no_weight() -> None:
@@ -70,8 +75,7 @@ def test_errors_of_pairs_are_those_of_the_formula() -> None:
     tokens = random_tokens(SIX_LAYERS, 2, 12)
     errors = pair_errors(model, tokens)
     walk = Walk(model)
-    states = [walk.embed(tokens)]
-    states += walk.onward(states, 0, keep=True)
+    states = all_states(walk, tokens)
     for leader, f in ((0, 1), (1, 4)):
         for j, h in ((0, 0), (3, 1), (2, 3)):
             error, scale = 0.0, 0.0
@@ -130,10 +134,9 @@ def test_head_maps_leave_the_least_of_all_maps() -> None:
     plain = build_model(SIX_LAYERS, PLANS["none"])
     text = random_tokens(SIX_LAYERS, 30, 32)
     walk = Walk(plain)
-    states = [walk.embed(text)]
-    states += walk.onward(states, 0, keep=True)
+    states = all_states(walk, text)
     queries, x = walk.queries(1, states[1]), states[3]
-    wanted = walk.add_attention(3, x, walk.mixed(3, x, walk.queries(3, x)))
+    wanted = walk.add_attention(3, x, walk.queries(3, x))
     rows = 1 / wanted.norm(dim=-1, keepdim=True).flatten(0, 1)
     goal = ((wanted - x).flatten(0, 1) * rows).double()
     weights, kv = attention_weights(queries), walk.values(3, x)
@@ -146,7 +149,7 @@ def test_head_maps_leave_the_least_of_all_maps() -> None:
         features = torch.cat([blocks[j, h] for h, j in enumerate(heads)], -1)
         return (goal - features @ wo.T).square().sum().item() / goal.square().sum().item()
 
-    compared = compare_maps(walk, 3, [(x, wanted, queries)])
+    compared = compare_maps(walk, 3, [Streams(wanted, x, queries)])
     for heads in ((0, 1, 2, 3), (2, 2, 0, 3)):
         assert compared(list(heads)) == pytest.approx(left(heads), rel=1e-3)
     found, lowest = descend(compared, (0, 1, 2, 3))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -104,19 +103,17 @@ def test_every_entry_by_its_definition(config: ModelConfig, sink: bool, monkeypa
             assert found.js[leader, follower].item() == pytest.approx(divergence / 4, abs=1e-5)
 
 
-def test_identical_layers_are_identical_and_nothing_of_the_model_stays_changed() -> None:
+def test_identical_layers_are_identical() -> None:
     model = build_model(CONFIG, NONE)
     for layer in model.layers[1:]:  # they do nothing to x, and then all see the same
         layer.load_state_dict(model.layers[0].state_dict())
     for layer in model.layers:
         layer.attention.wo.weight.zero_()
         layer.feed_forward.w2.weight.zero_()
-    backends = [layer.backend for layer in model.layers]
     for found in similarity(model, random_tokens(CONFIG, 1, 20)):
         for matrix in (found.pooled, found.same_head, found.best_head):
             assert torch.allclose(matrix, torch.ones(3, 3, dtype=torch.float64), atol=1e-5)
         assert found.js.nan_to_num().abs().max() < 1e-5
-    assert [layer.backend for layer in model.layers] == backends
 
 
 def test_divergences_of_a_long_window_are_taken_at_spread_positions() -> None:
@@ -128,9 +125,9 @@ def test_divergences_of_a_long_window_are_taken_at_spread_positions() -> None:
 
 def test_windows_are_taken_together_and_counted() -> None:
     model, windows = build_model(CONFIG, NONE), random_tokens(CONFIG, 3, 16)
-    calls: list[tuple[int, int]] = []
-    together, _ = similarity(model, windows, lambda done, total: calls.append((done, total)))
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+    calls: list[int] = []
+    together, _ = similarity(model, windows, calls.append)
+    assert calls == [1, 2, 3]
     singly = torch.stack([similarity(model, window[None])[0].js for window in windows])
     assert torch.all(together.js.nan_to_num() >= singly.mean(0).nan_to_num() - 1e-9)  # one best head for all of them
     assert not torch.allclose(together.pooled, similarity(model, windows[:1])[0].pooled, atol=1e-4)
@@ -193,15 +190,3 @@ def test_the_command_prints_writes_and_draws_what_is_measured(
     assert status == 2 and "windows of 100000 tokens: expected 2 to 128" in err
     status, _, err = run_isotropy("--text", tmp_path / "none.txt", "--length", 40)
     assert status == 2 and "cannot read the text" in err
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
-def test_what_cannot_be_written_is_not_lost(run_isotropy: Callable[..., Ran], tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("the cat sat on a quiet red roof in town. " * 20)
-    flags = ("--text", text, "--length", 40, "--limit", 3, "--json", tmp_path / "r.json")
-    assert run_isotropy(*flags)[0] == 0
-    (tmp_path / f"r.json.{os.getpid()}.part").symlink_to("/dev/full")
-    status, out, err = run_isotropy(*flags)
-    assert status == 2 and "r.json: No space left" in err
-    assert json.loads(out.splitlines()[-1]) == json.loads((tmp_path / "r.json").read_text())

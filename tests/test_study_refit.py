@@ -27,7 +27,7 @@ def test_one_follower_is_refitted_by_the_formula() -> None:
     assert correction.ridge in LAMBDAS
     walk = Walk(plain)
     states = [walk.embed(text)]
-    states += walk.onward(states, 0, keep=True)
+    states += list(walk.onward(states, 0))
     own = walk.mixed(2, states[2], walk.queries(2, states[2])).flatten(0, 1).double()
     theirs = walk.mixed(2, states[2], walk.queries(1, states[1])).flatten(0, 1).double()
     weight = plain.layers[2].attention.wo.weight.double()

@@ -5,7 +5,7 @@ For a leader l and a follower f, leader head j in the place of follower head h c
     error[j, h] = Σ over tokens ‖(P_l,j − P_f,h) · V_f,h · W_o,hᵀ‖²
 
 in what the head adds to the residual stream. One pass of text through the plain model gives it for every pair of
-layers; only one window's attention weights are ever held. A head's best map is its smallest error: many follower
+layers; only one window's attention weights are held at a time. A head's best map is its smallest error: many follower
 heads may use the same leader head.
 """
 
@@ -16,39 +16,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minisa.attention import Queries
 from minisa.model import Transformer
-from minisa.study.walk import Walk
+from minisa.study.walk import Walk, attention_weights
 
 
 @torch.inference_mode()
-def pair_errors(plain: Transformer, windows: Tensor, progress: Callable[[int, int], None] | None = None) -> Tensor:
+def pair_errors(plain: Transformer, windows: Tensor, progress: Callable[[int], None] = lambda windows: None) -> Tensor:
     """error[l, f, j, h] summed over windows [N, T], as a share of what layer f's attention adds: fp64 [L, L, H, H].
 
     The share is of Σ‖attention output‖² of the whole layer. Infinite where l does not come before f.
-    plain: a model without followers. progress: called with (layers done, in all).
+    plain: a model without followers. progress: called with the number of windows done.
     """
     n_layers, n_heads = plain.config.n_layers, plain.config.n_heads
     errors = torch.zeros(n_layers, n_layers, n_heads, n_heads, dtype=torch.float64)
     scale = torch.zeros(n_layers, dtype=torch.float64)
     walk = Walk(plain)
-    for number, window in enumerate(windows):
+    for number, window in enumerate(windows, 1):
         x = walk.embed(window[None])
-        weights: list[Tensor] = []  # of every layer so far
+        weights: list[Tensor] = []  # [H, T, T] of every layer so far
         for f in range(n_layers):
             queries = walk.queries(f, x)
             weights.append(attention_weights(queries)[0])
             values = walk.values(f, x)[0]
             roots = output_roots(plain, f)
-            own = _own(weights[f], values) @ roots  # [H, T, D]
+            own = weights[f] @ values.float().repeat_interleave(n_heads // len(values), dim=0) @ roots  # [H, T, D]
             for leader in range(f):
                 errors[leader, f] += _errors(weights[leader], values, roots, own)
-            mixed = walk.mixed(f, x, queries)
-            after = walk.add_attention(f, x, mixed)
+            after = walk.add_attention(f, x, queries)
             scale[f] += (after - x).square().sum().item()
             x = walk.add_feed_forward(f, after)
-            if progress:
-                progress(number * n_layers + f + 1, len(windows) * n_layers)
+        progress(number)
     possible = torch.ones(n_layers, n_layers, dtype=torch.bool).triu(1)  # l before f
     return torch.where(possible[:, :, None, None], errors / scale[None, :, None, None], torch.inf)
 
@@ -58,27 +55,12 @@ def best_map(errors: Tensor) -> tuple[int, ...]:
     return tuple(errors.argmin(dim=0).tolist())
 
 
-def attention_weights(queries: Queries) -> Tensor:
-    """P [B, H, T, S] in fp32, as attention.py has it."""
-    q, k, mask = queries
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = (q @ k.mT).float() / q.shape[-1] ** 0.5
-    if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1)
-
-
 def output_roots(model: Transformer, i: int) -> Tensor:
     """R_hᵀ [H, D, D] with ‖z · R_hᵀ‖ = ‖z · W_o,hᵀ‖ for every z [D]: a D × D stand-in for each head's slice of wo."""
     config = model.config
     weight = model.get_parameter(f"layers.{i}.attention.wo.weight").float()
     slices = weight.unflatten(1, (config.n_heads, config.head_dim)).transpose(0, 1)  # [H, dim, D]
     return torch.linalg.qr(slices, mode="r").R.mT
-
-
-def _own(weights: Tensor, values: Tensor) -> Tensor:
-    """What each head gives, [H, T, D], from its own weights [H, T, T] and values [Hkv, T, D]."""
-    return weights @ values.float().repeat_interleave(len(weights) // len(values), dim=0)
 
 
 def _errors(weights: Tensor, values: Tensor, roots: Tensor, own: Tensor) -> Tensor:

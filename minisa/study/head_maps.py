@@ -1,8 +1,8 @@
-"""Head maps made again, in the plan: a follower's heads together, from what it sees once others follow before it.
+"""Head maps chosen again inside a plan, a follower's heads together.
 
-A map by calibrate.py asks of each follower head alone which leader head is most like it, in the plain model. But errors
-of heads add up or cancel, and so do those of layers. Here plain and shared model walk the same text side by side, and
-each follower's map is the one that leaves least of the difference between their streams.
+calibrate.py asks for each follower head alone which leader head is most like it, in the plain model. But errors of
+heads add up or cancel, and so do those of layers. Here plain and shared model walk the same text side by side, and
+each follower's map is the one that leaves least of the difference between their residual streams.
 """
 
 from __future__ import annotations
@@ -15,65 +15,52 @@ from torch import Tensor
 from minisa.attention import Queries
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
-from minisa.study.calibrate import attention_weights
-from minisa.study.findings import Heads
-from minisa.study.walk import Walk, set_head_map, share
+from minisa.study.walk import Streams, Walk, attention_weights, share, side_by_side
 
 SWEEPS = 4
 
+Heads = tuple[int, ...]
 Left = Callable[[list[int]], float]  # the share of the wanted output that a map leaves
 
 
 @torch.inference_mode()
 def remap(plain: Transformer, plan: SharingPlan, windows: Tensor, batch: int = 2) -> SharingPlan:
     """The plan with every follower's map made again, first to last. plain: without followers. windows [N, T]."""
-    theirs, ours = Walk(plain), Walk(share(plain, plan))
-    pairs = [(x := theirs.embed(part), x) for part in windows.split(batch)]  # plain and shared stream
-    spans: list[dict[int, Queries]] = [{} for _ in pairs]
+    walk = Walk(share(plain, plan))
     maps: dict[int, Heads] = {}
-    for i in range(plan.n_layers):
-        pairs = [
-            (theirs.add_attention(i, wanted, theirs.mixed(i, wanted, theirs.queries(i, wanted))), x)
-            for wanted, x in pairs
-        ]
-        used = [ours.lead_or_follow(i, x, span) for (_, x), span in zip(pairs, spans, strict=True)]
-        if i in plan.followers:
-            parts = ((x, wanted, queries) for (wanted, x), queries in zip(pairs, used, strict=True))
-            maps[i], _ = descend(compare_maps(ours, i, parts), plan.head_maps[i] or tuple(range(plain.config.n_heads)))
-            set_head_map(ours.model, i, maps[i])
-        pairs = [
-            (
-                theirs.add_feed_forward(i, wanted),
-                ours.add_feed_forward(i, ours.add_attention(i, x, ours.mixed(i, x, queries))),
-            )
-            for (wanted, x), queries in zip(pairs, used, strict=True)
-        ]
+    first = min(plan.followers, default=plan.n_layers)
+    for i, matrix, streams in side_by_side(Walk(plain), walk, windows.split(batch), first):
+        if i in plan.followers and matrix == "attention.wo":
+            start = plan.head_maps[i] or tuple(range(plain.config.n_heads))
+            maps[i], _ = descend(compare_maps(walk, i, streams), start)
+            walk.at(i).attention.set_head_map(maps[i], plain.norm.weight.device)
     return SharingPlan.following(plan.n_layers, {i: plan.sources[i] for i in maps}, maps)
 
 
 @torch.inference_mode()
-def compare_maps(walk: Walk, i: int, parts: Iterable[tuple[Tensor, Tensor, Queries]]) -> Left:
-    """Maps of follower i compared over some text: ‖what is wanted - what a map gives‖² as a share of ‖what is wanted‖².
+def compare_maps(walk: Walk, i: int, streams: Iterable[Streams]) -> Left:
+    """‖wanted - given by a map‖² / ‖wanted‖² of follower i's attention output over the attention half of some text.
 
-    parts: (x before the layer [N, T, dim], the wanted stream after its attention half, the leader's queries). Tokens
-    count as in refit.py. Holds what every leader head gives on every value head for a window, [H, T, Hkv, D].
+    Tokens are weighted as in refit.py. Holds what every leader head gives on every value head for a window,
+    [H, T, Hkv, D].
     """
     config = walk.model.config
     n, size = config.n_heads, config.head_dim
     wo = walk.model.get_parameter(f"layers.{i}.attention.wo.weight").detach().float()
     slices = wo.unflatten(1, (n, size)).transpose(0, 1)  # W [H, dim, D]
-    # Of what leader head j gives as head h: with what k gives as g [h, j, g, k], and with what is wanted [h, j].
-    inner = torch.zeros(n, n, n, n, dtype=torch.float64)
+    # Inner products of what leader head j gives as head h with what k gives as g, and with what is wanted [h, j].
+    inner = torch.zeros(n, n, n, n, dtype=torch.float64)  # [h, j, g, k]
     along = torch.zeros(n, n, dtype=torch.float64)
     square = 0.0
-    for x, wanted, queries in parts:
+    for wanted, x, queries in streams:
+        assert queries is not None  # for the type checker
         values = walk.values(i, x).float()
         for row in range(len(x)):
             one = Queries(queries.q[row : row + 1], queries.k[row : row + 1], queries.mask)
             weights, packed = attention_weights(one)[0], values[row].transpose(0, 1).flatten(1)  # [T, Hkv·D]
-            share = 1 / wanted[row].float().norm(dim=-1, keepdim=True)
-            given = ((weights @ packed) * share).unflatten(-1, (-1, size))  # [j, T, Hkv, D]
-            goal = (wanted[row] - x[row]).float() * share
+            weight = 1 / wanted[row].float().norm(dim=-1, keepdim=True)
+            given = ((weights @ packed) * weight).unflatten(-1, (-1, size))  # [j, T, Hkv, D]
+            goal = (wanted[row] - x[row]).float() * weight
             square += goal.square().sum().item()
             for h in range(n):
                 mine = given[:, :, h // config.group_size]  # [j, T, D]

@@ -1,15 +1,17 @@
 """Heal: the shared model learns to predict as the plain one does.
 
-Distillation: the loss is KL(plain ‖ shared) of the predictions and how far the hidden states after every layer are
-from the plain model's, which says more about each token than its prediction does; the optimizer is Adam. Only some
-weights of the layers from the first follower on are trained, so nothing before it is run twice or kept for the backward
-pass; both models share every weight that is not trained.
+Distillation with Adam. The loss is KL(plain ‖ shared) of the predictions, and the distance of the hidden states after
+every layer from the plain model's, which says more about each token than its prediction does. Only weights of the
+layers from the first follower on are trained, so nothing before it is run twice or kept for the backward pass; both
+models share every weight that is not trained.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,22 +21,33 @@ from minisa.interrupts import uninterrupted
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from minisa.study.judge import Judge
-from minisa.study.training import MOMENTS, Training
 from minisa.study.walk import Walk, layer_of, replace, share
 
 ROWS = 256  # positions whose predictions are held at once
-WARM_UP = 10  # steps over which the rate rises; it falls in a straight line to the end of the run
-STATES = 20.0  # nats that a relative squared distance of 1 from the plain model's states weighs
-EVERY = 2  # of the positions, one in so many is predicted: rows of the vocabulary are a quarter of a step's cost
+WARM_UP = 10  # steps over which the rate rises; it then falls linearly to 0 at the end of the run
+STATES = 20.0  # the weight, in nats, of a relative squared distance of 1 from the plain model's states
+EVERY = 2  # predictions are compared at one position in so many: rows of the vocabulary are a quarter of a step's cost
 _FOLLOWER = ("attention.wv", "attention.wo", "attention_norm", "ffn_norm")
 _LEADER = ("attention.wq", "attention.wk", *_FOLLOWER)
 _FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-TRAINABLE = ("followers", "attention", "all")
+
+
+@dataclass
+class Training:
+    """Where a training is: all that one broken off leaves for the next. Tensors by the names of trained parameters."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = float("inf")  # divergence on held-out text, nats a token
+    history: list[tuple[int, float]] = field(default_factory=list)  # (step, divergence)
+    weights: dict[str, Tensor] = field(default_factory=dict)  # as trained so far
+    best_weights: dict[str, Tensor] = field(default_factory=dict)  # empty where nothing beats the start
+    optimizer: dict[str, Any] = field(default_factory=dict)  # Adam's state_dict
 
 
 def trainable(plan: SharingPlan, which: str) -> list[str]:
-    """Parameter names: wv, wo and norms of the followers, attention and norms of every layer from the first follower
-    on ("attention"), or those layers' feed-forward matrices too ("all")."""
+    """Parameter names: wv, wo and norms of the followers ("followers"), attention and norms of every layer from the
+    first follower on ("attention"), or those layers' feed-forward matrices too ("all")."""
     first = min(plan.followers, default=plan.n_layers)
     names = []
     for i in plan.followers if which == "followers" else range(first, plan.n_layers):
@@ -63,43 +76,36 @@ def heal(
     """Train until minutes or steps are over; `training` is filled, and goes on from where it is.
 
     plain: without followers. windows [N, T] are taken in order, batch at a time, again from the first after the last.
-    weights: what the plan brings already, in the place of the model's. which: as in `trainable`. rate: Adam's, at its
-    height. checks: how often in the run held_out is measured; the best weights there are kept in training.best_weights,
-    which stays empty if nothing is better than the start. saved: called after every check, and when the run is
-    interrupted or told to end.
+    weights: what the plan brings already, in place of the model's. which: as in `trainable`. rate: Adam's, at its
+    height. checks: how often in the run held_out is measured. saved: called after every check, and when the run is
+    interrupted.
     """
+    brought = dict(weights or {})
     names = trainable(plan, which)
-    student = replace(share(plain, plan), {**(weights or {}), **training.weights})
-    own = {name: student.get_parameter(name) for name in names}
-    replace(student, own)  # copies: the plain model's must not be trained
+    student = replace(share(plain, plan), brought | training.weights)
+    replace(student, {name: student.get_parameter(name) for name in names})  # the plain model's must not be trained
     parameters = {name: student.get_parameter(name).requires_grad_() for name in names}
     optimizer = torch.optim.Adam(parameters.values(), lr=rate, betas=(0.9, 0.99))
-    for name in training.exp_avg:
-        moments = {moment: getattr(training, moment)[name].to(parameters[name].device) for moment in MOMENTS}
-        optimizer.state[parameters[name]] = {"step": torch.tensor(float(training.step)), **moments}
+    if training.optimizer:
+        optimizer.load_state_dict(training.optimizer)
     judge = Judge(plain, held_out)
-    fixed = {name: tensor for name, tensor in (weights or {}).items() if name not in parameters}
-    first = min(map(layer_of, [*names, *fixed]))
+    first = min(map(layer_of, [*names, *brought]))
     teacher, learner = Walk(plain), Walk(student)
     began = time.monotonic() - training.seconds
 
     def share_done(step: int, seconds: float) -> float:
         """Of the run, 0 to 1."""
-        by_steps = step / steps if steps else 0.0
-        by_time = seconds / (60 * minutes) if minutes else 0.0
-        return min(max(by_steps, by_time), 1.0)
+        return min(max(step / steps if steps else 0.0, seconds / (60 * minutes) if minutes else 0.0), 1.0)
 
     def keep() -> None:
         training.seconds = time.monotonic() - began
         training.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        for moment in MOMENTS:
-            kept = {name: optimizer.state[parameter].get(moment) for name, parameter in parameters.items()}
-            setattr(training, moment, {name: tensor for name, tensor in kept.items() if tensor is not None})
+        training.optimizer = optimizer.state_dict()
         saved()
 
     def check() -> None:
         now = {name: parameter.detach() for name, parameter in parameters.items()}
-        divergence = judge.divergence(plan, {**fixed, **(as_stored(now) if training.step else now)})
+        divergence = judge.divergence(plan, brought | (as_stored(now) if training.step else now))
         with uninterrupted():
             training.history.append((training.step, divergence))
             if divergence < training.best:
@@ -109,10 +115,10 @@ def heal(
             keep()
         report(f"step {training.step}: {divergence:.4f} nats a token from plain")
 
-    if not training.history:
-        check()
-    checked = share_done(training.history[-1][0], training.seconds)
     try:
+        if not training.history:
+            check()
+        checked = share_done(training.history[-1][0], training.seconds)
         while True:
             done = share_done(training.step, time.monotonic() - began)
             due = done == 1 or int(done * checks) > int(checked * checks)
@@ -146,17 +152,17 @@ def _backward(teacher: Walk, learner: Walk, windows: Tensor, rows: slice, first:
         states = [teacher.embed(windows)]
         for i in range(first):
             states.append(teacher.layer(i, states[-1], {}))
-        targets = teacher.onward(states, first, keep=True)
+        targets = list(teacher.onward(states, first))
         wanted = teacher.model.norm(targets[-1][:, rows]).flatten(0, 1)
-    reached = learner.onward(states, first, keep=True)
+    reached = list(learner.onward(states, first))
     distances = [((x - y).square().sum(-1) / y.square().sum(-1)).mean() for x, y in zip(reached, targets, strict=True)]
     found = learner.model.norm(reached[-1][:, rows]).flatten(0, 1)
-    cut = found.detach().requires_grad_()  # so that the logits of a few positions are held at a time
+    cut = found.detach().requires_grad_()  # its gradient is summed up from the logits of a few positions at a time
     for theirs, ours in zip(wanted.split(ROWS), cut.split(ROWS), strict=True):
         with torch.no_grad():
             target = teacher.model.head(theirs).float().softmax(-1)
         logits = learner.model.head(ours).float()
-        # The plain model's own entropy is no function of what is trained.
+        # The cross entropy: the plain model's own entropy does not depend on what is trained.
         loss = (logits.logsumexp(-1) - torch.einsum("nv,nv->n", logits, target)).sum() / len(cut)
         loss.backward()
     torch.autograd.backward([found, STATES * torch.stack(distances).mean()], [cut.grad, None])

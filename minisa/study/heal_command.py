@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from minisa.console import DEVICE, MODEL, Finite, fetch_default, keep_apart, open_model
+from minisa.console import DEVICE, MODEL, Finite, open_model
 from minisa.errors import MinisaError
-from minisa.study.heal import STATES, TRAINABLE, trainable
-from minisa.study.heal import heal as train
 from minisa.study.options import LENGTH, PLAN, SEED, TEXTS, plan_file
-from minisa.study.plans import provenance, read_plan, save_plan
-from minisa.study.resuming import fingerprint
-from minisa.study.text import sample, sha256_of
-from minisa.study.training import read_training, write_training
 
 
 @click.command()
@@ -24,7 +19,7 @@ from minisa.study.training import read_training, write_training
 @click.option("--minutes", type=Finite(0, min_open=True), help="Time to train.")
 @click.option("--steps", type=click.IntRange(1), help="Steps to train, in place of --minutes: the same every time.")
 @click.option(
-    "--train", "which", type=click.Choice(TRAINABLE), default="attention", show_default=True,
+    "--train", type=click.Choice(["followers", "attention", "all"]), default="attention", show_default=True,
     help="wv, wo and norms of the followers; attention and norms of every layer from the first follower on; or w1, w2 "
     "and w3 of those layers too.",
 )  # fmt: skip
@@ -44,79 +39,61 @@ def heal(
     texts: tuple[str, ...],
     minutes: float | None,
     steps: int | None,
-    which: str,
-    rate: float,
-    length: int,
-    held_out_tokens: int,
-    seed: int,
     device: str,
     out: str,
+    **settings: Any,
 ) -> None:
     """Distil the plain model into the shared one, and write the plan with its weights beside it.
 
-    The weights stand in a file that ends in .delta.safetensors. Of those along the way the ones stay that predict best
-    on held-out text. Broken off, the same command goes on where it was, from OUT.heal.
+    The weights go to a file that ends in .delta.safetensors: those that predicted best on held-out text. Broken off,
+    the same command goes on where it was, from OUT.heal.
     """
+    from minisa.study.heal import STATES, Training
+    from minisa.study.heal import heal as distil
+    from minisa.study.plans import provenance, read_plan, save_plan
+    from minisa.study.resuming import fingerprint, read_state, write_state
+    from minisa.study.text import sample, sha256_of
+
     if (minutes is None) == (steps is None):
         raise MinisaError("heal: say how long to train, by either --minutes or --steps")
-    keep_apart({"--out": out}, *(("--text", text) for text in texts))
-    fetch_default(model)
-    state = Path(f"{out}.heal")
-    settings = {
-        "model": Path(model).name,
-        "checkpoint": fingerprint(model),
-        "texts": [sha256_of(text) for text in texts],
-        "train": which,
-        "rate": rate,
-        "states": STATES,
-        "length": length,
-        "held_out_tokens": held_out_tokens,
-        "seed": seed,
-    }
-    plan, weights = read_plan(model, sa)
-    settings["plan"] = f"{plan} {plan.head_maps} {plan.delta.sha256 if plan.delta else ''}"
     llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
-    trained = {name: llm.model.get_parameter(name) for name in trainable(plan, which)}
-    training = read_training(state, settings, trained)
+    plan, weights = read_plan(model, sa)
+    settings["states"] = STATES
+    state, kept = Path(f"{out}.heal"), dict(settings)
+    kept["plan"] = f"{plan} {plan.head_maps} {plan.delta.sha256 if plan.delta else ''}"
+    kept |= {"checkpoint": fingerprint(model), "texts": [sha256_of(text) for text in texts]}
+    training = Training(**read_state(state, kept))
     if training.step:
         click.echo(f"going on from {state}: {training.step} steps, {training.seconds / 60:.1f} min", err=True)
-    n_held_out = max(held_out_tokens // length, 1)
-    held_out, windows = sample(llm, texts, length, (n_held_out,), seed)
+    length = settings["length"]
+    n_held_out = max(settings["held_out_tokens"] // length, 1)
+    held_out, windows = sample(llm, texts, length, (n_held_out,), settings["seed"])
     if not len(windows):
         raise MinisaError(f"--text: {n_held_out} windows of {length} tokens are held out, none is left: give more text")
-
-    def report(line: str) -> None:
-        limit = f"{minutes:g} min" if minutes is not None else f"{steps} steps"
-        click.echo(f"[{training.seconds / 60:5.1f} min of {limit}] {line}", err=True)
-
-    train(
+    limit = f"{minutes:g} min" if minutes is not None else f"{steps} steps"
+    distil(
         llm.model,
         plan,
         windows,
         held_out,
         training,
         weights=weights,
-        which=which,
+        which=settings["train"],
         minutes=minutes,
         steps=steps,
-        rate=rate,
-        report=report,
-        saved=lambda: write_training(state, settings, training),
+        rate=settings["rate"],
+        report=lambda line: click.echo(f"[{training.seconds / 60:5.1f} min of {limit}] {line}", err=True),
+        saved=lambda: write_state(state, kept, vars(training)),
     )
     before = training.history[0][1]
-    figures = {
-        "length": length,
-        "seed": seed,
+    figures = settings | {
         "steps": training.step,
         "minutes": round(training.seconds / 60, 1),
-        "train": which,
-        "rate": rate,
-        "states": STATES,
         "held_out_tokens": held_out.numel(),
         "divergence": round(training.best, 5),
         "divergence_before": round(before, 5),
     }
-    save_plan(plan, Path(out), provenance(model, texts, **figures), {**weights, **training.best_weights})
+    save_plan(plan, Path(out), provenance(model, texts, **figures), weights | training.best_weights)
     click.echo(
         f"divergence after every second of {held_out.numel():,} held-out tokens: {before:.4f} nats a token before, "
         f"{training.best:.4f} after {training.step} steps\n{out}: {plan}"

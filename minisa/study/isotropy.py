@@ -8,28 +8,28 @@ without:
     pooled      cosine of the layers' weights averaged over heads
     same head   cosine of head h with head h, averaged over h
     best head   cosine of each head of the later layer with the head of the earlier one it is most like, averaged
-    js          Jensen–Shannon divergence in bits (0: the same, 1: disjoint), each head with the one least unlike it
+    js          Jensen–Shannon divergence in bits (0: the same, 1: disjoint) of each head from the one it is most like
 
 A cosine is taken over all query positions of all windows at once, the weights [T, T] of a head as one long vector.
 A divergence is the mean over JS_POSITIONS query positions a window, spread evenly; without the sink each row is
-divided by what is left of it.
+normalized again.
 
-Memory: the leader's q and k of every layer for one window, and the weights of all heads for BLOCK query positions.
+Memory: q and k of every layer for one window, and the weights of all heads for BLOCK query positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minisa.attention import AttentionBackend, Queries, Shared
+from minisa.attention import Queries
 from minisa.errors import MinisaError
-from minisa.model import Layer, Transformer
-from minisa.study.loss import NO_NUMBERS, window_cache
+from minisa.model import Transformer
+from minisa.study.loss import NO_NUMBERS
+from minisa.study.walk import Walk, attention_weights
 
 BLOCK = 64  # query positions whose weights are held at once
 JS_POSITIONS = 32  # query positions a window whose divergences are taken; each costs (n_layers · n_heads)² rows
@@ -51,42 +51,37 @@ class Similarity:
 
 @torch.inference_mode()
 def similarity(
-    model: Transformer, windows: Tensor, progress: Callable[[int, int], None] | None = None
+    model: Transformer, windows: Tensor, progress: Callable[[int], None] = lambda windows: None
 ) -> tuple[Similarity, Similarity]:
     """The similarity of a plain model's layers over windows [N, T]: with the first token's column, and without.
 
-    progress: called with (windows done, windows in all). Raises MinisaError where attention is no numbers.
+    progress: called with the number of windows done. Raises MinisaError where attention weights are not finite.
     """
     config = model.config
     shape = (config.n_layers, config.n_heads, config.n_layers, config.n_heads)
-    n = config.n_layers * config.n_heads
-    device = model.norm.weight.device
-    sums = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)  # P·Pᵀ: rest, sink column
+    n, length = config.n_layers * config.n_heads, windows.shape[1]
+    sums = torch.zeros(2, n, n, dtype=torch.float64)  # P·Pᵀ: rest, sink column
     divergences = torch.zeros(2, *shape, dtype=torch.float64)
-    rows = torch.zeros(2, 1, dtype=torch.float64)
+    rows = torch.zeros(2, 1, 1, 1, 1, dtype=torch.float64)
     for done, window in enumerate(windows, 1):
-        queries = _queries(model, window.to(device))
-        length = len(window)
+        queries = _queries(Walk(model), window)
         for start in range(0, length, BLOCK):
-            block = range(start, min(start + BLOCK, length))
-            weights = _weights(queries, torch.tensor(block, device=device)).flatten(0, 1)  # [L·H, rows, T]
+            weights = _weights(queries, slice(start, start + BLOCK)).flatten(0, 1)  # [L·H, rows, T]
             rest, sink = weights[:, :, 1:].flatten(1), weights[:, :, 0]
-            sums[0].add_((rest @ rest.T).cpu().double())
-            sums[1].add_((sink @ sink.T).cpu().double())
+            sums += torch.stack((rest @ rest.T, sink @ sink.T)).cpu()
         for t in _spread(length, JS_POSITIONS):
-            weights = _weights(queries, torch.tensor([t], device=device))[:, :, 0, : t + 1]  # [L, H, t + 1]
-            divergences[0] += _divergences(weights)
+            row = _weights(queries, slice(t, t + 1))[:, :, 0, : t + 1]  # [L, H, t + 1]
+            divergences[0] += _divergences(row)
             rows[0] += 1
             if t > 0:  # the first position sees nothing but the first token
-                rest = weights[..., 1:]
+                rest = row[..., 1:]
                 left = rest.sum(-1, keepdim=True)
                 divergences[1] += _divergences(rest / left.clamp(min=torch.finfo(left.dtype).tiny))
                 rows[1] += 1
-        if progress:
-            progress(done, len(windows))
-    if sums[1].isnan().any():
+        progress(done)
+    if sums.isnan().any():
         raise MinisaError(NO_NUMBERS)
-    divergences /= rows.view(2, 1, 1, 1, 1)
+    divergences /= rows
     rest_sums, sink_sums = (part.view(shape) for part in sums)
     return _measures(rest_sums + sink_sums, divergences[0]), _measures(rest_sums, divergences[1])
 
@@ -130,47 +125,15 @@ def _spread(length: int, count: int) -> list[int]:
     return [(i + 1) * length // count - 1 for i in range(count)]
 
 
-def _weights(queries: list[Queries], positions: Tensor) -> Tensor:
-    """The attention weights fp32 [L, H, len(positions), T] of some query positions in every layer."""
-    found = []
-    for q, k, mask in queries:
-        _, n_heads, length, head_dim = q.shape
-        grouped = q[0, :, positions].unflatten(0, (k.shape[1], -1))  # [Hkv, H/Hkv, rows, D]
-        scores = (grouped @ k[0, :, None].mT).float() / head_dim**0.5  # [Hkv, H/Hkv, rows, T]
-        if mask is None:
-            visible = torch.arange(length, device=q.device) <= positions[:, None]
-        else:
-            visible = mask[0, 0, positions]
-        found.append(scores.masked_fill(~visible, float("-inf")).softmax(-1).view(n_heads, len(positions), length))
-    return torch.stack(found)
+def _weights(queries: list[Queries], rows: slice) -> Tensor:
+    """The attention weights fp32 [L, H, rows, T] of some query positions in every layer."""
+    return torch.cat([attention_weights(each, rows) for each in queries])
 
 
-def _queries(model: Transformer, window: Tensor) -> list[Queries]:
+def _queries(walk: Walk, window: Tensor) -> list[Queries]:
     """What every layer's attention weights follow from, for tokens [T]."""
-    positions = torch.arange(len(window), device=model.norm.weight.device)
-    with _watched(model) as queries:
-        model.hidden(window[None], positions[None], window_cache(model, 1, len(window)))
-    return queries
-
-
-@contextmanager
-def _watched(model: Transformer) -> Iterator[list[Queries]]:
-    """The list that fills with what each layer leads with while the model runs."""
-    seen: list[Queries] = []
-    layers = [layer for layer in model.layers if isinstance(layer, Layer)]
-    backends = [layer.backend for layer in layers]
-
-    def watch(backend: AttentionBackend) -> AttentionBackend:
-        def lead(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Shared]:
-            seen.append(Queries(q, k, mask))
-            return backend.lead(q, k, v, mask)
-
-        return replace(backend, lead=lead)
-
-    try:
-        for layer in layers:
-            layer.backend = watch(layer.backend)
-        yield seen
-    finally:
-        for layer, backend in zip(layers, backends, strict=True):
-            layer.backend = backend
+    x, found = walk.embed(window[None]), []
+    for i in range(walk.plan.n_layers):
+        found.append(walk.queries(i, x))
+        x = walk.add_feed_forward(i, walk.add_attention(i, x, found[i]))
+    return found

@@ -1,8 +1,7 @@
 """Judge: measures plans on held-out text, running again only the layers a plan changes.
 
 The measure is the mean KL divergence, in nats a token, of the shared model's predictions from the plain model's. It
-is what sharing adds to the loss on text the plain model predicts as well as it believes, and varies from window to
-window far less than the loss itself: a few thousand tokens tell plans apart.
+varies from window to window far less than the loss itself: a few thousand tokens tell plans apart.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ ROWS = 256  # positions whose predictions are held at once
 class Judge:
     """The divergence of plans from a plain model.
 
-    windows [N, T]. every: of the positions, one in so many is looked at; those between say little more and cost a row
-    of the vocabulary each. batch: windows run together.
-    Raises MinisaError where the plain model's predictions are no numbers.
-    Holds the hidden states before every layer: (L + 1) · N · T · dim numbers, and the plain predictions.
+    windows [N, T]. every: one position in so many is compared; those between say little more and cost a row of the
+    vocabulary each. batch: windows run together.
+    Raises MinisaError where the plain model's predictions are not finite.
+    Holds the hidden states before every layer, (L + 1) · N · T · dim numbers, and the plain predictions.
     """
 
     def __init__(self, plain: Transformer, windows: Tensor, every: int = 2, batch: int = 2) -> None:
@@ -40,8 +39,8 @@ class Judge:
         with torch.inference_mode():
             for part in windows.split(batch):
                 first = walk.embed(part)
-                self._states.append([first, *walk.onward([first], 0, keep=True)])
-            self._targets = [self._predictions(states[-1]).exp() for states in self._states]
+                self._states.append([first, *walk.onward([first], 0)])
+            self._targets = [self._predictions(states[-1]) for states in self._states]
             self._entropy = [
                 -sum(torch.special.xlogy(p, p).sum().item() for p in rows.split(ROWS)) for rows in self._targets
             ]
@@ -49,33 +48,30 @@ class Judge:
             raise MinisaError(NO_NUMBERS)
 
     def rebase(self, plan: SharingPlan) -> None:
-        """Measure what comes next against this plan's states: the nearer a plan is to it, the sooner it is measured."""
+        """Start from this plan's states from now on: plans that differ from it late are measured sooner."""
         start = first_difference(self.plan, plan)
         walk = Walk(share(self.plain, plan))
         with torch.inference_mode():
             for states in self._states if start < plan.n_layers else ():
-                states[start + 1 :] = walk.onward(states, start, keep=True)
+                states[start + 1 :] = list(walk.onward(states, start))
         self.plan = plan
 
     @torch.inference_mode()
     def divergence(self, plan: SharingPlan, weights: Mapping[str, Tensor] | None = None) -> float:
-        """Mean KL(plain ‖ shared) in nats a token. weights: in the place of the model's, by parameter name."""
-        start = first_difference(self.plan, plan)
-        model = share(self.plain, plan)
-        if weights:
-            replace(model, weights)
-            start = min(start, *(layer_of(name) for name in weights))
+        """Mean KL(plain ‖ shared) in nats a token. weights: in place of the model's, by parameter name."""
+        model = replace(share(self.plain, plan), weights or {})
+        start = min([first_difference(self.plan, plan), *map(layer_of, weights or {})])
         walk = Walk(model)
         total, count = 0.0, 0
         for states, target, entropy in zip(self._states, self._targets, self._entropy, strict=True):
-            last = walk.onward(states, start)[-1] if start < plan.n_layers else states[-1]
+            *_, last = states[start], *walk.onward(states, start)
             total += self._cross_entropy(last, target) - entropy
             count += len(target)
         return total / count
 
     def _predictions(self, state: Tensor) -> Tensor:
         rows = self._rows(state)
-        return torch.cat([self.plain.head(part).float().log_softmax(-1) for part in rows.split(ROWS)])
+        return torch.cat([self.plain.head(part).float().log_softmax(-1) for part in rows.split(ROWS)]).exp()
 
     def _cross_entropy(self, state: Tensor, target: Tensor) -> float:
         total = 0.0

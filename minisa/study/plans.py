@@ -11,7 +11,9 @@ from torch import Tensor
 from minisa.checkpoint import open_checkpoint, with_delta, write_delta
 from minisa.checkpoint.safetensors import read_safetensors
 from minisa.config import ModelConfig
-from minisa.costs import kv_bytes, parameter_count
+from minisa.costs import kv_bytes
+from minisa.device import dtype_name
+from minisa.engine import LLM
 from minisa.errors import MinisaError
 from minisa.models.registry import choose_plan, resolve
 from minisa.sharing import SharingPlan
@@ -35,44 +37,35 @@ def read_plan(model: str, sa: str) -> tuple[SharingPlan, dict[str, Tensor]]:
     return plan, {name: tensor.read_rows(0, tensor.shape[0]).float() for name, tensor in stored.items()}
 
 
-def save_plan(plan: SharingPlan, path: Path, made: Mapping[str, Any], weights: Mapping[str, Tensor] | None) -> None:
-    """Write the plan and, beside it, weights (by parameter name, in bf16) as NAME.delta.safetensors.
-
-    Not as NAME.safetensors, which may be a checkpoint's file, or weights that came with another plan; and not over
-    those of the plan whose place it takes, which stays whole until then: they go to NAME.json.delta.safetensors.
-    """
-    names = [path.with_suffix(".delta.safetensors").name, f"{path.name}.delta.safetensors"]
-    before = _delta_at(path)
-    name = next(name for name in names if name != before)
+def save_plan(plan: SharingPlan, path: Path, made: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write the plan and, beside it, weights if there are any (by parameter name, in bf16) as
+    NAME.delta.safetensors: NAME.safetensors may be a checkpoint's."""
     try:
-        delta = write_delta(path.with_name(name), weights) if weights else None
+        delta = write_delta(path.with_suffix(".delta.safetensors"), weights) if weights else None
         SharingPlan(plan.sources, plan.head_maps, delta).save(path, made)
-        if delta is not None and before in names:
-            path.with_name(before).unlink(missing_ok=True)
     except OSError as error:
         raise MinisaError(f"--out {path}: cannot write the plan: {error.strerror}") from error
 
 
-def _delta_at(path: Path) -> str | None:
-    """The file of weights that the plan at a path names, if there is one."""
-    try:
-        delta = SharingPlan.load(path).delta
-    except MinisaError:
-        return None
-    return None if delta is None else delta.path.name
-
-
-def provenance(model: str, texts: Sequence[str | Path], **figures: Any) -> dict[str, Any]:
+def provenance(model: str, texts: Sequence[str], **figures: Any) -> dict[str, Any]:
     """What stands under "made" in a plan file: the model, the texts with their sha256, settings and results."""
     named = [{"file": Path(text).name, "sha256": sha256_of(text)} for text in texts]
     return {"model": Path(model).name, "texts": named, **figures}
 
 
+def text_settings(llm: LLM, model: str, text: str, windows: Tensor, quantize: str | None) -> dict[str, Any]:
+    """The settings in the record of what was measured on windows [N, length] of a text."""
+    path, entry = resolve(model)
+    return {
+        "model": entry.name if entry is not None else path.name,
+        "dtype": dtype_name(llm.dtype),
+        "quantize": quantize,
+        "text_sha256": sha256_of(text),
+        "windows": len(windows),
+        "length": windows.shape[1],
+    }
+
+
 def kv_saved(config: ModelConfig, plan: SharingPlan) -> float:
     """The share of the KV cache that a plan saves: n/(2L)."""
     return 1 - kv_bytes(config, plan, 1, 2) / kv_bytes(config, SharingPlan.none(config.n_layers), 1, 2)
-
-
-def weights_saved(config: ModelConfig, plan: SharingPlan) -> float:
-    """The share of the weights that a plan saves."""
-    return 1 - parameter_count(config, plan) / parameter_count(config, SharingPlan.none(config.n_layers))

@@ -1,4 +1,4 @@
-"""Refit: output matrices that make up for what sharing changed, by ridge regression; no run-time cost.
+"""Refit: output matrices that make up for what sharing changed, by ridge regression.
 
 Plain and shared model walk the same text side by side. After every attention half (and, if asked, every feed-forward
 half) the shared model's residual stream differs from the plain one's by R [tokens, dim]. With F the inputs of the
@@ -21,12 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisa.attention import Queries
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
-from minisa.study.walk import Walk, layer_of, replace, share
+from minisa.study.walk import Streams, Walk, layer_of, replace, share, side_by_side
 
-WHICH = ("followers", "wo", "all")
 LAMBDAS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)  # times the mean diagonal of FᵀF
 
 
@@ -50,66 +48,41 @@ def refit(
     which: str = "followers",
     weights: Mapping[str, Tensor] | None = None,
     batch: int = 4,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] = lambda layers: None,
 ) -> tuple[dict[str, Tensor], list[Correction]]:
     """Replacements for the plan's weights, by parameter name, and what each did.
 
     plain: without followers. windows, held_out [N, T] of the same length. which: "followers" (their wo), "wo" (that
-    of every layer from the first follower on) or "all" (w2 as well). weights: what the plan brings already, in the
-    place of the model's. progress: called with (layers done, in all).
+    of every layer from the first follower on) or "all" (w2 as well). weights: what the plan brings already, in
+    place of the model's. progress: called with the number of layers done.
     """
     weights = dict(weights or {})
-    shared = replace(share(plain, plan), weights)
-    theirs, ours = Walk(plain), Walk(shared)
+    walk = Walk(replace(share(plain, plan), weights))
     parts = [*windows.split(batch), *held_out.split(batch)]
     n_train = -(-len(windows) // batch)
-    first = min([*plan.followers, *map(layer_of, weights), plan.n_layers])
-    streams = [ours.embed(part) for part in parts]
-    spans: list[dict[int, Queries]] = [{} for _ in parts]
-    for i in range(first):  # here both are the same
-        streams = [ours.layer(i, x, span) for x, span in zip(streams, spans, strict=True)]
-        if progress:
-            progress(i + 1, plan.n_layers)
-    pairs = [(x, x) for x in streams]  # plain and shared stream of each part
+    first = min([*plan.followers, *map(layer_of, weights)])
     corrections = []
-    for i in range(first, plan.n_layers):
-        for half in ("attention.wo", "feed_forward.w2"):
-            for n, (wanted, x) in enumerate(pairs):
-                if half == "attention.wo":
-                    wanted = theirs.add_attention(i, wanted, theirs.mixed(i, wanted, theirs.queries(i, wanted)))
-                else:
-                    wanted = theirs.add_feed_forward(i, wanted)
-                pairs[n] = (wanted, x)
-            if half == "attention.wo":
-                inputs = [
-                    ours.mixed(i, x, ours.lead_or_follow(i, x, span)) for (_, x), span in zip(pairs, spans, strict=True)
-                ]
-            else:
-                inputs = [ours.gated(i, x) for _, x in pairs]
-            name = f"layers.{i}.{half}.weight"
-            if which == "all" or (half == "attention.wo" and (which == "wo" or i in plan.followers)):
-                found, correction = _corrected(shared.get_parameter(name), pairs, inputs, n_train, name)
-                corrections.append(correction)
-                if found is not None:
-                    weights[name] = found
-                    replace(shared, {name: found})
-            weight = shared.get_parameter(name)
-            pairs = [(wanted, x + F.linear(f, weight)) for (wanted, x), f in zip(pairs, inputs, strict=True)]
-        if progress:
-            progress(i + 1, plan.n_layers)
+    for i, matrix, streams in side_by_side(Walk(plain), walk, parts, first):
+        progress(i)
+        if which == "all" or (matrix == "attention.wo" and (which == "wo" or i in plan.followers)):
+            name = f"layers.{i}.{matrix}.weight"
+            found, correction = _corrected(walk, i, name, streams, n_train)
+            corrections.append(correction)
+            if found is not None:
+                weights[name] = found
+                replace(walk.model, {name: found})
     return weights, corrections
 
 
-def _corrected(
-    weight: Tensor, pairs: list[tuple[Tensor, Tensor]], inputs: list[Tensor], n_train: int, name: str
-) -> tuple[Tensor | None, Correction]:
+def _corrected(walk: Walk, i: int, name: str, streams: list[Streams], n_train: int) -> tuple[Tensor | None, Correction]:
     """W + D of the λ that leaves the least held out, or None if none helps.
 
-    pairs: the wanted stream after the half and the shared stream before it, of the parts to fit to and then of those
-    held out; inputs: F of each.
+    streams: n_train of windows to fit to, then those held out.
     """
+    weight = walk.model.get_parameter(name)
     fit, held_out = _Moments(), _Moments()
-    for n, ((wanted, x), features) in enumerate(zip(pairs, inputs, strict=True)):
+    for n, (wanted, x, queries) in enumerate(streams):
+        features = walk.gated(i, x) if queries is None else walk.mixed(i, x, queries)
         (fit if n < n_train else held_out).add(features, wanted - x - F.linear(features, weight), wanted)
     values, vectors = torch.linalg.eigh(fit.gram)
     turned = vectors.T @ fit.cross

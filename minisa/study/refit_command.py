@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from minisa.checkpoint import as_stored
-from minisa.console import DEVICE, MODEL, fetch_default, keep_apart, open_model
-from minisa.study.judge import Judge
+from minisa.console import DEVICE, MODEL, open_model
 from minisa.study.options import LENGTH, PLAN, SEED, TEXTS, plan_file
-from minisa.study.plans import provenance, read_plan, save_plan
-from minisa.study.progress import Progress
-from minisa.study.refit import WHICH, Correction
-from minisa.study.refit import refit as refit_weights
-from minisa.study.text import sample
 
 
 @click.command()
@@ -25,70 +19,49 @@ from minisa.study.text import sample
 @click.option("--held-out-tokens", type=click.IntRange(1), default=8192, show_default=True, help="To choose λ on.")
 @LENGTH
 @click.option(
-    "--matrices", type=click.Choice(WHICH), default=WHICH[0], show_default=True,
+    "--matrices", type=click.Choice(["followers", "wo", "all"]), default="followers", show_default=True,
     help="wo of the followers; wo of every layer from the first follower on; or w2 of those too.",
 )  # fmt: skip
 @SEED
 @DEVICE
 @plan_file("refitted.json")
-def refit(
-    model: str,
-    sa: str,
-    texts: tuple[str, ...],
-    tokens: int,
-    held_out_tokens: int,
-    length: int,
-    matrices: str,
-    seed: int,
-    device: str,
-    out: str,
-) -> None:
+def refit(model: str, sa: str, texts: tuple[str, ...], device: str, out: str, **settings: Any) -> None:
     """Fit the plan's matrices to what the plain model computes, layer by layer, and write plan and weights.
 
-    The weights stand beside the plan, in a file that ends in .delta.safetensors. A matrix is left alone where held-out
-    text says so.
+    The weights go beside the plan, to a file that ends in .delta.safetensors. A matrix is left alone where that is
+    best on held-out text.
     """
-    keep_apart({"--out": out}, *(("--text", text) for text in texts))
-    fetch_default(model)
-    plan, weights = read_plan(model, sa)
+    from minisa.checkpoint import as_stored
+    from minisa.study.judge import Judge
+    from minisa.study.plans import provenance, read_plan, save_plan
+    from minisa.study.progress import Progress
+    from minisa.study.refit import refit as refit_weights
+    from minisa.study.text import sample
+
     llm = open_model(model, dtype="fp32", device=device, compile=False, max_seq_len=1)
-    counts = [max(number // length, 1) for number in (held_out_tokens, tokens)]
-    held_out, windows, _ = sample(llm, texts, length, counts, seed)
-    judge = Judge(llm.model, held_out)  # first of all: it finds out whether the model works
+    plan, weights = read_plan(model, sa)
+    counts = [max(settings[name] // settings["length"], 1) for name in ("held_out_tokens", "tokens")]
+    held_out, windows, _ = sample(llm, texts, settings["length"], counts, settings["seed"])
+    judge = Judge(llm.model, held_out)
     bar = Progress("refit", plan.n_layers)
     found, corrections = refit_weights(
-        llm.model,
-        plan,
-        windows,
-        held_out,
-        which=matrices,
-        weights=weights,
-        progress=lambda done, _: bar.update(done),
+        llm.model, plan, windows, held_out, which=settings["matrices"], weights=weights, progress=bar.update
     )
     bar.close()
     before, after = judge.divergence(plan, weights), judge.divergence(plan, as_stored(found))
-    figures = {
-        "length": length,
-        "seed": seed,
+    figures = settings | {
         "tokens": windows.numel(),
         "held_out_tokens": held_out.numel(),
-        "matrices": matrices,
         "divergence": round(after, 5),
         "divergence_before": round(before, 5),
     }
     save_plan(plan, Path(out), provenance(model, texts, **figures), found)
-    click.echo(table(corrections))
+    click.echo(f"{'matrix':<34}{'λ':>8}{'error before':>14}{'after':>9}")
+    for fitted in corrections:  # errors on held-out text, as a share of the stream's square length
+        ridge = f"{fitted.ridge:g}" if fitted.ridge < float("inf") else "left"
+        click.echo(f"{fitted.name:<34}{ridge:>8}{fitted.before:>14.4%}{fitted.after:>9.4%}")
     click.echo(
         f"divergence after every second of {held_out.numel():,} held-out tokens: {before:.4f} nats a token before, "
         f"{after:.4f} after\n"
         f"{out}: {plan}, {len(found)} matrices of its own"
     )
-
-
-def table(corrections: list[Correction]) -> str:
-    """How far the stream is from the plain one after each half, as a share of its square length, on held-out text."""
-    rows = [f"{'matrix':<34}{'λ':>8}{'error before':>14}{'after':>9}"]
-    for correction in corrections:
-        ridge = f"{correction.ridge:g}" if correction.ridge < float("inf") else "left"
-        rows.append(f"{correction.name:<34}{ridge:>8}{correction.before:>14.4%}{correction.after:>9.4%}")
-    return "\n".join(rows)

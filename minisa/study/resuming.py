@@ -1,60 +1,54 @@
-"""Work that was broken off goes on only with the settings and the model it was begun with."""
+"""The state of long work in one file, so that the same command goes on where it was broken off."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from minisa.checkpoint import open_checkpoint
 from minisa.checkpoint.layouts import BESIDE_THE_WEIGHTS
 from minisa.errors import MinisaError
-from minisa.files import open_plain
+from minisa.files import sha256_of, written_whole
 from minisa.models.registry import resolve
 
-EDGE = 64 << 10  # bytes
 
+def read_state(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What write_state left there; empty if there is no such file.
 
-def fingerprint(model: str) -> str:
-    """What tells checkpoints of one name apart: of each file its name, its size, and the first and last EDGE bytes.
-
-    The files are those of the weights, their description and the tokenizer, of what --model names.
-    Raises MinisaError where they cannot be read.
+    Raises MinisaError for a file of other settings, naming the first that differs, and for any other file.
     """
-    path, _ = resolve(model)
-    files = {file.path for file in open_checkpoint(path).files}
-    files |= {file for pattern in BESIDE_THE_WEIGHTS for file in path.glob(pattern) if file.is_file()}
-    digest = hashlib.sha256()
+    if not path.exists():
+        return {}
     try:
-        for name in sorted(files):
-            with open_plain(name) as file:
-                first = file.read(EDGE)
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(size - EDGE, 0))
-                digest.update(repr((name.name, size)).encode() + first + file.read(EDGE))
-    except OSError as error:
-        raise MinisaError(f"{error.filename or path}: cannot read the checkpoint: {error.strerror}") from error
-    return digest.hexdigest()[:16]
-
-
-def require_same_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """MinisaError that names the first setting which is another now; path: the file that keeps the work."""
-    for key, value in now.items():
+        kept = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+        before, state = kept["settings"], dict(kept["state"])
+    except Exception as error:  # torch.load raises whatever its parts do
+        raise MinisaError(f"{path}: not the state of this command: remove it to begin again") from error
+    for key, value in settings.items():
         if before.get(key) != value:
             raise MinisaError(
                 f"{path}: begun with {key} {before.get(key)}, now it is {value}: remove the file, or give another --out"
             )
+    return state
 
 
-@contextmanager
-def left_by(what: str, path: Path) -> Iterator[None]:
-    """What goes wrong inside, reading what the work left at a path, is a MinisaError that says the file is none."""
+def write_state(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Keep numbers, strings, containers and tensors; the file is whole at every moment."""
     try:
-        yield
-    except (
-        MinisaError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError
-    ) as error:  # fmt: skip
-        raise MinisaError(f"{path}: not what {what} leaves: remove it to begin again") from error
+        with written_whole(path) as partial:
+            torch.save({"settings": dict(settings), "state": dict(state)}, partial)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError for a disk that is full
+        raise MinisaError(f"{path}: cannot keep the state of the work: {error}") from error
+
+
+def fingerprint(model: str) -> str:
+    """A hash of the checkpoint's files, weights, description and tokenizer, which tells those of one name apart."""
+    path, _ = resolve(model)
+    files = {file.path for file in open_checkpoint(path).files}
+    files |= {file for pattern in BESIDE_THE_WEIGHTS for file in path.glob(pattern) if file.is_file()}
+    hashes = [(file.name, sha256_of(file)) for file in sorted(files)]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]

@@ -6,17 +6,17 @@
 3. Greedy: of the candidates with the lowest forecasts, the plan takes the one that measures best; what was measured
    becomes the forecast of the ones not taken.
 4. While time remains: a follower's leader is changed, or a follower exchanged for another layer, where that measures
-   better. At the end each follower's map is chosen again, its heads together, from what it sees
-   once those before it follow.
+   better. At the end each follower's map is chosen again (head_maps.py), where that measures better.
 
-Every measurement is kept in `Findings`, so that a search that is broken off goes on where it was, and is the same
-search: time decides how far it gets, nothing else.
+Every measurement is kept in `Findings`. A search that is broken off goes on where it was, and is the same search: time
+decides how far it gets, nothing else.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -24,42 +24,57 @@ from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from minisa.study.calibrate import best_map, pair_errors
-from minisa.study.findings import Findings, Point
-from minisa.study.head_maps import remap
+from minisa.study.head_maps import Heads, remap
 from minisa.study.judge import Judge
 from minisa.study.loss import NO_NUMBERS
 
 WIDTH = 4  # candidates measured at every step of the greedy search
 
+Pair = tuple[int, int]  # leader and follower
+Key = tuple[tuple[int, ...], tuple[Heads | None, ...]]  # a plan's sources and head maps
 
+
+@dataclass
+class Findings:
+    """All that a search has found out so far."""
+
+    pairs: dict[Pair, tuple[float, Heads]] = field(default_factory=dict)  # error and head map
+    measured: dict[Key, float] = field(default_factory=dict)  # divergence
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A plan and its divergence, nats a token."""
+
+    plan: SharingPlan
+    divergence: float
+
+
+@dataclass
 class Search:
     """A search on one model.
 
     plain: without followers. calibration [N, T]: what head maps are made from. held_out [M, T]: what is measured on.
-    deadline: time.monotonic() from which on nothing is measured that is not needed. report: called with a line for
-    people, saved when findings have grown.
+    deadline: time.monotonic() from which on only what is needed is measured. report: called with a line for people,
+    saved when findings have grown.
     """
 
-    def __init__(
-        self,
-        plain: Transformer,
-        calibration: Tensor,
-        held_out: Tensor,
-        findings: Findings,
-        *,
-        deadline: float,
-        report: Callable[[str], None] = lambda line: None,
-        saved: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.plain, self.calibration, self.held_out = plain, calibration, held_out
-        self.findings, self.deadline, self.report, self.saved = findings, deadline, report, saved
-        self.n_layers = plain.config.n_layers
-        self._judge: Judge | None = None
-        self._base = SharingPlan.none(self.n_layers)
-        self._forecasts: dict[tuple[int, int], float] = {}
+    plain: Transformer
+    calibration: Tensor
+    held_out: Tensor
+    findings: Findings
+    deadline: float
+    report: Callable[[str], None] = lambda line: None
+    saved: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        self.n_layers = self.plain.config.n_layers
+        self._judge: Judge | None = None  # made only when something is left to measure
+        self._base = SharingPlan.none(self.n_layers)  # what is measured next differs little from it
+        self._forecasts: dict[Pair, float] = {}
 
     def run(self, n_followers: int) -> list[Point]:
-        """The plans of 1, 2, … n_followers followers, the last of them bettered while time remains.
+        """The plans of 1, 2, … n_followers followers, the last of them improved while time remains.
 
         Raises MinisaError where so many cannot follow.
         """
@@ -73,29 +88,21 @@ class Search:
             points.append(self._grown(plan))
             plan = points[-1].plan
             self.report(f"{number} of {n_followers} followers: {plan} diverges {points[-1].divergence:.4f}")
-        points[-1] = self._remapped(self._bettered(points[-1]))
+        points[-1] = self._remapped(self._improved(points[-1]))
         return points
 
     def mapped(self, plan: SharingPlan) -> Point:
-        """A plan that is given, with head maps."""
+        """A given plan, with head maps."""
         self._calibrate()
-        chosen = self._plan(_leaders(plan))
-        return self._remapped(Point(chosen, self._measure(chosen)))
-
-    @property
-    def out_of_time(self) -> bool:
-        return time.monotonic() >= self.deadline
+        return self._remapped(self._point(self._plan(_leaders(plan))))
 
     def _calibrate(self) -> None:
         if self.findings.pairs:
             return
-        total = len(self.calibration) * self.n_layers
-
-        def progress(done: int, _: int) -> None:
-            if done % self.n_layers == 0:
-                self.report(f"head maps: {done} of {total} layers of text")
-
-        errors = pair_errors(self.plain, self.calibration, progress=progress)
+        total = len(self.calibration)
+        errors = pair_errors(
+            self.plain, self.calibration, progress=lambda done: self.report(f"head maps: {done} of {total} windows")
+        )
         if errors.isnan().any():
             raise MinisaError(NO_NUMBERS)
         for follower in range(1, self.n_layers):
@@ -110,7 +117,7 @@ class Search:
         for follower in range(1, self.n_layers):
             errors = {leader: self.findings.pairs[leader, follower][0] for leader in range(follower)}
             best = min(errors, key=lambda leader: errors[leader])
-            alone = max(self._measure(self._plan({follower: best})), 1e-6)
+            alone = max(self._point(self._plan({follower: best})).divergence, 1e-6)
             self.report(f"layer {follower} alone, led by {best}: {alone:.4f}")
             for leader, error in errors.items():
                 self._forecasts[leader, follower] = alone * error / errors[best]
@@ -118,79 +125,70 @@ class Search:
     def _grown(self, plan: SharingPlan) -> Point:
         """The best plan found with one follower more."""
         leaders = _leaders(plan)
-        base = self._measure(plan) if leaders else 0.0
+        base = self._point(plan).divergence if leaders else 0.0
         self._base = plan
-        # A layer once: its best leader speaks for it until it has been measured.
-        candidates = sorted(self._candidates(plan), key=lambda pair: self._forecasts[pair])
-        once: dict[int, tuple[int, int]] = {}
-        for pair in candidates:
-            once.setdefault(pair[1], pair)
-        best: Point | None = None
-        for pair in list(once.values())[:WIDTH]:
-            grown = self._plan({**leaders, pair[1]: pair[0]})
-            if best is not None and self.out_of_time and _key(grown) not in self.findings.measured:
+        points: list[Point] = []
+        for leader, follower in list(_one_each(self._candidates(plan)).values())[:WIDTH]:
+            grown = self._plan({**leaders, follower: leader})
+            if points and self._too_late(grown):
                 break
-            point = Point(grown, self._measure(grown))
-            self._forecasts[pair] = max(point.divergence - base, 1e-6)
-            if best is None or point.divergence < best.divergence:
-                best = point
-        if best is None:
+            points.append(self._point(grown))
+            self._forecasts[leader, follower] = max(points[-1].divergence - base, 1e-6)
+        if not points:
             raise MinisaError(f"--followers: after {plan} no layer is left that could follow: ask for fewer")
-        return best
+        return min(points, key=lambda point: point.divergence)
 
-    def _bettered(self, point: Point) -> Point:
+    def _improved(self, point: Point) -> Point:
         """Followers exchanged and leaders changed, the most promising first, until nothing helps or time is up."""
-        tried: set[str] = {_key(point.plan)}
-        while True:
-            moves = [plan for plan in self._moves(point.plan) if _key(plan) not in tried]
+        tried = {_key(point.plan)}
+        better: Point | None = point
+        while better is not None:
+            point, better = better, None
             self._base = point.plan
-            better = None
-            for plan in moves:
-                if self.out_of_time and _key(plan) not in self.findings.measured:
+            for plan in self._moves(point.plan):
+                if _key(plan) in tried:
+                    continue
+                if self._too_late(plan):
                     return point
                 tried.add(_key(plan))
-                found = Point(plan, self._measure(plan))
+                found = self._point(plan)
                 if found.divergence < point.divergence:
+                    self.report(f"exchanged: {found.plan} diverges {found.divergence:.4f}")
                     better = found
                     break
-            if better is None:
-                return point
-            self.report(f"exchanged: {better.plan} diverges {better.divergence:.4f}")
-            point = better
+        return point
 
     def _moves(self, plan: SharingPlan) -> Iterator[SharingPlan]:
-        """Plans one exchange away, in the order of their forecasts; each follower's two best substitutes."""
+        """Plans one exchange away, in the order of their forecasts: for each follower the two best other layers, and
+        the two best other leaders."""
         leaders = _leaders(plan)
         moves: list[tuple[float, dict[int, int]]] = []
         for follower, leader in leaders.items():
             rest = {layer: source for layer, source in leaders.items() if layer != follower}
-            own = self._forecasts[leader, follower]
-            options = sorted(self._candidates(self._plan(rest)), key=lambda pair: self._forecasts[pair])
-            best_of: dict[int, tuple[int, int]] = {}
-            for option in options:
-                best_of.setdefault(option[1], option)
-            others = [option for option in best_of.values() if option[1] != follower][:2]
-            renewed = [option for option in options if option[1] == follower and option[0] != leader][:2]
-            for source, layer in (*others, *renewed):
-                moves.append((self._forecasts[source, layer] - own, {**rest, layer: source}))
+            options = self._candidates(self._plan(rest))
+            others = [pair for pair in _one_each(options).values() if pair[1] != follower][:2]
+            renewed = [pair for pair in options if pair[1] == follower and pair[0] != leader][:2]
+            for pair in (*others, *renewed):
+                change = self._forecasts[pair] - self._forecasts[leader, follower]
+                moves.append((change, {**rest, pair[1]: pair[0]}))
         moves.sort(key=lambda move: move[0])
         return (self._plan(leaders) for _, leaders in moves)
 
-    def _candidates(self, plan: SharingPlan) -> Iterator[tuple[int, int]]:
-        """(leader, follower) that the plan could take in: neither follows yet, and the follower leads nobody."""
-        for follower in plan.leaders[1:]:
-            if follower not in plan.spans:
-                yield from ((leader, follower) for leader in plan.leaders if leader < follower)
+    def _candidates(self, plan: SharingPlan) -> list[Pair]:
+        """Pairs that the plan could take in, the lowest forecast first: both lead themselves, and the follower leads
+        nobody."""
+        pairs = (
+            (leader, follower)
+            for follower in plan.leaders[1:]
+            if follower not in plan.spans
+            for leader in plan.leaders
+            if leader < follower
+        )
+        return sorted(pairs, key=lambda pair: self._forecasts[pair])
 
     def _remapped(self, point: Point) -> Point:
-        """With head maps made again in the plan itself, where that measures better."""
-        spans = str(point.plan)
-        if spans not in self.findings.maps:
-            maps = remap(self.plain, point.plan, self.calibration).head_maps
-            self.findings.maps[spans] = {i: heads for i in point.plan.followers if (heads := maps[i]) is not None}
-            self.saved()
-        plan = SharingPlan.following(self.n_layers, _leaders(point.plan), self.findings.maps[spans])
-        found = Point(plan, self._measure(plan))
+        """With head maps chosen again in the plan itself, where that measures better."""
+        found = self._point(remap(self.plain, point.plan, self.calibration))
         self.report(f"head maps again: {found.divergence:.4f}, before {point.divergence:.4f}")
         return min(found, point, key=lambda either: either.divergence)
 
@@ -198,32 +196,35 @@ class Search:
         maps = {layer: self.findings.pairs[leader, layer][1] for layer, leader in leaders.items()}
         return SharingPlan.following(self.n_layers, leaders, maps)
 
-    def _measure(self, plan: SharingPlan) -> float:
+    def _too_late(self, plan: SharingPlan) -> bool:
+        """Whether there is no time left to measure the plan."""
+        return time.monotonic() >= self.deadline and _key(plan) not in self.findings.measured
+
+    def _point(self, plan: SharingPlan) -> Point:
+        """The plan, measured if it has not been yet."""
         key = _key(plan)
         if key not in self.findings.measured:
-            self.findings.measured[key] = self._judging().divergence(plan)
+            if self._judge is None:
+                self.report("the plain model on the held-out text")
+                self._judge = Judge(self.plain, self.held_out)
+            if self._base != self._judge.plan:
+                self._judge.rebase(self._base)
+            self.findings.measured[key] = self._judge.divergence(plan)
             self.saved()
-        return self.findings.measured[key]
-
-    def _judging(self) -> Judge:
-        if self._judge is None:
-            self.report("the plain model on the held-out text")
-            self._judge = Judge(self.plain, self.held_out)
-        if self._base != self._judge.plan:
-            self._judge.rebase(self._base)  # what is measured next differs little from it
-        return self._judge
+        return Point(plan, self.findings.measured[key])
 
 
 def _leaders(plan: SharingPlan) -> dict[int, int]:
     return {layer: plan.sources[layer] for layer in plan.followers}
 
 
-def _key(plan: SharingPlan) -> str:
-    """A plan and its head maps in one line, e.g. "21<19:0,1,2 27<25"."""
-    return " ".join(_parts(plan)) or "none"
+def _one_each(pairs: Iterable[Pair]) -> dict[int, Pair]:
+    """{follower: the first of its pairs}."""
+    first: dict[int, Pair] = {}
+    for pair in pairs:
+        first.setdefault(pair[1], pair)
+    return first
 
 
-def _parts(plan: SharingPlan) -> Iterable[str]:
-    for layer in plan.followers:
-        heads = plan.head_maps[layer]
-        yield f"{layer}<{plan.sources[layer]}" + (f":{','.join(map(str, heads))}" if heads else "")
+def _key(plan: SharingPlan) -> Key:
+    return plan.sources, plan.head_maps

@@ -11,7 +11,7 @@ from minisa.engine import LLM
 from minisa.errors import MinisaError
 from minisa.models.registry import ModelEntry, choose_plan
 from minisa.sharing import SharingPlan
-from minisa.study.rivals import Rival, altered, slot_bytes
+from minisa.study.baselines import Baseline, altered, slot_bytes
 
 PLAIN = "plain"
 
@@ -23,7 +23,7 @@ class Variant:
     name: str
     sa: str | None
     plan: SharingPlan
-    rival: Rival
+    rival: Baseline
 
     @property
     def kind(self) -> str:
@@ -46,15 +46,15 @@ def parse_variants(
 ) -> list[Variant]:
     """The plain model, then those of --sa and those of --rival. Raises MinisaError for what the model cannot be."""
     none = SharingPlan.none(config.n_layers)
-    variants = [Variant(PLAIN, None, none, Rival())]
-    variants += [Variant(sa, sa, choose_plan(sa, config, entry), Rival()) for sa in plans]
+    variants = [Variant(PLAIN, None, none, Baseline())]
+    variants += [Variant(sa, sa, choose_plan(sa, config, entry), Baseline()) for sa in plans]
     for text in rivals:
         if text.startswith("sa:"):
             sa = text.removeprefix("sa:").removesuffix("+kv-int8")
-            rival = Rival(int8=text.endswith("+kv-int8"))
+            rival = Baseline(int8=text.endswith("+kv-int8"))
             variants.append(Variant(text, sa, choose_plan(sa, config, entry), rival))
         else:
-            variants.append(Variant(text, None, none, Rival.parse(text, config.n_layers)))
+            variants.append(Variant(text, None, none, Baseline.parse(text, config.n_layers)))
     names = [variant.name for variant in variants]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

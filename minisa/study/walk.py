@@ -1,11 +1,12 @@
-"""A model run layer by layer over whole windows of text, so that a study can look in, and go on from any layer.
+"""A model run layer by layer over whole windows of text, so that a study can look in and go on from any layer.
 
 The same arithmetic as Transformer.hidden for windows that begin at position 0, without a cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,28 +20,21 @@ from minisa.sharing import SharingPlan
 def share(model: Transformer, plan: SharingPlan) -> Transformer:
     """The same weights under another plan; no weight is copied.
 
-    The plan's followers may lead in `model`, not the other way round: a follower's wq and wk are gone.
+    The plan's followers may lead in `model`, not the other way round: a follower has no wq and wk.
     """
     with torch.device("meta"):
         shared = Transformer(model.config, plan)
     weights = model.state_dict()
     shared.load_state_dict({name: weights[name] for name in shared.state_dict()}, assign=True)
-    return shared.to(model.norm.weight.device).requires_grad_(False)  # the buffers move, the weights are there
+    return shared.to(model.norm.weight.device).requires_grad_(False)  # moves the buffers; the weights are there
 
 
 def replace(model: Transformer, weights: Mapping[str, Tensor]) -> Transformer:
-    """model, with these parameters in the place of its own; whoever shares the old ones keeps them."""
+    """model, with copies of these parameters in place of its own; models that share the old ones keep them."""
     device = model.norm.weight.device
     copies = {name: tensor.to(device, copy=True) for name, tensor in weights.items()}
     model.load_state_dict(copies, strict=False, assign=True)
     return model.requires_grad_(False)
-
-
-def set_head_map(model: Transformer, i: int, heads: tuple[int, ...]) -> None:
-    """Give follower i another head map; the model's plan keeps its own."""
-    layer = model.layers[i]
-    assert isinstance(layer, Layer)  # for the type checker
-    layer.attention.set_head_map(heads, model.norm.weight.device)
 
 
 def layer_of(name: str) -> int:
@@ -48,10 +42,20 @@ def layer_of(name: str) -> int:
     return int(name.split(".")[1])
 
 
+def attention_weights(queries: Queries, rows: slice = slice(None)) -> Tensor:
+    """P [B, H, T, S] in fp32, as attention.py defines it. rows: of the T query positions, those that are wanted."""
+    q, k, mask = queries
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = (q[:, :, rows] @ k.mT).float() / q.shape[-1] ** 0.5
+    return scores.masked_fill(~mask[..., rows, :], float("-inf")).softmax(-1)
+
+
 class Walk:
     """A model's layers, one at a time, over hidden states x [N, T, dim] of windows [N, T].
 
-    A layer's `queries` are what it leads with, its `mixed` heads [N, T, H·D] what goes into wo.
+    `queries` are what a layer's attention weights follow from; `mixed` [N, T, H·D] is what goes into its wo.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -64,8 +68,8 @@ class Walk:
         return self.model.tok_embeddings(windows.to(self.model.norm.weight.device))
 
     def queries(self, i: int, x: Tensor) -> Queries:
-        """What the attention weights of layer i follow from. It must have wq and wk."""
-        layer = self._layer(i)
+        """The queries of layer i, which must have wq and wk."""
+        layer = self.at(i)
         if x.shape[1] != self._length:
             self._length = x.shape[1]
             positions = torch.arange(self._length, device=x.device)[None]
@@ -77,32 +81,8 @@ class Walk:
         )
         return Queries(q, k, self._mask)
 
-    def values(self, i: int, x: Tensor) -> Tensor:
-        """Layer i's own values [N, Hkv, T, D]."""
-        layer = self._layer(i)
-        return layer.attention.values(layer.attention_norm(x))
-
-    def mixed(self, i: int, x: Tensor, queries: Queries) -> Tensor:
-        """Layer i's values under attention weights that follow from `queries`, through its head map."""
-        mixed = TORCH.follow(queries, self.values(i, x), self._layer(i).attention.head_map)
-        return mixed.transpose(1, 2).flatten(2)  # [N, H, T, D] → [N, T, H·D]
-
-    def add_attention(self, i: int, x: Tensor, mixed: Tensor) -> Tensor:
-        """x after the attention half of layer i."""
-        return x + self._layer(i).attention.wo(mixed)
-
-    def add_feed_forward(self, i: int, x: Tensor) -> Tensor:
-        """x after layer i, from x after its attention half."""
-        layer = self._layer(i)
-        return layer.down(x, self.gated(i, x))
-
-    def gated(self, i: int, x: Tensor) -> Tensor:
-        """What goes into w2 of layer i [N, T, hidden_dim], for x after its attention half."""
-        layer = self._layer(i)
-        return layer.feed_forward.hidden(layer.ffn_norm(x))
-
     def lead_or_follow(self, i: int, x: Tensor, shared: dict[int, Queries]) -> Queries:
-        """The queries layer i uses. A leader's go to `shared` for its followers, which take them from there."""
+        """The queries layer i uses. A leader's go to `shared`, from where its followers take them."""
         leader = self.plan.sources[i]
         if leader != i:
             return shared[leader]
@@ -111,29 +91,81 @@ class Walk:
             shared[i] = queries
         return queries
 
+    def values(self, i: int, x: Tensor) -> Tensor:
+        """Layer i's own values [N, Hkv, T, D]."""
+        layer = self.at(i)
+        return layer.attention.values(layer.attention_norm(x))
+
+    def mixed(self, i: int, x: Tensor, queries: Queries) -> Tensor:
+        """Layer i's values under the attention weights of `queries`, through its head map."""
+        mixed = TORCH.follow(queries, self.values(i, x), self.at(i).attention.head_map)
+        return mixed.transpose(1, 2).flatten(2)  # [N, H, T, D] → [N, T, H·D]
+
+    def add_attention(self, i: int, x: Tensor, queries: Queries) -> Tensor:
+        """x after the attention half of layer i."""
+        return x + self.at(i).attention.wo(self.mixed(i, x, queries))
+
+    def gated(self, i: int, x: Tensor) -> Tensor:
+        """What goes into w2 of layer i [N, T, hidden_dim], for x after its attention half."""
+        layer = self.at(i)
+        return layer.feed_forward.hidden(layer.ffn_norm(x))
+
+    def add_feed_forward(self, i: int, x: Tensor) -> Tensor:
+        """x after layer i, for x after its attention half."""
+        return self.at(i).down(x, self.gated(i, x))
+
     def layer(self, i: int, x: Tensor, shared: dict[int, Queries]) -> Tensor:
         """x after layer i."""
-        x = self.add_attention(i, x, self.mixed(i, x, self.lead_or_follow(i, x, shared)))
-        return self.add_feed_forward(i, x)
+        return self.add_feed_forward(i, self.add_attention(i, x, self.lead_or_follow(i, x, shared)))
 
-    def onward(self, states: list[Tensor], start: int, keep: bool = False) -> list[Tensor]:
-        """Run the layers from `start` on: x [N, T, dim] after each of them, or after the last alone without `keep`.
+    def onward(self, states: Sequence[Tensor], start: int) -> Iterator[Tensor]:
+        """x [N, T, dim] after each layer from `start` on.
 
-        states: x before each of the layers 0..start. What followers from `start` on need of leaders before it is
-        computed again from these.
+        states: x before each of the layers 0..start, from which the queries of leaders before `start` are computed
+        again for those who still follow them.
         """
-        shared = {leader: self.queries(leader, states[leader]) for leader in self._open_before(start)}
-        x, found = states[start], []
+        last_use = self.model.last_use.items()
+        shared = {leader: self.queries(leader, states[leader]) for leader, last in last_use if leader < start <= last}
+        x = states[start]
         for i in range(start, self.plan.n_layers):
             x = self.layer(i, x, shared)
-            if keep or i == self.plan.n_layers - 1:
-                found.append(x)
-        return found
+            yield x
 
-    def _open_before(self, start: int) -> Iterable[int]:
-        return (leader for leader, last in self.model.last_use.items() if leader < start <= last)
-
-    def _layer(self, i: int) -> Layer:
+    def at(self, i: int) -> Layer:
         layer = self.model.layers[i]
         assert isinstance(layer, Layer)  # for the type checker
         return layer
+
+
+class Streams(NamedTuple):
+    """Some windows in the middle of half a layer: x [N, T, dim] of the shared model before that half, `wanted` that
+    of the plain model after it. queries: what the shared layer uses; None in the feed-forward half."""
+
+    wanted: Tensor
+    x: Tensor
+    queries: Queries | None
+
+
+def side_by_side(
+    plain: Walk, shared: Walk, parts: Sequence[Tensor], first: int
+) -> Iterator[tuple[int, str, list[Streams]]]:
+    """Plain and shared model over the same windows: (layer, its last matrix, streams) before the shared model takes
+    each half of a layer from `first` on.
+
+    The caller may change the matrix, or the head map, before it goes on. The models must not differ before `first`.
+    """
+    pairs = [(x, x) for x in map(shared.embed, parts)]
+    spans: list[dict[int, Queries]] = [{} for _ in parts]
+    for i in range(first):
+        xs = [shared.layer(i, x, span) for (_, x), span in zip(pairs, spans, strict=True)]
+        pairs = [(x, x) for x in xs]
+    for i in range(first, shared.plan.n_layers):
+        halves = [
+            Streams(plain.add_attention(i, wanted, plain.queries(i, wanted)), x, shared.lead_or_follow(i, x, span))
+            for (wanted, x), span in zip(pairs, spans, strict=True)
+        ]
+        yield i, "attention.wo", halves
+        pairs = [(wanted, shared.add_attention(i, x, queries)) for wanted, x, queries in halves if queries is not None]
+        halves = [Streams(plain.add_feed_forward(i, wanted), x, None) for wanted, x in pairs]
+        yield i, "feed_forward.w2", halves
+        pairs = [(wanted, shared.add_feed_forward(i, x)) for wanted, x, _ in halves]
