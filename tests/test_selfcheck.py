@@ -73,7 +73,7 @@ def test_errors_of_attention_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_short_benchmark(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
-    monkeypatch.setattr("minisa.cli.run_checks", lambda _: iter(()))
+    monkeypatch.setattr("minisa.benchmark.selfcheck.run_checks", lambda _: iter(()))
     ran = run()
     record = json.loads(ran.output.splitlines()[-1])
     assert ran.return_value == 0
