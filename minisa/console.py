@@ -149,24 +149,6 @@ def write_json(path: str, record: Mapping[str, Any]) -> None:
     write_whole(Path(path), json.dumps(record, indent=1) + "\n")
 
 
-def banner(llm: LLM, model: str) -> str:
-    """One line: the model, its plan, where it runs."""
-    from minisa.device import dtype_name
-
-    config, plan, cache = llm.config, llm.plan, llm.cache
-    kept = "" if cache.values.dtype == llm.dtype else f" in {dtype_name(cache.values.dtype)}"
-    sharing = f"{len(plan.followers)} follow ({plan})" if plan.followers else "plain attention"
-    return (
-        f"{Path(model).name} · {config.n_layers} layers, {sharing} · "
-        f"{llm.weight_format} on {llm.device}, {llm.runner.name} · "
-        f"context {cache.length} · KV cache {mebibytes(cache.bytes())}{kept}"
-    )
-
-
-def mebibytes(n_bytes: float) -> str:
-    return f"{n_bytes / 2**20:,.1f} MiB"
-
-
 class _Bar(contextlib.ExitStack):
     """click's progress bar, begun when the total is known; silent where stderr is not a terminal."""
 
