@@ -94,7 +94,6 @@ def run(command: click.Command) -> NoReturn:
     except (MinisaError, click.ClickException) as error:
         _fail(name, error.format_message() if isinstance(error, click.ClickException) else str(error))
     except (KeyboardInterrupt, click.Abort):
-        click.echo(err=True)
         sys.exit(130)
     except BrokenPipeError:  # the reader has left; at exit Python would complain about what is not written yet
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

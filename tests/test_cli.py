@@ -17,7 +17,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import bench
 from minisa import SharingPlan, cli, console
 from minisa.device import DTYPES, KV_DTYPES
 from minisa.errors import MinisaError
@@ -37,25 +36,24 @@ def run_cli(run_main: Callable[..., Ran]) -> Callable[..., Ran]:
 
 
 HELP = """
-import sys, importlib
+import importlib, sys
+sys.modules["torch"] = None  # whoever imports it fails
 from click.testing import CliRunner
 from minisa import cli
-slow = []
-for arguments in [["chat"], ["bench"], ["minisa"], *(["minisa", name] for name in cli.main.list_commands(None))]:
-    main = cli.main if arguments[0] == "minisa" else importlib.import_module(arguments[0]).main
-    ran = CliRunner().invoke(main, [*arguments[1:], "--help"])
-    assert ran.exit_code == 0 and ran.output.startswith("Usage: "), (arguments, ran.output)
-    if "torch" in sys.modules:
-        slow.append(arguments)
-        for name in [name for name in sys.modules if name.split(".")[0] in ("torch", "minisa", "bench")]:
-            del sys.modules[name]
-print(slow)
+for command in ("chat", "bench", "minisa", *(f"minisa {name}" for name in cli.main.list_commands(None))):
+    program, *arguments = command.split()
+    try:
+        main = cli.main if program == "minisa" else importlib.import_module(program).main
+        ran = CliRunner().invoke(main, [*arguments, "--help"], catch_exceptions=False)
+        assert ran.output.startswith("Usage: ")
+    except ImportError as error:
+        print(f"{command}: {error}")
 """
 
 
 def test_help_imports_no_torch() -> None:
     ran = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (ran.stdout.strip(), ran.returncode) == ("[]", 0), ran.stderr
+    assert (ran.returncode, ran.stdout) == (0, ""), ran.stderr
 
 
 def test_pull_imports_neither_torch_nor_a_study() -> None:
@@ -176,32 +174,19 @@ class TestEnds:
         assert list(tmp_path.iterdir()) == []
 
 
-def invoke(*arguments: str) -> tuple[int, str]:
-    main = bench.main if arguments[0] == "bench" else cli.main
-    ran = CliRunner().invoke(main, arguments[1:] if arguments[0] == "bench" else arguments)
-    return ran.exit_code, str(ran.exception) if isinstance(ran.exception, MinisaError) else ran.stderr
-
-
-@pytest.mark.parametrize("flag", ["search --out", "plan --save", "bench --json", "isotropy --plot"])
+@pytest.mark.parametrize("flag", ["search --out", "plan --save", "isotropy --plot"])
 def test_a_file_that_cannot_be_written_is_refused_before_any_work(flag: str, tmp_path: Path) -> None:
-    names = [str(tmp_path), "no/such/folder.json", *(["plan.toml"] if flag.endswith(("--out", "--save")) else [])]
-    for name in names:
-        status, said = invoke(*flag.split(), name)
-        assert status == 2 and f"Invalid value for '{flag.split()[1]}'" in said, (name, said)
+    command, option = flag.split()
+    for name in (tmp_path, "no/such/folder.json", *(["plan.toml"] if option in ("--out", "--save") else [])):
+        ran = CliRunner().invoke(cli.main, [command, option, str(name)])
+        assert ran.exit_code == 2 and f"Invalid value for '{option}'" in ran.stderr, (name, ran.stderr)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "bench --json a.json --plot ./a.json",
-        "bench --sa a.json --json a.json",
-        "isotropy --text t --json a --plot a",
-        "search --followers 1 --text t.json --out ./t.json",
-        "heal --sa 1 --steps 1 --text t.json --out t.json",
-    ],
-)
-def test_two_flags_that_name_one_file_to_write(command: str) -> None:
-    assert "names the same file: give another" in invoke(*command.split())[1]
+def test_two_flags_that_name_one_file_to_write() -> None:
+    console.keep_apart({"--json": "a", "--plot": None}, ("--text", "t"), ("--text", "./t"), ("--model", None))
+    for written, read in (({"--json": "a", "--plot": "./a"}, ()), ({"--json": "a"}, (("--text", "./a"),))):
+        with pytest.raises(MinisaError, match=r"--(plot|text) \./a: --json names the same file: give another"):
+            console.keep_apart(written, *read)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "x"])
