@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import readline
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,17 +15,23 @@ from minisa.interrupts import end_without_traceback
 
 if __name__ == "__main__":
     end_without_traceback()
-    # Threads of PyTorch's that spin while they wait take turns with the C++ step's compiler: on two cores an answer
-    # would take eight times as long beside it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from minisa import MinisaError
-from minisa.console import banner, mebibytes, model_options, open_model, run
+from minisa.console import model_options, open_model, run
 from minisa.costs import kv_bytes
+from minisa.errors import MinisaError
 from minisa.generation.options import Options
 from minisa.models.registry import choose_plan, resolve
 from minisa.text.chat import FORMATS
-from minisa.text.conversation import Conversation
+
+if TYPE_CHECKING:
+    from minisa import LLM
+    from minisa.generation.row import Chunk, Stats
+    from minisa.text.conversation import Conversation
+
+try:
+    import readline
+except ImportError:  # some builds of Python have none; then lines cannot be edited
+    readline = None  # type: ignore[assignment]
 
 HELP = """\
 /reset         forget the conversation
@@ -35,8 +40,9 @@ HELP = """\
 /stats         how the last answer went
 /help          this list
 Ctrl-C stops an answer and keeps the session, Ctrl-D leaves."""
-PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+# A terminal is shown these in place of control characters: what a model says must not command it.
+VISIBLE = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - set(b"\n\t"), "\N{REPLACEMENT CHARACTER}")
 
 
 @click.command()
@@ -49,11 +55,7 @@ PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep the likeliest tokens up to this sum.")
 @click.option("--min-p", type=float, default=0.0, show_default=True, help="Keep tokens this likely beside the best.")
 @click.option(
-    "--repetition-penalty",
-    type=float,
-    default=1.1,
-    show_default=True,
-    help="Above 1 discourages repeats; 1 is off.",
+    "--repetition-penalty", type=float, default=1.1, show_default=True, help="Above 1 discourages repeats; 1 is off."
 )
 @click.option("--seed", type=int, help="Same seed, same text.")
 @click.option("--stop", multiple=True, help="End the answer at this text; may be given several times.")
@@ -63,116 +65,152 @@ PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
     help="Guess ahead: the same text (in bf16 on a GPU but for near ties), faster if it repeats.",
 )
 @click.option("--max-seq-len", type=int, help="Context in tokens; the model's own by default.")
-@click.option("--compile/--no-compile", "compiled", default=None, help="Wait for the compiled step, or do without it.")
+@click.option("--compile/--no-compile", default=None, help="The compiled step, or eager PyTorch; else the faster one.")
 @click.option("--chat-format", help=f"In place of the model's own: {', '.join(FORMATS)}, or a .jinja file.")
 @click.option("--raw", is_flag=True, help="No chat format: continue the text as it stands.")
-def main(
-    model: str,
-    sa: str | None,
-    device: str,
-    dtype: str,
-    kv_dtype: str,
-    quantize: str | None,
-    prompt: str | None,
-    system: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int | None,
-    stop: tuple[str, ...],
-    speculate: bool,
-    max_seq_len: int | None,
-    compiled: bool | None,
-    chat_format: str | None,
-    raw: bool,
-) -> None:
+def main(model: str, prompt: str | None, system: str | None, raw: bool, **flags: Any) -> None:
     """Chat with a Llama or Mistral model, with or without Shared Attention.
 
     Without --prompt and with a terminal on stdin the session is interactive; text piped into stdin is one prompt.
     """
-    prompt, system = as_utf8(prompt), as_utf8(system)
-    if prompt is not None:
-        check_text("--prompt", prompt)
-    elif sys.stdin is None or not sys.stdin.isatty():
+    if prompt is None and not sys.stdin.isatty():
         prompt = read_stdin()
-        check_text("stdin", prompt)
-    stop = tuple(as_utf8(text) or "" for text in stop)
-    for text in stop:
-        check_utf8("--stop", text)
-    if raw and system:
-        raise MinisaError("--raw continues the text as it stands: leave out --system")
-    if raw and chat_format:
-        raise MinisaError("--raw continues the text as it stands: leave out --chat-format")
-    sampling: dict[str, Any] = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-    }
-    Options(**sampling, max_new_tokens=max_new_tokens, stop=stop)  # what is out of range is told before a model loads
-    options = {"max_new_tokens": max_new_tokens, "stop": stop, "speculate": speculate}
-    loading = {
-        "device": device,
-        "dtype": dtype,
-        "kv_dtype": kv_dtype,
-        "quantize": quantize,
-        "max_seq_len": max_seq_len,
-        "compile": compiled,
-        "chat_format": chat_format,
-    }
-    conversation = Conversation(open_model(model, sa=sa, **loading), system, raw, **sampling, **options)
-    click.echo(banner(conversation.llm, model), err=True)
-    if not raw and conversation.llm.chat_template.name == "raw":
+    elif prompt is not None and not prompt.strip():
+        raise MinisaError("--prompt is empty: give some text")
+    for name, text in (("--prompt", prompt), ("--system", system), *(("--stop", text) for text in flags["stop"])):
+        check_utf8(name, text or "")
+    for name, given in (("--system", system), ("--chat-format", flags["chat_format"])):
+        if raw and given:
+            raise MinisaError(f"--raw continues the text as it stands: leave out {name}")
+    sampling = {name: flags.pop(name) for name in SAMPLING}
+    options = {name: flags.pop(name) for name in ("max_new_tokens", "stop", "speculate")}
+
+    from minisa.text.conversation import Conversation
+
+    Options(**sampling, **options)  # what is out of range is refused before a model loads
+    llm = open_model(model, **flags)
+    session = Session(llm, model, flags, sampling | options, raw, Conversation(system))
+    click.echo(session.banner(), err=True)
+    if not raw and llm.chat_template.name == "raw":
         click.echo("(no chat template: texts go in one after the other; --chat-format names a format)", err=True)
     if prompt is not None:
-        answer(conversation, prompt)
+        answer(session, prompt)
     else:
-        converse(conversation, model, loading)
+        converse(session)
 
 
-def answer(conversation: Conversation, text: str) -> None:
-    """Print one answer on stdout as it comes, and the footer on stderr.
+@dataclass
+class Session:
+    """A model and what has been said. loading: how the model was loaded; options: those of `LLM.generate`.
 
-    A terminal is shown pictures of control characters: what a model says must not command it.
+    raw: no chat format and no memory; each text is continued as it stands.
     """
-    pictures = PICTURES if sys.stdout.isatty() else {}
+
+    llm: LLM
+    model: str
+    loading: dict[str, Any]
+    options: dict[str, Any]
+    raw: bool
+    conversation: Conversation
+    last: Stats | None = field(default=None, init=False)
+
+    def send(self, text: str) -> Iterator[Chunk]:
+        """Stream the answer. It becomes a turn as far as it was given out, also when the caller stops early."""
+        self.last = None
+        if self.raw:
+            for chunk in self.llm.generate(text, **self.options):
+                self.last = chunk.stats
+                yield chunk
+            return
+        max_new_tokens = self.options.get("max_new_tokens")
+        messages = self.conversation.messages_for(text, self._count_tokens, self.llm.cache.length, max_new_tokens)
+        said = ""
+        try:
+            for chunk in self.llm.chat(messages, **self.options):
+                said += chunk.text
+                self.last = chunk.stats
+                yield chunk
+        finally:
+            if said:
+                self.conversation.add_answer(messages, said)
+
+    def _count_tokens(self, messages: list[Any]) -> int:
+        return len(self.llm.chat_template.ids(messages))
+
+    def banner(self) -> str:
+        """One line: the model, its plan, where it runs."""
+        from minisa.device import dtype_name
+
+        llm, plan, cache = self.llm, self.llm.plan, self.llm.cache
+        kept = "" if cache.values.dtype == llm.dtype else f" in {dtype_name(cache.values.dtype)}"
+        sharing = f"{len(plan.followers)} follow ({plan})" if plan.followers else "plain attention"
+        return (
+            f"{Path(self.model).name} · {llm.config.n_layers} layers, {sharing} · "
+            f"{llm.weight_format} on {llm.device}, {llm.runner.name} · "
+            f"context {cache.length} · KV cache {mebibytes(cache.bytes())}{kept}"
+        )
+
+    def footer(self) -> str:
+        """Tokens/s, time to first token, context used, KV bytes in use."""
+        llm, stats = self.llm, self.last
+        assert stats is not None
+        used = stats.prompt_tokens + stats.new_tokens - 1  # the last token was not fed
+        held = kv_bytes(llm.config, llm.plan, used, llm.cache.values.itemsize)
+        return (
+            f"[{stats.tokens_per_second:.1f} tokens/s · first token {stats.time_to_first_token:.2f} s · "
+            f"context {used}/{llm.cache.length} · KV {mebibytes(held)}]"
+        )
+
+    def stats(self) -> str:
+        """What /stats shows."""
+        if (stats := self.last) is None:
+            return "no answer yet, or the last one was stopped"
+        return (
+            f"prompt   {stats.prompt_tokens} tokens, {stats.reused_tokens} of them in the cache already, "
+            f"the rest at {stats.prompt_tokens_per_second:,.0f} tokens/s\n"
+            f"answer   {stats.new_tokens} tokens at {stats.tokens_per_second:.1f} tokens/s, "
+            f"the first after {stats.time_to_first_token:.2f} s\n"
+            f"memory   peak {mebibytes(stats.peak_memory)}, KV cache {mebibytes(self.llm.cache.bytes())} allocated"
+        )
+
+    def change_plan(self, sa: str) -> None:
+        """Load the model anew, in the memory of the one before. Where that fails, the plan stays as it was."""
+        before = self.llm.plan
+        plan = choose_plan(sa, self.llm.config, resolve(self.model)[1])
+        del self.llm
+        try:
+            self.llm = open_model(self.model, **self.loading | {"sa": plan})
+        except (KeyboardInterrupt, MinisaError):
+            try:
+                self.llm = open_model(self.model, **self.loading | {"sa": before})
+            except (KeyboardInterrupt, MinisaError) as error:  # there is nobody left to talk to
+                raise click.ClickException(str(error) or "interrupted") from None
+            raise
+
+
+def answer(session: Session, text: str) -> None:
+    """Print one answer on stdout as it comes, and the footer on stderr."""
+    visible = VISIBLE if sys.stdout.isatty() else {}
     reason = None
     try:
-        with contextlib.closing(conversation.send(text)) as chunks:
+        with contextlib.closing(session.send(text)) as chunks:  # type: ignore[type-var]
             for chunk in chunks:
-                click.echo(chunk.text.translate(pictures), nl=False)
+                click.echo(chunk.text.translate(visible), nl=False)
                 reason = chunk.finish_reason
     except KeyboardInterrupt:
         click.echo()
         raise
     click.echo()
-    if conversation.forgotten:
-        click.echo(f"(the context is full: the {conversation.forgotten} oldest messages were dropped)", err=True)
+    if forgotten := session.conversation.forgotten:
+        click.echo(f"(the context is full: the {forgotten} oldest messages were dropped)", err=True)
     if reason == "context":
         click.echo("(the answer filled the context, which --max-seq-len sets)", err=True)
-    click.secho(footer(conversation), dim=True, err=True)
+    click.secho(session.footer(), dim=True, err=True)
 
 
-def footer(conversation: Conversation) -> str:
-    """tokens/s, time to first token, context used, KV bytes in use."""
-    llm, stats = conversation.llm, conversation.last
-    assert stats is not None
-    used = stats.prompt_tokens + stats.new_tokens - 1  # the last token was not fed
-    held = kv_bytes(llm.config, llm.plan, used, llm.cache.values.itemsize)
-    return (
-        f"[{stats.tokens_per_second:.1f} tokens/s · first token {stats.time_to_first_token:.2f} s · "
-        f"context {used}/{llm.cache.length} · KV {mebibytes(held)}]"
-    )
-
-
-def converse(conversation: Conversation, model: str, loading: dict[str, Any]) -> None:
+def converse(session: Session) -> None:
     """The interactive session."""
-    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # for check_text to tell
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # for check_utf8 to tell
     click.echo("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.", err=True)
     with history(Path(click.get_app_dir("minisa")) / "history"):
         while True:
@@ -185,65 +223,36 @@ def converse(conversation: Conversation, model: str, loading: dict[str, Any]) ->
                 click.echo(err=True)
                 continue
             try:
-                if line.strip():
-                    check_text("the message", line)
-                    if line.startswith("/"):
-                        command(conversation, line, model, loading)
-                    else:
-                        answer(conversation, line)
+                check_utf8("the message", line)
+                if line.startswith("/"):
+                    command(session, line)
+                elif line.strip():
+                    answer(session, line)
             except MinisaError as error:
                 click.echo(f"({error})", err=True)
             except KeyboardInterrupt:
                 click.echo("(stopped)", err=True)
 
 
-def command(conversation: Conversation, line: str, model: str, loading: dict[str, Any]) -> None:
+def command(session: Session, line: str) -> None:
     """One of the slash commands of HELP."""
     name, _, rest = line.strip().partition(" ")
-    rest = rest.strip()
+    rest, conversation, plan = rest.strip(), session.conversation, session.llm.plan
     if name == "/reset":
         conversation.reset(conversation.system)
     elif name == "/system":
         conversation.reset(rest or None)
     elif name == "/sa" and rest:
-        change_plan(conversation, rest, model, loading)
-        click.echo(banner(conversation.llm, model), err=True)
+        session.change_plan(rest)
+        click.echo(session.banner(), err=True)
     elif name == "/sa":
-        click.echo(f"plan {conversation.llm.plan}\n{conversation.llm.plan.picture()}", err=True)
+        click.echo(f"plan {plan}\n{plan.picture()}", err=True)
     elif name == "/stats":
-        click.echo(stats_report(conversation), err=True)
+        click.echo(session.stats(), err=True)
     elif name == "/help":
         click.echo(HELP, err=True)
     else:
         raise MinisaError(f"{name} is not a command; /help lists them")
-
-
-def change_plan(conversation: Conversation, sa: str, model: str, loading: dict[str, Any]) -> None:
-    """Load the model anew, in the memory of the one before. Where that fails, the plan stays as it was."""
-    before = conversation.llm.plan
-    plan = choose_plan(sa, conversation.llm.config, resolve(model)[1])
-    del conversation.llm
-    try:
-        conversation.llm = open_model(model, sa=plan, **loading)
-    except (KeyboardInterrupt, MinisaError) as failure:
-        try:
-            conversation.llm = open_model(model, sa=before, **loading)
-        except (KeyboardInterrupt, MinisaError) as error:  # there is nobody left to talk to
-            raise click.ClickException(str(error) or "interrupted") from None
-        raise failure
-
-
-def stats_report(conversation: Conversation) -> str:
-    stats = conversation.last
-    if stats is None:
-        return "no answer yet, or the last one was stopped"
-    return (
-        f"prompt   {stats.prompt_tokens} tokens, {stats.reused_tokens} of them in the cache already, "
-        f"the rest at {stats.prompt_tokens_per_second:,.0f} tokens/s\n"
-        f"answer   {stats.new_tokens} tokens at {stats.tokens_per_second:.1f} tokens/s, "
-        f"the first after {stats.time_to_first_token:.2f} s\n"
-        f"memory   peak {mebibytes(stats.peak_memory)}, KV cache {mebibytes(conversation.llm.cache.bytes())} allocated"
-    )
 
 
 def ask() -> str:
@@ -255,7 +264,10 @@ def ask() -> str:
 
 @contextlib.contextmanager
 def history(path: Path) -> Iterator[None]:
-    """Line history kept from session to session, where the home folder allows it."""
+    """Lines kept from session to session, where the home folder allows it."""
+    if readline is None:
+        yield
+        return
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
     try:
@@ -268,26 +280,13 @@ def history(path: Path) -> Iterator[None]:
 
 
 def read_stdin() -> str:
-    if sys.stdin is None:
-        raise MinisaError("stdin is closed: give --prompt TEXT")
     try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        text = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise MinisaError(f"stdin is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
-
-
-def as_utf8(argument: str | None) -> str | None:
-    """A flag's text, if the terminal speaks UTF-8 and the locale has been told otherwise."""
-    try:
-        return None if argument is None else os.fsencode(argument).decode("utf-8")
-    except UnicodeError:
-        return argument
-
-
-def check_text(name: str, text: str) -> None:
     if not text.strip():
-        raise MinisaError(f"{name} is empty: give some text")
-    check_utf8(name, text)
+        raise MinisaError("stdin is empty: give some text")
+    return text
 
 
 def check_utf8(name: str, text: str) -> None:
@@ -295,6 +294,10 @@ def check_utf8(name: str, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise MinisaError(f"{name} is not UTF-8 at character {error.start}") from error
+
+
+def mebibytes(n_bytes: float) -> str:
+    return f"{n_bytes / 2**20:,.1f} MiB"
 
 
 if __name__ == "__main__":

@@ -89,20 +89,21 @@ class Soak:
         self.memory: list[tuple[int, int]] = []
 
     def run(self, turns: int, report: int, **options: Any) -> None:
-        conversation = Conversation(self.llm, **options)
+        session = session_of(self.llm, None, options)
         for turn in range(turns + 1):
             if turn % report == 0:
                 gc.collect()
                 self.memory.append((turn, resident("VmRSS")))
                 print(f"{turn:>5} turns  {self.memory[-1][1] / 2**20:7.1f} MiB  {dict(self.counts)}", flush=True)
             if turn < turns:
-                self.turn(conversation, compare=turn % self.every == 0)
+                self.turn(session, compare=turn % self.every == 0)
 
-    def turn(self, conversation: Conversation, *, compare: bool) -> None:
+    def turn(self, session: chat.Session, *, compare: bool) -> None:
         if self.chance.random() < 0.1:
             with contextlib.suppress(MinisaError), contextlib.redirect_stderr(self.err):
-                chat.command(conversation, self.chance.choice(COMMANDS), "", {})
+                chat.command(session, self.chance.choice(COMMANDS))
             self.counts["commands"] += 1
+        conversation = session.conversation
         text, before, system = self.chance.choice(TEXTS), conversation.turns, conversation.system
         kind = self.chance.choice(("none", "none", "between chunks", "anywhere"))
         self.out.clear(self.chance.randrange(12) if kind == "between chunks" else None)
@@ -114,7 +115,7 @@ class Soak:
                 contextlib.redirect_stderr(self.err),
                 interrupted_within(0.001 + self.chance.random() * 0.3 if kind == "anywhere" else None),
             ):
-                chat.answer(conversation, text)
+                chat.answer(session, text)
             self.counts["whole answers"] += 1
             whole = True
         except KeyboardInterrupt:
@@ -124,7 +125,7 @@ class Soak:
         self.counts["turns dropped"] += conversation.forgotten
         if compare and conversation.turns is not before:  # something was said
             said = conversation.turns[-1]["content"]
-            expected = fresh_answer(self.other, before, system, text, conversation.options)
+            expected = fresh_answer(self.other, before, system, text, session.options)
             same = said == expected if whole else expected.startswith(said)
             assert same, f"{said!r}, a fresh session says {expected!r} to {[*before, text]}"
             self.counts["compared"] += 1
@@ -135,9 +136,13 @@ def fresh_answer(llm: LLM, turns: list[Any], system: str | None, text: str, opti
     llm.cache.tokens[0].clear()
     llm.cache.values.zero_()
     llm.cache.keys.zero_()
-    conversation = Conversation(llm, system, **options)
-    conversation.turns = turns
-    return "".join(chunk.text for chunk in conversation.send(text))
+    session = session_of(llm, system, options)
+    session.conversation.turns = turns
+    return "".join(chunk.text for chunk in session.send(text))
+
+
+def session_of(llm: LLM, system: str | None, options: dict[str, Any]) -> chat.Session:
+    return chat.Session(llm, "", {}, options, False, Conversation(system))
 
 
 def main() -> None:

@@ -71,13 +71,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class TestModelsToml:
-    def test_every_promised_model_is_listed(self) -> None:
-        promised = {"smollm2-135m", "smollm2-360m", "smollm2-1.7b", "tinyllama-1.1b-chat", "llama2-7b"}
-        promised |= {f"{name}{kind}" for name in ("llama3-8b", "llama3.1-8b") for kind in ("", "-instruct")}
-        promised |= {f"llama3.2-{size}{kind}" for size in ("1b", "3b") for kind in ("", "-instruct")}
-        promised |= {f"mistral-7b-{kind}v0.{version}" for kind in ("", "instruct-") for version in (1, 2, 3)}
-        assert set(registry()) == promised | {"llama2-7b-chat"}
-
     @pytest.mark.parametrize("entry", registry().values(), ids=lambda entry: entry.name)
     def test_an_entry_fits_the_model_it_names(self, entry: ModelEntry) -> None:
         assert re.fullmatch(r"[a-z0-9.-]+", entry.name)
@@ -201,14 +194,6 @@ class TestPulling:
         assert pull(entry) == weights / "tiny"
         assert publisher.asked == []
 
-    def test_only_what_is_missing_is_fetched(self, publisher: Publisher, weights: Path) -> None:
-        publisher.files = {"model.safetensors": BIG}
-        (weights / "tiny").mkdir(parents=True)
-        (weights / "tiny" / "config.json").write_bytes(b"mine")
-        (weights / "tiny" / "model.safetensors").write_bytes(b"half")  # models.toml knows better
-        pull(model(publisher.url, "config.json", ModelFile("model.safetensors", sha256(BIG), len(BIG))))
-        assert contents(weights / "tiny") == {"config.json": b"mine", "model.safetensors": BIG}
-
     def test_ctrl_c_keeps_what_has_arrived(self, publisher: Publisher, weights: Path) -> None:
         publisher.files = {"model.gguf": BIG}
 
@@ -275,9 +260,9 @@ class TestPulling:
 
     def test_a_part_that_is_whole_already(self, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of a pull that was killed while it verified the file."""
-        publisher.files, kill = {"model.gguf": BIG}, SimpleNamespace(replace=lambda *_: sys.exit(), getpid=lambda: 0)
+        publisher.files = {"model.gguf": BIG}
         with monkeypatch.context() as killed:
-            killed.setattr(download.os, "replace", kill.replace)
+            killed.setattr(download.os, "replace", lambda *_: sys.exit())
             with pytest.raises(SystemExit):
                 pull(model(publisher.url, "model.gguf"))
         assert pull(model(publisher.url, "model.gguf")).read_bytes() == BIG
@@ -288,12 +273,6 @@ class TestPulling:
         assert pull(model(publisher.url, "model.gguf")).read_bytes() == BIG
         publisher.files["other.gguf"], publisher.statuses = BIG, [status] * download.ATTEMPTS
         assert f"HTTP Error {status}" in failure(model(publisher.url, "other.gguf"))
-
-    def test_a_silent_connection_is_given_up(self, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
-        publisher.files, publisher.pause = {"model.gguf": BIG}, 5
-        monkeypatch.setattr(download, "TIMEOUT", 0.05)
-        message = failure(model(publisher.url, "model.gguf"))
-        assert "timed out: are you offline, or has the file moved? Pull again to go on from what has arrived" in message
 
     def test_the_token_goes_to_its_own_host_only(self, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
         publisher.files, publisher.token = {"model.gguf": BIG}, "hf_secret"
@@ -341,11 +320,6 @@ class TestPulling:
         publisher.files, publisher.states_sha256, publisher.states_size = {"model.gguf": BIG}, False, False
         assert "neither sha256 nor size is stated" in failure(model(publisher.url, "model.gguf"))
         assert pull(model(publisher.url, ModelFile("model.gguf", sha256(BIG)))).read_bytes() == BIG
-
-    def test_a_disk_that_refuses(self, publisher: Publisher, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        weights.touch()
-        message = failure(model(publisher.url, "model.gguf"))
-        assert message.startswith(f"cannot write {weights}/tiny: Not a directory: pull again once there is room")
 
 
 class TestWheels:

@@ -2,67 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable
 
-from minisa.engine import LLM
-from minisa.generation.row import Chunk, Stats
-from minisa.text.dialog import Message
+from minisa.text.chat import Message
 
 
 class Conversation:
-    """The turns so far. What of them is in the model's cache is not computed again.
+    """The system prompt and the turns so far.
 
-    raw: no chat format and no memory; each text is continued as it stands. options: those of `LLM.generate`.
+    forgotten: how many messages were dropped to make room for the last answer.
     """
 
-    def __init__(self, llm: LLM, system: str | None = None, raw: bool = False, **options: Any) -> None:
-        self.llm = llm
-        self.system = system
-        self.raw = raw
-        self.options = options
-        self.turns: list[Message] = []
-        self.forgotten = 0  # messages dropped to make room for the last answer
-        self.last: Stats | None = None
+    def __init__(self, system: str | None = None) -> None:
+        self.reset(system)
 
     def reset(self, system: str | None) -> None:
         self.system = system
-        self.turns = []
-
-    def send(self, text: str) -> Generator[Chunk, None, None]:
-        """Stream the answer. It becomes a turn as far as it was given out, also when the caller stops early.
-
-        Raises MinisaError, the turns unchanged, when the text does not fit the context even by itself.
-        """
-        self.last = None
-        if self.raw:
-            for chunk in self.llm.generate(text, **self.options):
-                self.last = chunk.stats
-                yield chunk
-            return
-        kept = self._within_context([*self.turns, {"role": "user", "content": text}])
-        said = ""
-        try:
-            for chunk in self.llm.chat(self._with_system(kept), **self.options):
-                said += chunk.text
-                self.last = chunk.stats
-                yield chunk
-        finally:
-            if said:
-                self.turns = [*kept, {"role": "assistant", "content": said}]
-
-    def _within_context(self, turns: list[Message]) -> list[Message]:
-        """The turns less the oldest ones, so that up to a quarter of the context is free for the answer."""
-        context = self.llm.cache.length
-        limit = context - min(self.options.get("max_new_tokens") or context, context // 4)
+        self.turns: list[Message] = []
         self.forgotten = 0
-        while len(turns) > 1 and self._length(turns) > limit:
-            turns = turns[2:]  # a question and its answer
-            self.forgotten += 2
-        return turns
 
-    def _length(self, turns: list[Message]) -> int:
-        return len(self.llm.chat_template.ids(self._with_system(turns)))
+    def messages_for(
+        self, text: str, count_tokens: Callable[[list[Message]], int], context: int, max_new_tokens: int | None
+    ) -> list[Message]:
+        """The messages to answer: the system prompt, the turns that still fit, and `text`.
+
+        The oldest questions are dropped with their answers until a quarter of the context (in tokens, as count_tokens
+        counts messages) is free, or max_new_tokens if that is less. The last message stays in any case.
+        """
+        limit = context - min(max_new_tokens or context, context // 4)
+        turns: list[Message] = [*self.turns, {"role": "user", "content": text}]
+        self.forgotten = 0
+        while len(turns) > 1 and count_tokens(self._with_system(turns)) > limit:
+            turns = turns[2:]
+            self.forgotten += 2
+        return self._with_system(turns)
+
+    def add_answer(self, messages: list[Message], answer: str) -> None:
+        """Keep what messages_for has given and the answer to it, which may have been stopped early."""
+        spoken = messages if self.system is None else messages[1:]
+        self.turns = [*spoken, {"role": "assistant", "content": answer}]
 
     def _with_system(self, turns: list[Message]) -> list[Message]:
         return turns if self.system is None else [{"role": "system", "content": self.system}, *turns]
