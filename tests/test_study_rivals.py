@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,12 +21,11 @@ from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.rope import apply_rope
 from minisa.runners.eager import TorchRunner, prefill_chunks
-from minisa.sharing import Delta, SharingPlan
 from minisa.study import cheapest as cheapest_module
 from minisa.study.cheapest import KEPT, Step, cheapest, extensions
 from minisa.study.loss import token_losses
 from minisa.study.rivals import Rival, altered, round_to_int8, slot_bytes
-from minisa.study.variants import Variant, parse_variants, plan_of
+from minisa.study.variants import parse_variants
 from tests.commands import Ran
 from tests.loadable import N_TOKENS, loadable_gguf
 from tests.models import N_LAYERS, PLANS, SIX_LAYERS, build_model, in_one_go, random_tokens
@@ -181,42 +179,12 @@ def test_notation_reads_what_it_writes(text: str) -> None:
         ("drop:1+cla:2:3", "only kv-int8 goes with another"),
         ("drop:1+drop:2", "only kv-int8 goes with another"),
         ("kv-int8:3", "is not known"),
-        ("sa:2+kv-int4", "'kv-int4' is not known"),
+        ("sa:2+kv-int4", "2[+]kv-int4"),
     ],
 )
 def test_notation_that_is_none(text: str, message: str) -> None:
     with pytest.raises(MinisaError, match=message):
         parse_variants([], [text], SIX_LAYERS, None)
-
-
-def test_a_variant_s_identity_changes_with_what_it_is(tmp_path: Path) -> None:
-    identities = {
-        variant.identity
-        for variant in parse_variants(
-            ["2", "3", "1:3"], ["drop:2", "cla:1:2", "kv-int8", "sa:2+kv-int8"], SIX_LAYERS, None
-        )
-    }
-    assert len(identities) == 8
-    file = tmp_path / "plan.json"
-    found = []
-    for heads in ([0, 1, 2, 3], [3, 2, 1, 0]):
-        SharingPlan.following(N_LAYERS, {2: 1}, {2: heads}).save(file)
-        found.append(parse_variants([str(file)], [], SIX_LAYERS, None)[1].identity)
-    assert found[0] != found[1]
-
-
-def test_a_variant_s_identity_is_not_where_its_files_lie() -> None:
-    def identity(path: str, sha256: str) -> str:
-        plan = replace(SharingPlan.following(N_LAYERS, {2: 1}), delta=Delta(Path(path), sha256))
-        return Variant("sa", "sa", plan, Rival()).identity
-
-    assert identity("/a/p.delta", "0" * 64) == identity("/b/p.delta", "0" * 64) != identity("/a/p.delta", "1" * 64)
-
-
-def test_a_plan_s_path_may_hold_a_plus() -> None:
-    assert plan_of("sa:a+b.json+kv-int8") == ("a+b.json", "kv-int8")
-    assert plan_of("sa:a+b.json") == ("a+b.json", "")
-    assert plan_of("sa:2:3+kv-int8") == ("2:3", "kv-int8")
 
 
 class TestCheapest:
