@@ -53,13 +53,9 @@ def _metric(metric: str, mine: Sequence[Pair], reference: Sequence[Pair]) -> Rec
         named = {"value": value.exp(), "ratio": difference.exp()}
     record: Record = {}
     for name, estimate in named.items():
-        record |= {name: finite(estimate.value), f"{name}_stderr": finite(estimate.stderr)}
+        for key, value in ((name, estimate.value), (f"{name}_stderr", estimate.stderr)):
+            record[key] = value if math.isfinite(value) else None  # JSON has no other numbers
     return record
-
-
-def finite(value: float) -> float | None:
-    """None for what JSON has no number for."""
-    return value if math.isfinite(value) else None
 
 
 def table(summary: Record, benchmark: str) -> str:

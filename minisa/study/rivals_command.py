@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import click
@@ -13,7 +14,6 @@ from minisa.study.cheapest import KEPT, cheapest
 from minisa.study.compare import exp
 from minisa.study.options import LENGTH
 from minisa.study.progress import Progress
-from minisa.study.results import finite
 from minisa.study.text import sha256_of, windows
 from minisa.study.variants import parse_variants
 
@@ -56,7 +56,13 @@ def rivals(
             if bar:
                 bar[0].close()
             click.echo(f"{rival}  KV saved {variant.saved(llm.config):.1%}  perplexity × {ratio:.3f}")
-            steps.append({"rival": rival, "kv_saved": variant.saved(llm.config), "ratio": finite(ratio)})
+            steps.append(
+                {
+                    "rival": rival,
+                    "kv_saved": variant.saved(llm.config),
+                    "ratio": ratio if math.isfinite(ratio) else None,
+                }
+            )
     finally:
         if bar:
             bar[0].close()
