@@ -53,8 +53,8 @@ def _metric(metric: str, mine: Sequence[Pair], reference: Sequence[Pair]) -> Rec
         named = {"value": value.exp(), "ratio": difference.exp()}
     record: Record = {}
     for name, estimate in named.items():
-        for key, value in ((name, estimate.value), (f"{name}_stderr", estimate.stderr)):
-            record[key] = value if math.isfinite(value) else None  # JSON has no other numbers
+        for key, number in ((name, estimate.value), (f"{name}_stderr", estimate.stderr)):
+            record[key] = number if math.isfinite(number) else None  # JSON has no other numbers
     return record
 
 
