@@ -56,13 +56,13 @@ def rows_of(ran: Ran, json_file: Path) -> list[dict[str, Any]]:
 
 
 @NEEDS_LM_EVAL
-def test_plans_and_rivals_in_one_table_for_each_benchmark(
+def test_plans_and_baselines_in_one_table_for_each_benchmark(
     run_eval: Run, text: Path, data: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib", reason='needs pip install "minisa[plots]"')
     ran = run_eval(
         *("--perplexity", text, "--length", 64, "--tasks", "piqa", "--data", data, "--sa", "2", "--sa", "1:2-3"),
-        *("--rival", "drop:2", "--rival", "cla:1:3", "--rival", "kv-int8", "--rival", "sa:2+kv-int8"),
+        *("--baseline", "drop:2", "--baseline", "cla:1:3", "--baseline", "kv-int8", "--baseline", "sa:2+kv-int8"),
         *("--json", tmp_path / "r.json", "--plot", tmp_path / "r.png"),
     )
     rows = rows_of(ran, tmp_path / "r.json")
@@ -143,12 +143,12 @@ def test_texts_that_are_cut_are_counted_and_unknown_tokens_refused(run_eval: Run
         (("--tasks", "piqa"), "give --perplexity FILE, or --tasks with --data FOLDER"),
         (("--sa", "2"), "give --perplexity FILE, or --tasks with --data FOLDER"),
         (("--perplexity", "no.txt"), "no.txt: cannot read"),
-        (("--perplexity", "TEXT", "--as-run", "--rival", "kv-int8"), "--as-run: for --perplexity without rivals"),
+        (("--perplexity", "TEXT", "--as-run", "--baseline", "kv-int8"), "--as-run: for --perplexity without baselines"),
         (("--perplexity", "TEXT", "--kv-dtype", "fp8"), "--kv-dtype fp8: goes with --as-run"),
         (("--perplexity", "TEXT", "--limit", 0), "0 is not in the range x>=1"),
         (("--perplexity", "TEXT", "--sa", "9"), "layer 9 is outside the model"),
         (("--perplexity", "TEXT", "--sa", "2", "--sa", "2"), "2 is there twice"),
-        (("--perplexity", "TEXT", "--rival", "sa:2+drop:1"), "drop"),
+        (("--perplexity", "TEXT", "--baseline", "sa:2+drop:1"), "drop"),
         (("--perplexity", "TEXT", "--json", "no/such/r.json"), "no such folder"),
         (("--perplexity", "TEXT", "--model", "no-such-model"), "no-such-model"),
         pytest.param(("--tasks", "chess", "--data", "."), "'chess' is unknown", marks=NEEDS_LM_EVAL),

@@ -10,7 +10,7 @@ import torch
 
 from minisa.errors import MinisaError
 from minisa.sharing import SharingPlan
-from minisa.study.loss import losses_of, perplexity, token_losses
+from minisa.study.loss import perplexity, token_losses
 from minisa.study.text import echoing, read_text, sample, sha256_of, windows
 from tests.models import PLANS, SIX_LAYERS, build_model, in_one_go, random_tokens
 
@@ -75,13 +75,6 @@ def test_losses_are_those_of_the_logits(plan: SharingPlan, monkeypatch: pytest.M
     losses = token_losses(model, tokens, batch=2)
     assert torch.allclose(losses, -chosen, atol=1e-4)
     assert perplexity(losses) == pytest.approx((-chosen).mean().exp().item(), rel=1e-4)
-
-
-def test_losses_of_given_states() -> None:
-    """Zero states know nothing: every token costs log of the vocabulary."""
-    model = build_model(SIX_LAYERS, PLANS["none"])
-    losses = losses_of(model, torch.zeros(2, 5, SIX_LAYERS.dim), random_tokens(SIX_LAYERS, 2, 5))
-    assert torch.allclose(losses, torch.tensor(SIX_LAYERS.vocab_size).log().expand(2, 4))
 
 
 def test_a_sample_is_drawn_by_its_seed_and_nothing_twice(tmp_path: Path) -> None:

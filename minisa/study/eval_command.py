@@ -1,4 +1,4 @@
-"""python -m minisa eval: the plain model, plans and rivals on the same items."""
+"""python -m minisa eval: the plain model, plans and baselines on the same items."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ ANSWERS = 8  # generated together
 @weights_options
 @click.option("--sa", "plans", multiple=True, metavar="SPANS|PLAN.json|default", help="A plan; may be given again.")
 @click.option(
-    "--rival",
-    "rivals",
+    "--baseline",
+    "baselines",
     multiple=True,
-    metavar="RIVAL",
+    metavar="BASELINE",
     help="drop:7,9 (no attention there), cla:19:21 (layer 21 uses 19's keys and values), kv-int8, "
     "or one of these or sa:PLAN with +kv-int8; may be given again.",
 )
@@ -42,7 +42,7 @@ ANSWERS = 8  # generated together
 @click.option(
     "--as-run",
     is_flag=True,
-    help="Compute as chat.py would, the C++ step's rounding and --kv-dtype included (--perplexity only, no rivals).",
+    help="Compute as chat.py would, the C++ step's rounding and --kv-dtype included (--perplexity only, no baselines).",
 )
 @KV_DTYPE
 @click.option("--json", "json_file", type=OutputFile(), metavar="FILE.json", help="Write the results there.")
@@ -50,7 +50,7 @@ ANSWERS = 8  # generated together
 def evaluate(
     model: str,
     plans: tuple[str, ...],
-    rivals: tuple[str, ...],
+    baselines: tuple[str, ...],
     text: str | None,
     length: int,
     tasks: str | None,
@@ -82,8 +82,8 @@ def evaluate(
 
     if (text is None and tasks is None) or (tasks is None) != (data is None):
         raise MinisaError("eval: give --perplexity FILE, or --tasks with --data FOLDER, or both")
-    if as_run and (tasks or rivals):
-        raise MinisaError("--as-run: for --perplexity without rivals, whose layers PyTorch alone can run")
+    if as_run and (tasks or baselines):
+        raise MinisaError("--as-run: for --perplexity without baselines, whose layers PyTorch alone can run")
     if kv_dtype != "auto" and not as_run:
         raise MinisaError(f"--kv-dtype {kv_dtype}: goes with --as-run; without it the study's own caches are used")
     if plot_file is not None:
@@ -104,13 +104,13 @@ def evaluate(
     generates = any(task.OUTPUT_TYPE == "generate_until" for task in suite)
     cache = {"max_batch": ANSWERS} if generates else {"max_seq_len": 1}  # scores are computed in caches of their own
 
-    def open_with(sa: str | None) -> LLM:  # eager, as rivals change the layers
+    def open_with(sa: str | None) -> LLM:  # eager, as baselines change the layers
         return open_model(model, sa=sa, compile=as_run, kv_dtype=kv_dtype, **cache, **load)
 
     fetch_default(model)
     path, entry = resolve(model)
     config = open_checkpoint(path).config
-    variants = parse_variants(plans, rivals, config, entry)
+    variants = parse_variants(plans, baselines, config, entry)
     settings["model"] = entry.name if entry is not None else path.name
     scores: dict[str, Scores] = {}
     for variant, llm in opened(variants, open_with):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minisa.benchmark.plot import check_matplotlib, save
+from minisa.benchmark.plot import save
 from minisa.config import ModelConfig
 from minisa.study.compare import Pair, paired_difference, ratio
 from minisa.study.variants import Variant
@@ -53,13 +53,9 @@ def _metric(metric: str, mine: Sequence[Pair], reference: Sequence[Pair]) -> Rec
         named = {"value": value.exp(), "ratio": difference.exp()}
     record: Record = {}
     for name, estimate in named.items():
-        record |= {name: finite(estimate.value), f"{name}_stderr": finite(estimate.stderr)}
+        for key, number in ((name, estimate.value), (f"{name}_stderr", estimate.stderr)):
+            record[key] = number if math.isfinite(number) else None  # JSON has no other numbers
     return record
-
-
-def finite(value: float) -> float | None:
-    """None for what JSON has no number for."""
-    return value if math.isfinite(value) else None
 
 
 def table(summary: Record, benchmark: str) -> str:
@@ -90,9 +86,8 @@ def plot(summary: Record, path: str) -> None:
     """Write a PNG: each benchmark's main metric against the share of the KV cache saved, a line for each kind.
 
     Bars are standard errors, of the ratio to plain for a perplexity.
-    Raises MinisaError where matplotlib is missing or the file cannot be written.
+    Raises MinisaError where the file cannot be written.
     """
-    check_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8 * len(summary["items"]), 5), layout="constrained")

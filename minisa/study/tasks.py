@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import TemplateError
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
@@ -59,6 +58,18 @@ class LocalTask(ConfigurableTask):
         with self._checking(self.config.task):
             super().build_all_requests(**options)
 
+    def construct_requests(self, doc: dict[str, Any], ctx: Any, **options: Any) -> Any:
+        requests = super().construct_requests(doc, ctx, **options)
+        if self.OUTPUT_TYPE == "multiple_choice":
+            right = self.doc_to_text(doc) if self.multiple_input else self.doc_to_target(doc)
+            if right not in range(len(requests)):
+                raise ValueError(f"the right answer, {right!r}, is none of the choices")
+        return requests
+
+    def process_results(self, doc: dict[str, Any], results: Any) -> dict[str, Any]:
+        with self._checking(self.config.task):
+            return super().process_results(doc, results)
+
     def fewshot_context(self, doc: dict[str, Any], *args: Any, **options: Any) -> Any:
         if field := self.config.metadata.get("examples_share"):
             self.sampler.replace_df([example for example in self._examples if example[field] == doc[field]])
@@ -68,7 +79,9 @@ class LocalTask(ConfigurableTask):
     def _checking(self, name: str) -> Iterator[None]:
         try:
             yield
-        except (AssertionError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
+        except MinisaError:
+            raise
+        except Exception as error:  # of a template, of lm-eval, of Python: all that these read is the rows
             raise MinisaError(
                 f"{self.data}: {name} cannot be made of {', '.join(self.files.values())}: {error}: "
                 f"study/lm_tasks/{name}.yaml says which fields they have; for more examples a longer file is needed"
@@ -79,6 +92,7 @@ def read_rows(path: Path) -> Rows:
     """The rows of a file of one JSON object a line. Raises MinisaError for anything else."""
     try:
         rows = Rows(json.loads(line) for line in read_text(path).split("\n") if line.strip())
+        json.dumps(rows, ensure_ascii=False).encode()  # fails for half a surrogate pair
     except (ValueError, RecursionError) as error:
         raise MinisaError(f"{path}: not JSON ({error}): expected one object a line") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
@@ -87,7 +101,7 @@ def read_rows(path: Path) -> Rows:
 
 
 def samples_of(lm: Any, task: LocalTask, limit: int | None = None) -> Sequence[dict[str, Any]]:
-    """lm-eval's records, one for each of the first `limit` questions and each of its filters; lm: a model of its."""
+    """lm-eval's records, one for each of the first `limit` questions and each of its filters; lm: any of its models."""
     task.set_fewshot_seed(EXAMPLES_SEED)
     found = evaluate(lm=lm, task_dict={"tasks": {task.task_name: task}}, limit=limit, bootstrap_iters=0)
     return found["samples"][task.task_name]

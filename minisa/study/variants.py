@@ -1,4 +1,4 @@
-"""What one evaluation compares: the plain model, plans of attention sharing, and rivals of theirs."""
+"""What one evaluation compares: the plain model, plans of attention sharing, and baselines."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ PLAIN = "plain"
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A model with a plan, a rival's changes, or neither. name: as given. sa: what `minisa.load` takes for the plan."""
+    """A model with a plan, a baseline's changes, or neither.
+
+    name: as it was given. sa: what `minisa.load` takes for the plan.
+    """
 
     name: str
     sa: str | None
     plan: SharingPlan
-    rival: Baseline
+    baseline: Baseline
 
     @property
     def kind(self) -> str:
         """For people and plots: plain, sa, drop, cla or kv-int8, or two of them with a plus."""
-        rival = self.rival
-        kinds = {"sa": self.plan.followers, "drop": rival.dropped, "cla": rival.borrowed, "kv-int8": rival.int8}
+        base = self.baseline
+        kinds = {"sa": self.plan.followers, "drop": base.dropped, "cla": base.borrowed, "kv-int8": base.int8}
         return "+".join(kind for kind, present in kinds.items() if present) or PLAIN
 
     def kv_bytes(self, config: ModelConfig) -> int:
-        """Bytes a token takes in the KV cache in bf16, or with what the rival makes of it."""
-        return slot_bytes(config, self.plan, self.rival)
+        """Bytes a token takes in the KV cache in bf16, or with what the baseline makes of it."""
+        return slot_bytes(config, self.plan, self.baseline)
 
     def saved(self, config: ModelConfig) -> float:
         """The share of the plain model's KV bytes that it does without."""
@@ -42,23 +45,23 @@ class Variant:
 
 
 def parse_variants(
-    plans: Sequence[str], rivals: Sequence[str], config: ModelConfig, entry: ModelEntry | None
+    plans: Sequence[str], baselines: Sequence[str], config: ModelConfig, entry: ModelEntry | None
 ) -> list[Variant]:
-    """The plain model, then those of --sa and those of --rival. Raises MinisaError for what the model cannot be."""
+    """The plain model, then those of --sa and those of --baseline. Raises MinisaError for what the model cannot be."""
     none = SharingPlan.none(config.n_layers)
     variants = [Variant(PLAIN, None, none, Baseline())]
     variants += [Variant(sa, sa, choose_plan(sa, config, entry), Baseline()) for sa in plans]
-    for text in rivals:
+    for text in baselines:
         if text.startswith("sa:"):
             sa = text.removeprefix("sa:").removesuffix("+kv-int8")
-            rival = Baseline(int8=text.endswith("+kv-int8"))
-            variants.append(Variant(text, sa, choose_plan(sa, config, entry), rival))
+            baseline = Baseline(int8=text.endswith("+kv-int8"))
+            variants.append(Variant(text, sa, choose_plan(sa, config, entry), baseline))
         else:
             variants.append(Variant(text, None, none, Baseline.parse(text, config.n_layers)))
     names = [variant.name for variant in variants]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise MinisaError(f"{twice} is there twice: give each plan and rival once; plain is always the first")
+        raise MinisaError(f"{twice} is there twice: give each plan and baseline once; plain is always the first")
     return variants
 
 
@@ -71,6 +74,6 @@ def opened(variants: Sequence[Variant], load: Callable[[str | None], LLM]) -> It
     for sa, group in groupby(by_plan, key=lambda variant: variant.sa):
         llm = load(sa)
         for variant in group:
-            with altered(llm.model, variant.rival):
+            with altered(llm.model, variant.baseline):
                 yield variant, llm
         del llm  # before the next is loaded
