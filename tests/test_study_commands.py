@@ -70,14 +70,12 @@ FLAGS: list[tuple[str, dict[str, Any], str, Any]] = [  # command, flags, what th
     ("refit", {"length": 32}, "length", 32),
     ("refit", {"tokens": 2000}, "tokens", 2000),
     ("refit", {"held_out_tokens": 160}, "held_out_tokens", 160),
-    ("refit", {"matrices": "all"}, "divergence", None),
     ("refit", {"sa": "2:3"}, "divergence_before", None),
     ("heal", {"seed": 3}, "divergence", None),
     ("heal", {"length": 32}, "length", 32),
     ("heal", {"steps": 3}, "steps", 3),
     ("heal", {"held_out_tokens": 160}, "held_out_tokens", 160),
     ("heal", {"rate": 1e-3}, "divergence", None),
-    ("heal", {"train": "all"}, "divergence", None),
     ("heal", {"sa": "2:3"}, "divergence_before", None),
 ]
 

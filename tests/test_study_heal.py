@@ -34,26 +34,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_what_is_trained() -> None:
     parts = ["attention.wv", "attention.wo", "attention_norm", "ffn_norm"]
-    assert trainable(PLAN, "followers") == [f"layers.{i}.{part}.weight" for i in (3, 5) for part in parts]
     leading = {f"layers.4.attention.{part}.weight" for part in ("wq", "wk")}  # followers have neither
-    assert set(trainable(PLAN, "attention")) == leading | {
-        f"layers.{i}.{part}.weight" for i in (3, 4, 5) for part in parts
-    }
-    assert set(trainable(PLAN, "all")) - set(trainable(PLAN, "attention")) == {
-        f"layers.{i}.feed_forward.w{j}.weight" for i in (3, 4, 5) for j in (1, 2, 3)
-    }
+    assert set(trainable(PLAN)) == leading | {f"layers.{i}.{part}.weight" for i in (3, 4, 5) for part in parts}
 
 
-@pytest.mark.parametrize("which", ["followers", "attention", "all"])
-def test_the_best_weights_are_kept_and_the_plain_model_is_left_alone(which: str) -> None:
+def test_the_best_weights_are_kept_and_the_plain_model_is_left_alone() -> None:
     plain = build_model(SIX_LAYERS, PLANS["none"])
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     training = Training()
-    heal(plain, PLAN, TEXT, HELD_OUT, training, which=which, steps=30, rate=3e-3, batch=4)
+    heal(plain, PLAN, TEXT, HELD_OUT, training, steps=30, rate=3e-3, batch=4)
     start = Judge(plain, HELD_OUT).divergence(PLAN)
     assert training.history[0] == (0, pytest.approx(start))
     assert training.best < 0.8 * start
-    assert set(training.best_weights) == set(trainable(PLAN, which))
+    assert set(training.best_weights) == set(trainable(PLAN))
     in_the_file = as_stored(training.best_weights)
     assert Judge(plain, HELD_OUT).divergence(PLAN, in_the_file) == pytest.approx(training.best, rel=1e-4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())
@@ -95,10 +88,11 @@ def states_after_layers(model: Transformer, windows: Tensor) -> Tensor:
 
 def test_what_the_plan_brings_is_where_it_starts() -> None:
     plain = build_model(SIX_LAYERS, PLANS["none"])
-    weights, _ = refit(plain, PLAN, TEXT, HELD_OUT, which="wo")
-    assert "layers.4.attention.wo.weight" in weights  # not trained below, but part of the model
+    weights, _ = refit(plain, PLAN, TEXT, HELD_OUT)
+    name = "layers.2.feed_forward.w2.weight"  # not trained, but part of the model
+    weights[name] = plain.get_parameter(name) * 1.1
     training = Training()
-    heal(plain, PLAN, TEXT, HELD_OUT, training, weights=weights, which="followers", steps=1, rate=1e-9)
+    heal(plain, PLAN, TEXT, HELD_OUT, training, weights=weights, steps=1, rate=1e-9)
     assert training.history[0][1] == pytest.approx(Judge(plain, HELD_OUT).divergence(PLAN, weights), rel=1e-4)
 
 

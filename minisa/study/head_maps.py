@@ -29,8 +29,8 @@ def remap(plain: Transformer, plan: SharingPlan, windows: Tensor, batch: int = 2
     walk = Walk(share(plain, plan))
     maps: dict[int, Heads] = {}
     first = min(plan.followers, default=plan.n_layers)
-    for i, matrix, streams in side_by_side(Walk(plain), walk, windows.split(batch), first):
-        if i in plan.followers and matrix == "attention.wo":
+    for i, streams in side_by_side(Walk(plain), walk, windows.split(batch), first):
+        if i in plan.followers:
             start = plan.head_maps[i] or tuple(range(plain.config.n_heads))
             maps[i], _ = descend(compare_maps(walk, i, streams), start)
             walk.at(i).attention.set_head_map(maps[i], plain.norm.weight.device)
@@ -53,7 +53,6 @@ def compare_maps(walk: Walk, i: int, streams: Iterable[Streams]) -> Left:
     along = torch.zeros(n, n, dtype=torch.float64)
     square = 0.0
     for wanted, x, queries in streams:
-        assert queries is not None  # for the type checker
         values = walk.values(i, x).float()
         for row in range(len(x)):
             one = Queries(queries.q[row : row + 1], queries.k[row : row + 1], queries.mask)

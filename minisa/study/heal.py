@@ -29,7 +29,6 @@ STATES = 20.0  # the weight, in nats, of a relative squared distance of 1 from t
 EVERY = 2  # predictions are compared at one position in so many: rows of the vocabulary are a quarter of a step's cost
 _FOLLOWER = ("attention.wv", "attention.wo", "attention_norm", "ffn_norm")
 _LEADER = ("attention.wq", "attention.wk", *_FOLLOWER)
-_FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
 
 @dataclass
@@ -45,15 +44,10 @@ class Training:
     optimizer: dict[str, Any] = field(default_factory=dict)  # Adam's state_dict
 
 
-def trainable(plan: SharingPlan, which: str) -> list[str]:
-    """Parameter names: wv, wo and norms of the followers ("followers"), attention and norms of every layer from the
-    first follower on ("attention"), or those layers' feed-forward matrices too ("all")."""
-    first = min(plan.followers, default=plan.n_layers)
-    names = []
-    for i in plan.followers if which == "followers" else range(first, plan.n_layers):
-        parts = (*(_FOLLOWER if i in plan.followers else _LEADER), *(_FEED_FORWARD if which == "all" else ()))
-        names += [f"layers.{i}.{part}.weight" for part in parts]
-    return names
+def trainable(plan: SharingPlan) -> list[str]:
+    """Parameter names: the attention matrices and the norms of every layer from the first follower on."""
+    layers = range(min(plan.followers), plan.n_layers)
+    return [f"layers.{i}.{part}.weight" for i in layers for part in (_FOLLOWER if i in plan.followers else _LEADER)]
 
 
 def heal(
@@ -64,7 +58,6 @@ def heal(
     training: Training,
     *,
     weights: Mapping[str, Tensor] | None = None,
-    which: str = "attention",
     minutes: float | None = None,
     steps: int | None = None,
     rate: float = 2e-4,
@@ -76,12 +69,11 @@ def heal(
     """Train until minutes or steps are over; `training` is filled, and goes on from where it is.
 
     plain: without followers. windows [N, T] are taken in order, batch at a time, again from the first after the last.
-    weights: what the plan brings already, in place of the model's. which: as in `trainable`. rate: Adam's, at its
-    height. checks: how often in the run held_out is measured. saved: called after every check, and when the run is
-    interrupted.
+    weights: what the plan brings already, in place of the model's. rate: Adam's, at its height. checks: how often in
+    the run held_out is measured. saved: called after every check, and when the run is interrupted.
     """
     brought = dict(weights or {})
-    names = trainable(plan, which)
+    names = trainable(plan)
     student = replace(share(plain, plan), brought | training.weights)
     replace(student, {name: student.get_parameter(name) for name in names})  # the plain model's must not be trained
     parameters = {name: student.get_parameter(name).requires_grad_() for name in names}

@@ -19,11 +19,6 @@ from minisa.study.options import LENGTH, PLAN, SEED, TEXTS, plan_file
 @click.option("--minutes", type=Finite(0, min_open=True), help="Time to train.")
 @click.option("--steps", type=click.IntRange(1), help="Steps to train, in place of --minutes: the same every time.")
 @click.option(
-    "--train", type=click.Choice(["followers", "attention", "all"]), default="attention", show_default=True,
-    help="wv, wo and norms of the followers; attention and norms of every layer from the first follower on; or w1, w2 "
-    "and w3 of those layers too.",
-)  # fmt: skip
-@click.option(
     "--rate", type=Finite(0, 1, min_open=True), default=2e-4, show_default=True, help="Learning rate of Adam."
 )
 @LENGTH
@@ -78,7 +73,6 @@ def heal(
         held_out,
         training,
         weights=weights,
-        which=settings["train"],
         minutes=minutes,
         steps=steps,
         rate=settings["rate"],

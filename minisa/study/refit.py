@@ -1,8 +1,7 @@
 """Refit: output matrices that make up for what sharing changed, by ridge regression.
 
-Plain and shared model walk the same text side by side. After every attention half (and, if asked, every feed-forward
-half) the shared model's residual stream differs from the plain one's by R [tokens, dim]. With F the inputs of the
-half's last matrix W (wo or w2), the correction D that makes
+Plain and shared model walk the same text side by side. After a follower's attention the shared model's residual stream
+differs from the plain one's by R [tokens, dim]. With F the inputs of its wo, W, the correction D that makes
 
     Σ over tokens ‖D · F_t - R_t‖² / ‖stream_t‖²  +  λ ‖D‖²
 
@@ -45,15 +44,13 @@ def refit(
     windows: Tensor,
     held_out: Tensor,
     *,
-    which: str = "followers",
     weights: Mapping[str, Tensor] | None = None,
     batch: int = 4,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> tuple[dict[str, Tensor], list[Correction]]:
     """Replacements for the plan's weights, by parameter name, and what each did.
 
-    plain: without followers. windows, held_out [N, T] of the same length. which: "followers" (their wo), "wo" (that
-    of every layer from the first follower on) or "all" (w2 as well). weights: what the plan brings already, in
+    plain: without followers. windows, held_out [N, T] of the same length. weights: what the plan brings already, in
     place of the model's. progress: called with the number of layers done.
     """
     weights = dict(weights or {})
@@ -62,10 +59,10 @@ def refit(
     n_train = -(-len(windows) // batch)
     first = min([*plan.followers, *map(layer_of, weights)])
     corrections = []
-    for i, matrix, streams in side_by_side(Walk(plain), walk, parts, first):
+    for i, streams in side_by_side(Walk(plain), walk, parts, first):
         progress(i)
-        if which == "all" or (matrix == "attention.wo" and (which == "wo" or i in plan.followers)):
-            name = f"layers.{i}.{matrix}.weight"
+        if i in plan.followers:
+            name = f"layers.{i}.attention.wo.weight"
             found, correction = _corrected(walk, i, name, streams, n_train)
             corrections.append(correction)
             if found is not None:
@@ -82,7 +79,7 @@ def _corrected(walk: Walk, i: int, name: str, streams: list[Streams], n_train: i
     weight = walk.model.get_parameter(name)
     fit, held_out = _Moments(), _Moments()
     for n, (wanted, x, queries) in enumerate(streams):
-        features = walk.gated(i, x) if queries is None else walk.mixed(i, x, queries)
+        features = walk.mixed(i, x, queries)
         (fit if n < n_train else held_out).add(features, wanted - x - F.linear(features, weight), wanted)
     values, vectors = torch.linalg.eigh(fit.gram)
     turned = vectors.T @ fit.cross

@@ -18,10 +18,6 @@ from minisa.study.options import LENGTH, PLAN, SEED, TEXTS, plan_file
 @click.option("--tokens", type=click.IntRange(1), default=32768, show_default=True, help="Tokens to fit to.")
 @click.option("--held-out-tokens", type=click.IntRange(1), default=8192, show_default=True, help="To choose λ on.")
 @LENGTH
-@click.option(
-    "--matrices", type=click.Choice(["followers", "wo", "all"]), default="followers", show_default=True,
-    help="wo of the followers; wo of every layer from the first follower on; or w2 of those too.",
-)  # fmt: skip
 @SEED
 @DEVICE
 @plan_file("refitted.json")
@@ -44,9 +40,7 @@ def refit(model: str, sa: str, texts: tuple[str, ...], device: str, out: str, **
     held_out, windows, _ = sample(llm, texts, settings["length"], counts, settings["seed"])
     judge = Judge(llm.model, held_out)
     bar = Progress("refit", plan.n_layers)
-    found, corrections = refit_weights(
-        llm.model, plan, windows, held_out, which=settings["matrices"], weights=weights, progress=bar.update
-    )
+    found, corrections = refit_weights(llm.model, plan, windows, held_out, weights=weights, progress=bar.update)
     bar.close()
     before, after = judge.divergence(plan, weights), judge.divergence(plan, as_stored(found))
     figures = settings | {

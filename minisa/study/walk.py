@@ -45,11 +45,11 @@ def layer_of(name: str) -> int:
 def attention_weights(queries: Queries, rows: slice = slice(None)) -> Tensor:
     """P [B, H, T, S] in fp32, as attention.py defines it. rows: of the T query positions, those that are wanted."""
     q, k, mask = queries
-    if mask is None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    slots = torch.arange(k.shape[2], device=q.device)
+    visible = slots <= slots[rows, None] if mask is None else mask[..., rows, :]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q[:, :, rows] @ k.mT).float() / q.shape[-1] ** 0.5
-    return scores.masked_fill(~mask[..., rows, :], float("-inf")).softmax(-1)
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1)
 
 
 class Walk:
@@ -105,14 +105,10 @@ class Walk:
         """x after the attention half of layer i."""
         return x + self.at(i).attention.wo(self.mixed(i, x, queries))
 
-    def gated(self, i: int, x: Tensor) -> Tensor:
-        """What goes into w2 of layer i [N, T, hidden_dim], for x after its attention half."""
-        layer = self.at(i)
-        return layer.feed_forward.hidden(layer.ffn_norm(x))
-
     def add_feed_forward(self, i: int, x: Tensor) -> Tensor:
         """x after layer i, for x after its attention half."""
-        return self.at(i).down(x, self.gated(i, x))
+        layer = self.at(i)
+        return layer.down(x, layer.feed_forward.hidden(layer.ffn_norm(x)))
 
     def layer(self, i: int, x: Tensor, shared: dict[int, Queries]) -> Tensor:
         """x after layer i."""
@@ -138,21 +134,17 @@ class Walk:
 
 
 class Streams(NamedTuple):
-    """Some windows in the middle of half a layer: x [N, T, dim] of the shared model before that half, `wanted` that
-    of the plain model after it. queries: what the shared layer uses; None in the feed-forward half."""
+    """Some windows at one layer: x [N, T, dim] before it in the shared model, `wanted` after its attention half in the
+    plain model. queries: what the shared layer uses."""
 
     wanted: Tensor
     x: Tensor
-    queries: Queries | None
+    queries: Queries
 
 
-def side_by_side(
-    plain: Walk, shared: Walk, parts: Sequence[Tensor], first: int
-) -> Iterator[tuple[int, str, list[Streams]]]:
-    """Plain and shared model over the same windows: (layer, its last matrix, streams) before the shared model takes
-    each half of a layer from `first` on.
-
-    The caller may change the matrix, or the head map, before it goes on. The models must not differ before `first`.
+def side_by_side(plain: Walk, shared: Walk, parts: Sequence[Tensor], first: int) -> Iterator[tuple[int, list[Streams]]]:
+    """Plain and shared model over the same windows: (layer, its streams) for each layer from `first` on, before the
+    shared model runs it. The caller may change its wo or its head map then. The models must not differ before `first`.
     """
     pairs = [(x, x) for x in map(shared.embed, parts)]
     spans: list[dict[int, Queries]] = [{} for _ in parts]
@@ -160,12 +152,12 @@ def side_by_side(
         xs = [shared.layer(i, x, span) for (_, x), span in zip(pairs, spans, strict=True)]
         pairs = [(x, x) for x in xs]
     for i in range(first, shared.plan.n_layers):
-        halves = [
+        streams = [
             Streams(plain.add_attention(i, wanted, plain.queries(i, wanted)), x, shared.lead_or_follow(i, x, span))
             for (wanted, x), span in zip(pairs, spans, strict=True)
         ]
-        yield i, "attention.wo", halves
-        pairs = [(wanted, shared.add_attention(i, x, queries)) for wanted, x, queries in halves if queries is not None]
-        halves = [Streams(plain.add_feed_forward(i, wanted), x, None) for wanted, x in pairs]
-        yield i, "feed_forward.w2", halves
-        pairs = [(wanted, shared.add_feed_forward(i, x)) for wanted, x, _ in halves]
+        yield i, streams
+        pairs = [
+            (plain.add_feed_forward(i, wanted), shared.add_feed_forward(i, shared.add_attention(i, x, queries)))
+            for wanted, x, queries in streams
+        ]
