@@ -46,7 +46,7 @@ def load(
     kv_dtype: str | torch.dtype = "auto",
     compile: bool | None = None,
     backend: str | None = None,
-    chat_format: str | Path | None = None,
+    chat_format: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LLM:
     """A model ready to run.

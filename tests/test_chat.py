@@ -43,7 +43,7 @@ open_once = functools.lru_cache(2)(chat.open_model)
 
 def open_again(*given: Any, **options: Any) -> LLM:
     llm = open_once(*given, **options)
-    llm._held.clear()  # as where it has just been loaded
+    llm.cache.tokens[0].clear()  # as where it has just been loaded
     return llm
 
 
