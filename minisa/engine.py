@@ -31,11 +31,11 @@ from minisa.quantize import check_quantization
 from minisa.runners.choice import choose_runner, native_library
 from minisa.sharing import SharingPlan
 from minisa.text.chat import ChatTemplate, Message, find_template
-from minisa.text.tokenizer import Tokenizer, load_tokenizer
+from minisa.text.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 
 
 def load(
-    model: str | Path,
+    model: str | Path | Checkpoint,
     sa: str | Path | SharingPlan | None = None,
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
@@ -52,7 +52,7 @@ def load(
     """A model ready to run.
 
     model: a name from weights/models.toml whose files are there, or the path of a checkpoint (a directory in Hugging
-        Face's, Meta's or Mistral's layout, or a .gguf file).
+        Face's, Meta's or Mistral's layout, or a .gguf file), or a Checkpoint, already open.
     sa: None for plain attention, spans such as "27-30", "default" for the model's own plan, a SharingPlan, or the
         path of a plan's JSON file.
     device: auto, cpu, cuda, cuda:N, mps. dtype: auto, fp32, bf16, fp16, or torch's own names.
@@ -70,39 +70,19 @@ def load(
     progress: called with (bytes done, bytes in all) while weights load.
     Raises MinisaError for whatever the caller can put right.
     """
-    path, entry = resolve(str(model))
-    checkpoint = open_checkpoint(path)
-    plan = choose_plan(sa, checkpoint.config, entry)
-    tokenizer = load_tokenizer(path)
+    if isinstance(model, Checkpoint):
+        checkpoint, path, entry = model, model.path, None
+    else:
+        path, entry = resolve(str(model))
+        checkpoint = open_checkpoint(path)
+    config, target = checkpoint.config, choose_device(device)
+    plan = choose_plan(sa, config, entry)
+    if plan.delta is not None:
+        checkpoint = with_delta(checkpoint, plan.delta)
+    tokenizer = load_tokenizer(path) if path.exists() else NoTokenizer(path)  # of random weights
     template = partial(find_template, path, tokenizer, chat_format, None if entry is None else entry.chat)
     if chat_format is not None:
         template()  # a wrong name or file is told before the weights load
-    return build(
-        checkpoint, plan, tokenizer, template, device=device, dtype=dtype, max_seq_len=max_seq_len, max_batch=max_batch,
-        quantize=quantize, kv_dtype=kv_dtype, compile=compile, backend=backend, progress=progress,
-    )  # fmt: skip
-
-
-def build(
-    checkpoint: Checkpoint,
-    plan: SharingPlan,
-    tokenizer: Tokenizer,
-    template: Callable[[], ChatTemplate],
-    *,
-    device: str,
-    dtype: str | torch.dtype,
-    max_seq_len: int | None = None,
-    max_batch: int = 1,
-    quantize: str | None = None,
-    kv_dtype: str | torch.dtype = "auto",
-    compile: bool | None = None,
-    backend: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> LLM:
-    """What `load` does with an open checkpoint; template is called when it is first needed."""
-    config, target = checkpoint.config, choose_device(device)
-    if plan.delta is not None:
-        checkpoint = with_delta(checkpoint, plan.delta)
     limit = config.longest_seq_len
     if max_seq_len is not None and not 1 <= max_seq_len <= limit:
         raise MinisaError(f"max_seq_len is {max_seq_len}: expected 1 to {limit}, the longest that the model allows")

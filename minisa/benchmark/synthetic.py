@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ from torch import Tensor
 
 from minisa.checkpoint import Checkpoint
 from minisa.config import ModelConfig
-from minisa.engine import LLM, build
+from minisa.engine import LLM, load
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
-from minisa.text.chat import find_template
-from minisa.text.tokenizer import NoTokenizer
 
 N_NOISE = 1_048_573  # values drawn, then repeated; a prime, so that the rows of a matrix differ
 
@@ -34,11 +31,7 @@ def random_llm(
 ) -> LLM:
     """An LLM with the weights of `random_checkpoint`, which takes token ids, not text. options: those of `load`."""
     checkpoint = random_checkpoint(config, seed)
-    tokenizer = NoTokenizer(checkpoint.path)
-    template = partial(find_template, checkpoint.path, tokenizer, "raw")
-    return build(
-        checkpoint, plan, tokenizer, template, device=str(device), dtype=dtype, max_seq_len=max_seq_len, **options
-    )
+    return load(checkpoint, plan, str(device), dtype, max_seq_len, chat_format="raw", **options)
 
 
 def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
