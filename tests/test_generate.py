@@ -19,7 +19,7 @@ from minisa.engine import load
 from minisa.errors import MinisaError
 from minisa.generation.row import StopStrings
 from minisa.runners.eager import TorchRunner
-from minisa.text.chat import ChatTemplate, Message
+from minisa.text.chat import Message
 from tests.engines import PROMPTS, byte_llm, llm_of, text_of, tokens_of
 from tests.loadable import chat_model
 from tests.models import PLANS, SIX_LAYERS, build_model
@@ -298,7 +298,7 @@ def test_a_dialog_in_the_models_own_format(tmp_path: Path, monkeypatch: pytest.M
         llm.prefix([{"role": "system", "content": "x" * 101}])
     question: list[Message] = [{"role": "user", "content": "a"}]
     first = next(llm.chat(question)).token
-    monkeypatch.setattr(ChatTemplate, "stop_ids", frozenset([first]))
+    monkeypatch.setattr(llm.chat_template, "stop_ids", frozenset([first]))
     assert [chunk.finish_reason for chunk in llm.chat(question, stop_ids=None)] == ["stop"]
 
 

@@ -56,7 +56,7 @@ class ModelEntry:
     files: tuple[ModelFile, ...]  # the shards that an index among them names belong to the model too
     homepage: str  # where the licence is read and accepted
     kind: Literal["base", "instruct"]
-    chat: str | None = None  # dialog format where its files have no chat template; None is plain text
+    chat: str | None = None  # chat format where its files have no chat template; None is plain text
     sa: str | None = None  # the plan that a bare --sa takes: span notation, or a file such as plans/NAME.json
     gated: bool = False  # the publisher wants the licence accepted first
 
