@@ -20,17 +20,12 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from jinja2 import TemplateError, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minisa.errors import MinisaError, shown
 from minisa.files import read_plain
@@ -45,7 +40,7 @@ FORMATS: tuple[str, ...] = tuple(sorted(file.stem for file in _FOLDER.glob("*.ji
 
 CLOCK = datetime.datetime(2024, 7, 26)
 MAX_TEMPLATE = 1 << 20  # bytes
-MAX_PROMPT = 1 << 24  # characters
+_ROLES = ("system", "user", "assistant")  # of our own formats
 _THOUGHTS = ("<think>", "</think>")
 
 # A special token that the format cannot do without.
@@ -79,6 +74,7 @@ def find_template(
     that the special tokens speak for; else "raw", which joins the messages' texts.
     Raises MinisaError for an unknown format and for a template that Jinja cannot read.
     """
+    tokenizer.encode("")  # where there is no tokenizer, it says so
     if chat_format is None and tokenizer.chat_template is not None:
         return ChatTemplate(f"the chat template of {path}", tokenizer.chat_template, tokenizer)
     name = chat_format or known or _by_special_tokens(path, tokenizer)
@@ -129,13 +125,10 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._own = own
         self._special = [token for token in tokenizer.special if len(token) > 1]
-        sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
-        sandbox.globals |= {"raise_exception": _raise_exception, "strftime_now": clock.strftime}
-        try:
-            self._template = sandbox.from_string(source)
-        except Exception as error:  # a template is a program: anything may be wrong with it
-            raise self._failed(error) from None
+        from minisa.text.sandbox import compile_template  # jinja2 takes a tenth of a second to import
+
+        with self._errors():
+            self._template = compile_template(source, clock)
 
     def ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """The ids of the prompt to answer: the header of the assistant's turn included, or its last message, if that is
@@ -149,12 +142,15 @@ class ChatTemplate:
         guard, mark = self._unused_characters(messages, tools)
         chat = []
         for number, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            role = message.get("role") if isinstance(message, Mapping) else None
+            if not isinstance(role, str):
                 raise MinisaError(f"messages[{number}] is {shown(message)}: expected role and content")
+            if self._own and role not in _ROLES:
+                raise MinisaError(f"messages[{number}]: role {role!r} is unknown: expected {', '.join(_ROLES)}")
             given = {key: value for key, value in message.items() if value is not None}  # as transformers has it
             if self._own and isinstance(parts := given.get("content"), list | tuple):
                 given["content"] = "".join(part["text"] for part in _texts(parts))
-            chat.append(self._guarded(given, guard, _THOUGHTS if message["role"] == "assistant" else ()))
+            chat.append(self._guarded(given, guard, _THOUGHTS if role == "assistant" else ()))
         continues = chat[-1]["role"] == "assistant" and _append(chat[-1], mark + " ")
         text = self._render(chat, self._guarded(tools, guard), add_generation_prompt=not continues)
         if continues:
@@ -181,26 +177,24 @@ class ChatTemplate:
     def _render(self, chat: list[Any], tools: Any, add_generation_prompt: bool = False) -> str:
         names: dict[str, Any] = {**self._tokenizer.named, "add_bos_token": self._tokenizer.add_bos, "documents": None}
         names |= {"messages": chat, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        texts, length = [], 0
+        with self._errors():
+            return self._template(names)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """A template is a program, and may fail in any way. What it says by raise_exception is about the messages."""
         try:
-            for text in self._template.generate(names):
-                length += len(text)
-                if length > MAX_PROMPT:
-                    raise SecurityError(f"it writes more than {MAX_PROMPT} characters")
-                texts.append(text)
-        except _Refused as error:
-            raise MinisaError(f"messages: {self._what} refuses them: {error}") from None
-        except Exception as error:  # a template is a program: it may fail in any way
-            raise self._failed(error) from None
-        return "".join(texts)
+            yield
+        except Exception as error:
+            reason = f"{error}"[:300]
+            if (kind := type(error).__name__) == "Refused":
+                raise MinisaError(f"messages: {self._what} refuses them: {reason}") from None
+            what = f"{self._what} fails ({kind}: {reason})"
+            raise MinisaError(f"{what}: check the messages, or name another (--chat-format)") from None
 
     @property
     def _what(self) -> str:
         return f"the {self.name} chat format" if self._own else self.name
-
-    def _failed(self, error: Exception) -> MinisaError:
-        reason = f"{type(error).__name__}: {error}"[:300]
-        return MinisaError(f"{self._what} fails ({reason}): check the messages, or name another (--chat-format)")
 
     def _unused_characters(self, *given: Any) -> list[str]:
         """Two that occur nowhere in what is given, the template and the special tokens: of Braille, say, which is no
@@ -250,32 +244,3 @@ def _append(message: dict[str, Any], text: str) -> bool:
     if parts:
         parts[-1]["text"] += text
     return bool(parts)
-
-
-class _Refused(TemplateError):
-    """What raise_exception raises."""
-
-
-def _raise_exception(message: str) -> None:
-    raise _Refused(message)
-
-
-class _Generation(Extension):
-    """{% generation %} … {% endgeneration %}, with which templates mark what the model is trained on."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Powers and long repetitions would take memory before anything is written."""
-        number, other = (left, right) if isinstance(left, int) else (right, left)
-        if operator == "**" or (hasattr(other, "__len__") and len(other) * number > MAX_PROMPT):
-            raise SecurityError("it repeats too much")
-        return super().call_binop(context, operator, left, right)
