@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from minisa.interrupts import end_without_traceback
+
+if __name__ == "__main__":
+    end_without_traceback()
+
 import contextlib
 import sys
 from collections.abc import Iterator
@@ -10,11 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
-from minisa.interrupts import end_without_traceback
-
-if __name__ == "__main__":
-    end_without_traceback()
 
 from minisa.console import model_options, open_model, run
 from minisa.costs import kv_bytes

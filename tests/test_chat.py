@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import io
 import json
@@ -19,7 +18,7 @@ import click
 import pytest
 
 import chat
-from minisa import LLM, MinisaError, console, load
+from minisa import LLM, MinisaError, load
 from minisa.generation.speculate import PromptLookup
 from minisa.text.conversation import Conversation
 from tests.commands import FRANCE, Ran
@@ -84,11 +83,9 @@ class TestAnswers:
         flags = ("--prompt", "Who are you?", "--max-new-tokens", 30)
         assert ask(*flags, "--system", "You are a pirate called Jack.").out != ask(*flags).out
 
-    def test_max_new_tokens(self, ask: Callable[..., Ran]) -> None:
-        assert len(ask("--prompt", FRANCE, "--max-new-tokens", 2).out) < len(ask("--prompt", FRANCE).out)
-
-    def test_stop(self, ask: Callable[..., Ran]) -> None:
+    def test_the_end_of_an_answer(self, ask: Callable[..., Ran]) -> None:
         whole = ask("--prompt", FRANCE).out
+        assert len(ask("--prompt", FRANCE, "--max-new-tokens", 2).out) < len(whole)
         assert ask("--prompt", FRANCE, "--stop", "Paris", "--stop", "never").out == whole[: whole.index("Paris")] + "\n"
 
     def test_sampling_flags_change_the_text_and_a_seed_fixes_it(self, ask: Callable[..., Ran]) -> None:
@@ -98,7 +95,6 @@ class TestAnswers:
             "greedy": ask(*story).out,
             "hot": ask(*hot).out,
             "seed": ask(*story, "--temperature", 3, "--seed", 2).out,
-            "penalty": ask(*story, "--repetition-penalty", 5).out,
         }
         assert len(set(texts.values())) == 4
         assert ask(*hot).out == texts["hot"]
@@ -121,15 +117,11 @@ class TestAnswers:
         assert "Paris" in ran.out
         assert ran.out != ask("--prompt", "The capital of France is", "--max-new-tokens", 8).out
 
-    def test_dtype_device_and_context(self, ask: Callable[..., Ran]) -> None:
+    def test_formats_of_numbers(self, ask: Callable[..., Ran]) -> None:
         ran = ask("--prompt", FRANCE, "--dtype", "fp32", "--device", "cpu", "--max-seq-len", 100)
         assert "fp32 on cpu, eager · context 100 · KV cache 4.4 MiB" in ran.err
-
-    def test_kv_dtype(self, ask: Callable[..., Ran]) -> None:
-        plain, narrow = ask("--prompt", FRANCE), ask("--prompt", FRANCE, "--kv-dtype", "fp8")
-        assert "KV cache 11.2 MiB\n" in plain.err
-        assert "KV cache 5.6 MiB in fp8\n" in narrow.err
-        assert "Paris" in narrow.out
+        ran = ask("--prompt", FRANCE, "--kv-dtype", "fp8")
+        assert "KV cache 5.6 MiB in fp8\n" in ran.err and "Paris" in ran.out
 
     def test_compile_and_no_compile(self, ask: Callable[..., Ran]) -> None:
         flags = ("--prompt", FRANCE, "--dtype", "bf16")
@@ -145,19 +137,12 @@ class TestAnswers:
         assert f"{format} on cpu" in ran.err
         assert ran.out.strip()
 
-    def test_model_takes_a_path(self, run_chat: Callable[..., Ran], smollm2_path: Path, tmp_path: Path) -> None:
-        shutil.copy(smollm2_path, tmp_path / "renamed.gguf")  # nothing is guessed from the name
-        ran = run_chat("--model", tmp_path / "renamed.gguf", "--prompt", FRANCE, "--temperature", 0)
-        assert "Paris" in ran.out
-
 
 BAD_FLAGS: dict[str, tuple[list[str], str]] = {
     "unknown model": (["--model", "smolm2-135"], "unknown model 'smolm2-135': did you mean smollm2-135m"),
     "sa backwards": (["--sa", "9-7"], "runs backwards"),
     "layer 0": (["--sa", "0-3"], "layer 0 cannot follow"),
-    "missing plan": (["--sa", "nowhere.json"], "nowhere.json: cannot read the plan"),
     "temperature": (["--temperature", "-1"], "temperature is -1.0: expected 0 (greedy), or 0.0001 to 10000"),
-    "top-p": (["--top-p", "1.5"], "top_p is 1.5: expected 0.000001 to 1 (off)"),
     "min-p": (["--min-p", "nan"], "min_p is nan"),
     "penalty": (["--repetition-penalty", "0"], "repetition_penalty is 0.0"),
     "max-new-tokens": (["--max-new-tokens", "0"], "max_new_tokens is 0: expected 1 or more"),
@@ -199,11 +184,6 @@ def test_an_answer_that_fills_the_context(ask: Callable[..., Ran]) -> None:
     ran = ask("--raw", "--prompt", "Once upon a time", "--max-seq-len", 30)
     assert "(the answer filled the context, which --max-seq-len sets)" in ran.err
     assert "context 30/30" in ran.err
-
-
-@pytest.mark.real_model
-def test_prompt_longer_than_the_context(ask: Callable[..., Ran]) -> None:
-    assert_one_line(ask("--prompt", "word " * 600), "tokens long, the context 512")
 
 
 @pytest.mark.real_model
@@ -356,18 +336,3 @@ class TestConversation:
         self.send(conversation, "a", 16)
         conversation.reset(None)
         assert self.send(conversation, "b", 16) == ["b"]
-
-
-@pytest.mark.real_model
-def test_no_space_on_disk_while_fetching(
-    run_chat: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.part")
-
-    monkeypatch.setenv("MINISA_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr(console, "pull", full)
-    ran = run_chat("--prompt", "hi")
-    assert ran.status == 2
-    assert ran.err.splitlines()[-1] == "chat.py: model.part: No space left on device"
-    assert "98 MB, licence Apache-2.0" in ran.err.splitlines()[0]  # said before anything is fetched

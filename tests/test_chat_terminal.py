@@ -103,7 +103,7 @@ def terminal(smollm2_path: Path) -> Iterator[Callable[..., Terminal]]:
 @pytest.mark.real_model
 def test_an_interactive_session(terminal: Callable[..., Terminal]) -> None:
     """Several turns, every command, an answer interrupted and the session kept, bad input survived, Ctrl-D."""
-    session = terminal("--max-seq-len", "512")
+    session = terminal("--max-seq-len", "512", "--max-new-tokens", "100")
     session.expect(r"plain attention .* context 512")
     session.expect("> ")
     session.type(f"{FRANCE}\n")
@@ -118,7 +118,7 @@ def test_an_interactive_session(terminal: Callable[..., Terminal]) -> None:
     assert int(reused[1]) - int(reused[2]) < 25  # only the new turn was computed
     session.type("Tell me a very long story about a ship.\n")
     session.expect("ship.*\\n")
-    time.sleep(0.5)
+    time.sleep(0.2)
     session.interrupt(until=r"\(stopped\)")
     session.type("/stats\n")
     session.expect(r"no answer yet, or the last one was stopped")

@@ -94,7 +94,7 @@ class TestModelsToml:
         assert files.keys() & {"model.safetensors", "model.safetensors.index.json"}
 
     @pytest.mark.parametrize(
-        "text", ["x = [", "x = 3", '[x]\nsize = 1\nfiles = ["a"]', '[x]\ncolour = "red"\nfiles = []', "[x]\nsize = 1"]
+        "text", ["x = [", "x = 3", "[x]\nfiles = []", '[x]\ncolour = "red"\nfiles = []', "[x]\nsize = 1"]
     )
     def test_a_mistake_is_one_line_that_names_the_file(
         self, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -315,6 +315,11 @@ class TestPulling:
         publisher.files = {"model.gguf": BIG}
         assert says in failure(model(publisher.url, file))
         assert contents(weights / "tiny") == {}
+
+    def test_a_disk_that_refuses(self, publisher: Publisher, weights: Path) -> None:
+        weights.touch()
+        with pytest.raises(MinisaError, match=f"cannot write {weights}/tiny: Not a directory: pull again once there"):
+            pull(model(publisher.url, "model.gguf"))
 
     def test_a_file_nobody_vouches_for(self, publisher: Publisher) -> None:
         publisher.files, publisher.states_sha256, publisher.states_size = {"model.gguf": BIG}, False, False
