@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.sharing import SharingPlan
 from minisa.study import isotropy
-from minisa.study.isotropy import JS_POSITIONS, similarity
+from minisa.study.isotropy import similarity
 from tests.commands import Ran
 from tests.loadable import N_TOKENS, loadable_gguf
 from tests.models import build_model, in_one_go, random_tokens
@@ -116,13 +116,6 @@ def test_identical_layers_are_identical() -> None:
         assert found.js.nan_to_num().abs().max() < 1e-5
 
 
-def test_divergences_of_a_long_window_are_taken_at_spread_positions() -> None:
-    assert isotropy._spread(5, 32) == [0, 1, 2, 3, 4]
-    spread = isotropy._spread(512, JS_POSITIONS)
-    assert len(spread) == JS_POSITIONS and spread[0] == 15 and spread[-1] == 511
-    assert {b - a for a, b in itertools.pairwise(spread)} == {16}
-
-
 def test_windows_are_taken_together_and_counted() -> None:
     model, windows = build_model(CONFIG, NONE), random_tokens(CONFIG, 3, 16)
     calls: list[int] = []
@@ -140,24 +133,10 @@ def test_a_model_whose_numbers_overflow_is_like_no_other() -> None:
         similarity(model, random_tokens(CONFIG, 1, 20))
 
 
-@pytest.fixture(scope="module")
-def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config(vocab_size=N_TOKENS, tie_embeddings=True)
-    return loadable_gguf(tmp_path_factory.mktemp("isotropy") / "tiny.gguf", config)
-
-
-@pytest.fixture
-def run_isotropy(run_main: Callable[..., Ran], tiny_gguf: Path) -> Callable[..., Ran]:
-    def run(*flags: object) -> Ran:
-        return run_main(cli.main, "minisa", "isotropy", "--model", tiny_gguf, "--device", "cpu", *flags)
-
-    return run
-
-
-def test_the_command_prints_writes_and_draws_what_is_measured(
-    run_isotropy: Callable[..., Ran], tiny_gguf: Path, tmp_path: Path
-) -> None:
+def test_the_command_prints_writes_and_draws_what_is_measured(run_main: Callable[..., Ran], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason='needs pip install "minisa[plots]"')
+    tiny_gguf = loadable_gguf(tmp_path / "tiny.gguf", tiny_config(vocab_size=N_TOKENS, tie_embeddings=True))
+    run_isotropy = partial(run_main, cli.main, "minisa", "isotropy", "--model", tiny_gguf, "--device", "cpu")
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on a quiet red roof in town. " * 20)
     status, out, err = run_isotropy(
@@ -184,9 +163,10 @@ def test_the_command_prints_writes_and_draws_what_is_measured(
     rounded = run_isotropy("--text", text, "--length", 40, "--limit", 3, "--quantize", "int4", "--dtype", "fp32")
     assert rounded[0] == 0 and rounded[1] != out
     assert "· fp32" in out and "· bf16" in run_isotropy("--text", text, "--length", 40, "--dtype", "bf16")[1]
-    status, _, err = run_isotropy("--text", text, "--device", "tpu")
-    assert status == 2 and "tpu" in err
-    status, _, err = run_isotropy("--text", text, "--length", 100_000)
-    assert status == 2 and "windows of 100000 tokens: expected 2 to 128" in err
-    status, _, err = run_isotropy("--text", tmp_path / "none.txt", "--length", 40)
-    assert status == 2 and "cannot read the text" in err
+    for flags, says in (
+        (("--text", text, "--device", "tpu"), "tpu"),
+        (("--text", text, "--length", 100_000), "windows of 100000 tokens: expected 2 to 128"),
+        (("--text", tmp_path / "none.txt", "--length", 40), "cannot read the text"),
+    ):
+        status, _, err = run_isotropy(*flags)
+        assert status == 2 and says in err
