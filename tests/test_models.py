@@ -35,7 +35,7 @@ from minisa.models.registry import (
     weights_dir,
 )
 from minisa.sharing import SharingPlan
-from minisa.text.dialog import DIALOGS
+from minisa.text.chat import FORMATS
 from tests.publisher import BIG, Publisher, sha256
 
 GGUF = b"GGUF" + BIG[:100_000]
@@ -75,7 +75,7 @@ class TestModelsToml:
     def test_an_entry_fits_the_model_it_names(self, entry: ModelEntry) -> None:
         assert re.fullmatch(r"[a-z0-9.-]+", entry.name)
         assert entry.homepage.startswith("https://") and entry.licence
-        assert entry.chat is None or entry.chat in DIALOGS
+        assert entry.chat is None or entry.chat in FORMATS
         shape = PRESETS[re.sub(r"-(chat|instruct)", "", entry.name)]
         if entry.sa is not None:
             assert choose_plan("default", shape, entry).followers
