@@ -226,7 +226,8 @@ class ChatTemplate:
     def _spelled(self) -> re.Pattern[str]:
         """Every place where a special token begins, in whatever case: a template may change that."""
         names = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
-        return re.compile(f"(?=({names}))" if names else "(?!)", re.IGNORECASE)
+        first = "".join(map(re.escape, {name[0] for name in self._special}))  # most of a text is skipped at once
+        return re.compile(f"(?=[{first}])(?=({names}))" if names else "(?!)", re.IGNORECASE)
 
 
 def _texts(parts: Sequence[Any]) -> list[Any]:
