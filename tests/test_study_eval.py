@@ -143,7 +143,7 @@ def test_texts_that_are_cut_are_counted_and_unknown_tokens_refused(run_eval: Run
         (("--tasks", "piqa"), "give --perplexity FILE, or --tasks with --data FOLDER"),
         (("--sa", "2"), "give --perplexity FILE, or --tasks with --data FOLDER"),
         (("--perplexity", "no.txt"), "no.txt: cannot read"),
-        (("--perplexity", "TEXT", "--as-run", "--baseline", "kv-int8"), "--as-run: for --perplexity without baselines"),
+        (("--perplexity", "TEXT", "--as-run", "--baseline", "kv-int8"), "--as-run: for --perplexity and gsm8k"),
         (("--perplexity", "TEXT", "--kv-dtype", "fp8"), "--kv-dtype fp8: goes with --as-run"),
         (("--perplexity", "TEXT", "--limit", 0), "0 is not in the range x>=1"),
         (("--perplexity", "TEXT", "--sa", "9"), "layer 9 is outside the model"),
@@ -151,12 +151,13 @@ def test_texts_that_are_cut_are_counted_and_unknown_tokens_refused(run_eval: Run
         (("--perplexity", "TEXT", "--baseline", "sa:2+drop:1"), "drop"),
         (("--perplexity", "TEXT", "--json", "no/such/r.json"), "no such folder"),
         (("--perplexity", "TEXT", "--model", "no-such-model"), "no-such-model"),
+        pytest.param(("--tasks", "piqa", "--data", "DATA", "--as-run"), "--as-run: for --perp", marks=NEEDS_LM_EVAL),
         pytest.param(("--tasks", "chess", "--data", "."), "'chess' is unknown", marks=NEEDS_LM_EVAL),
         pytest.param(("--tasks", "piqa", "--data", "none"), "none/piqa.jsonl: cannot read", marks=NEEDS_LM_EVAL),
     ],
 )
-def test_bad_flags_are_one_line_and_status_2(flags: Any, message: str, run_eval: Run, text: Path) -> None:
-    ran = run_eval(*(text if flag == "TEXT" else flag for flag in flags))
+def test_bad_flags_are_one_line_and_status_2(flags: Any, message: str, run_eval: Run, text: Path, data: Path) -> None:
+    ran = run_eval(*({"TEXT": text, "DATA": data}.get(flag, flag) for flag in flags))
     assert ran.status == 2 and message in ran.err
     assert len(ran.err.strip().splitlines()) == 1
 

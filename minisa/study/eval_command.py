@@ -42,7 +42,7 @@ ANSWERS = 8  # generated together
 @click.option(
     "--as-run",
     is_flag=True,
-    help="Compute as chat.py would, the C++ step's rounding and --kv-dtype included (--perplexity only, no baselines).",
+    help="Compute as chat.py would, with the C++ step and --kv-dtype: for --perplexity and gsm8k, without baselines.",
 )
 @KV_DTYPE
 @click.option("--json", "json_file", type=OutputFile(), metavar="FILE.json", help="Write the results there.")
@@ -82,8 +82,6 @@ def evaluate(
 
     if (text is None and tasks is None) or (tasks is None) != (data is None):
         raise MinisaError("eval: give --perplexity FILE, or --tasks with --data FOLDER, or both")
-    if as_run and (tasks or baselines):
-        raise MinisaError("--as-run: for --perplexity without baselines, whose layers PyTorch alone can run")
     if kv_dtype != "auto" and not as_run:
         raise MinisaError(f"--kv-dtype {kv_dtype}: goes with --as-run; without it the study's own caches are used")
     if plot_file is not None:
@@ -101,8 +99,12 @@ def evaluate(
         suite = [LocalTask(name.strip(), Path(data), num_fewshot) for name in tasks.split(",")]
         files = {file: sha256_of(Path(data, file)) for task in suite for file in task.files.values()}
         settings |= {"num_fewshot": num_fewshot, "data_sha256": files}
-    generates = any(task.OUTPUT_TYPE == "generate_until" for task in suite)
-    cache = {"max_batch": ANSWERS} if generates else {"max_seq_len": 1}  # scores are computed in caches of their own
+    generate = [task.OUTPUT_TYPE == "generate_until" for task in suite]
+    if as_run and (baselines or not all(generate)):
+        raise MinisaError("--as-run: for --perplexity and gsm8k without baselines; PyTorch computes all others")
+    cache = (
+        {"max_batch": ANSWERS} if any(generate) else {"max_seq_len": 1}
+    )  # scores are computed in caches of their own
 
     def open_with(sa: str | None) -> LLM:  # eager, as baselines change the layers
         return open_model(model, sa=sa, compile=as_run, kv_dtype=kv_dtype, **cache, **load)
