@@ -30,7 +30,7 @@ from minisa.models.registry import choose_plan, resolve
 from minisa.quantize import check_quantization
 from minisa.runners.choice import choose_runner, native_library
 from minisa.sharing import SharingPlan
-from minisa.text.chat import ChatTemplate, Message, find_template
+from minisa.text.chat import ChatTemplate, Message, find_template, read_format
 from minisa.text.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 
 
@@ -82,7 +82,7 @@ def load(
     tokenizer = load_tokenizer(path) if path.exists() else NoTokenizer(path)  # of random weights
     template = partial(find_template, path, tokenizer, chat_format, None if entry is None else entry.chat)
     if chat_format is not None:
-        template()  # a wrong name or file is told before the weights load
+        read_format(chat_format)  # what is wrong with it is told before the weights load
     limit = config.longest_seq_len
     if max_seq_len is not None and not 1 <= max_seq_len <= limit:
         raise MinisaError(f"max_seq_len is {max_seq_len}: expected 1 to {limit}, the longest that the model allows")
