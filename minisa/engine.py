@@ -211,7 +211,7 @@ class LLM:
         the way once another generation has begun on the model, after an interrupted step, and for logits that are not
         finite.
         """
-        asked = Options.of("generate", options)
+        asked = Options(**options)
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         rows = [prompts] if one else list(prompts)
         return self._start([self._prompt_ids(prompt) for prompt in rows], asked, answers=False)  # type: ignore[arg-type]
@@ -222,7 +222,7 @@ class LLM:
         What the chat has in common with the cache, usually everything but the last message, is not computed again.
         Raises MinisaError as `generate` does, and for messages that the chat template has no place for.
         """
-        asked = Options.of("chat", options)
+        asked = Options(**options)
         return self._start([self._chat_ids(messages)], asked, answers=True)
 
     def batch(self, **sampling: Any) -> Batch:
@@ -232,14 +232,14 @@ class LLM:
         Like the start of a generation it ends the one before.
         Raises MinisaError for an option out of range.
         """
-        loop = DecodingLoop(self.runner, self.cache, Sampling.of("batch", sampling), self.cache.batch)
+        loop = DecodingLoop(self.runner, self.cache, Sampling(**sampling), self.cache.batch)
         return Batch(loop, partial(self._turn, self._begin()), self._prepare)
 
     def _prepare(self, prompt: Prompt | Sequence[Message], options: dict[str, Any]) -> PreparedRow:
         """What `Batch.add` is given, checked."""
         if wrong := options.keys() & {*Sampling.__slots__, "speculate"}:
             raise MinisaError(f"add: {min(wrong)} is not a row's own: give it to batch, or leave it out")
-        asked = Options.of("add", options)
+        asked = Options(**options)
         answers = is_chat(prompt)
         ids = self._chat_ids(prompt) if answers else self._prompt_ids(prompt)  # type: ignore[arg-type]
         return self._row(ids, asked, asked.seeds(1)[0], answers)

@@ -229,9 +229,6 @@ def test_stats_count_what_happened() -> None:
         ("a", {"stop": [5]}, r"stop is \[5\]: expected a string"),
         ("a", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
         ("a", {"prefix": llm_of().prefix("a")}, "prefix is another model's"),
-        ("a", {"max_tokens": 2}, "generate: there is no option max_tokens: expected max_new_tokens$"),
-        ("a", {"x": 1}, "no option x: expected temperature, top_k, .* speculate"),
-        ("a", {"mid_text": False}, "generate: there is no option mid_text"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_runs(prompt: Any, options: dict[str, Any], says: str) -> None:
@@ -243,7 +240,7 @@ def test_bad_requests_are_refused_before_anything_runs(prompt: Any, options: dic
 def test_logits_that_are_not_finite_are_said(options: dict[str, Any]) -> None:
     llm = llm_of()
     llm.model.norm.weight.fill_(3e38)
-    with pytest.raises(MinisaError, match=r"are not finite: the weights are damaged: fetch the model again$"):
+    with pytest.raises(MinisaError, match="are not finite: the weights are damaged, or"):
         next(llm.generate("abcabcabc", **options))
 
 

@@ -117,12 +117,10 @@ class DecodingLoop:
         own.tokens[0].clear()
         own.keys.zero_()
         own.values.zero_()
-        dtype = self._runner.model.norm.weight.dtype
-        narrow = dtype != torch.float32
+        dtype = dtype_name(self._runner.model.norm.weight.dtype)
         raise MinisaError(
-            f"row {row.number}: its logits are not finite: the weights are damaged"
-            f"{f', or too large for {dtype_name(dtype)}' if narrow else ''}: "
-            f"fetch the model again{', or take dtype fp32' if narrow else ''}"
+            f"row {row.number}: its logits are not finite: the weights are damaged, or too large for {dtype}: fetch the "
+            "model again, or take dtype fp32"
         )
 
     @torch.inference_mode()

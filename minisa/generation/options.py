@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from minisa.errors import MinisaError
 
@@ -39,16 +38,6 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
-
-    @classmethod
-    def of(cls, caller: str, given: Mapping[str, Any]) -> Self:
-        """From keyword arguments. Raises MinisaError for one that is no option; caller: was given it."""
-        known = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1) or known
-                raise MinisaError(f"{caller}: there is no option {name}: expected {', '.join(near)}")
-        return cls(**given)
 
 
 @dataclass(frozen=True, slots=True)
