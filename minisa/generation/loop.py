@@ -119,8 +119,8 @@ class DecodingLoop:
         own.values.zero_()
         dtype = dtype_name(self._runner.model.norm.weight.dtype)
         raise MinisaError(
-            f"row {row.number}: its logits are not finite: the weights are damaged, or too large for {dtype}: fetch the "
-            "model again, or take dtype fp32"
+            f"row {row.number}: its logits are not finite: the weights are damaged, or too large for {dtype}: "
+            "fetch the model again, or take dtype fp32"
         )
 
     @torch.inference_mode()
