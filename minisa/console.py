@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -95,10 +96,11 @@ def run(command: click.Command) -> NoReturn:
         _fail(name, error.format_message() if isinstance(error, click.ClickException) else str(error))
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
-    except BrokenPipeError:  # the reader has left; at exit Python would complain about what is not written yet
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
+        if error.errno in (errno.EPIPE, errno.ENOSPC):  # of stdout, maybe: at exit Python would write once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):  # the reader has left
+            sys.exit(1)
         _fail(name, f"{error.filename or 'input or output'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
         from minisa.device import is_out_of_memory

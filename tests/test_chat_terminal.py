@@ -144,16 +144,6 @@ def test_an_interactive_session(terminal: Callable[..., Terminal]) -> None:
 
 
 @pytest.mark.real_model
-def test_the_oldest_turns_are_dropped_when_the_context_is_full(terminal: Callable[..., Terminal]) -> None:
-    session = terminal("--max-seq-len", "160", "--max-new-tokens", "20")
-    for _ in range(4):
-        session.expect("> ")
-        session.type("Please tell me about the rivers of France and where they flow, in a sentence.\n")
-        shown = session.expect(r"context \d+/160.*\]")
-    assert re.search(r"\(the context is full: the \d+ oldest messages were dropped\)", shown)
-
-
-@pytest.mark.real_model
 def test_interrupt_at_the_prompt_keeps_the_session(terminal: Callable[..., Terminal]) -> None:
     session = terminal("--max-seq-len", "128")
     session.expect("> ")

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,8 +210,7 @@ class TestPulling:
 
     def test_what_a_killed_pull_has_left_is_taken_up(self, publisher: Publisher, weights: Path) -> None:
         publisher.files, publisher.pause = {"model.gguf": BIG}, 0.1
-        child = self.pull_elsewhere(publisher)
-        self.wait_for(lambda: any(part.stat().st_size for part in weights.glob("tiny/*.part")))
+        child = self.pull_elsewhere(publisher, weights)
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert not (weights / "tiny" / "model.gguf").exists()
@@ -223,27 +221,26 @@ class TestPulling:
 
     def test_two_pulls_at_once_both_end_well(self, publisher: Publisher, weights: Path) -> None:
         publisher.files, publisher.pause = {"model.gguf": BIG}, 0.02
-        child = self.pull_elsewhere(publisher)
-        self.wait_for(lambda: any(weights.glob("tiny/*.part")))
+        child = self.pull_elsewhere(publisher, weights)
         assert pull(model(publisher.url, "model.gguf")).read_bytes() == BIG
         assert child.wait(60) == 0
         assert publisher.ranges("model.gguf") == [None, None]
         assert contents(weights / "tiny") == {"model.gguf": BIG}
 
-    def pull_elsewhere(self, publisher: Publisher) -> subprocess.Popen[bytes]:
+    def pull_elsewhere(self, publisher: Publisher, weights: Path) -> subprocess.Popen[bytes]:
+        """A pull in another process that has begun to write."""
         code = (
             "import sys\nfrom minisa.models import download, registry\n"
             "download._Connection.http_request = download._Connection.https_request\n"
             "files = (registry.ModelFile('model.gguf'),)\n"
             "download.pull(registry.ModelEntry('tiny', 'MIT', 10, sys.argv[1], files, ''))\n"
         )
-        return subprocess.Popen([sys.executable, "-c", code, publisher.url])
-
-    def wait_for(self, condition: Callable[[], bool]) -> None:
+        child = subprocess.Popen([sys.executable, "-c", code, publisher.url])
         deadline = time.monotonic() + 60
-        while not condition():
+        while not any(part.stat().st_size for part in weights.glob("tiny/*.part")):
             assert time.monotonic() < deadline, "waited too long"
             time.sleep(0.02)
+        return child
 
     def test_a_connection_that_breaks_is_taken_up(self, publisher: Publisher) -> None:
         publisher.files, publisher.cut = {"model.gguf": BIG}, [100_000, 0, 200_000]
@@ -251,12 +248,10 @@ class TestPulling:
         assert publisher.ranges("model.gguf") == [None, "bytes=100000-", "bytes=100000-", "bytes=300000-"]
         publisher.files["other.gguf"], publisher.knows_ranges, publisher.cut = BIG, False, [100_000]
         assert pull(model(publisher.url, "other.gguf")).read_bytes() == BIG
-
-    def test_a_file_without_a_sha256_is_not_continued(self, publisher: Publisher) -> None:
-        """It might be another one by now."""
-        publisher.files, publisher.states_sha256, publisher.cut = {"model.gguf": BIG}, False, [100_000]
-        assert pull(model(publisher.url, "model.gguf")).read_bytes() == BIG
-        assert publisher.ranges("model.gguf") == [None, "bytes=100000-", None]
+        publisher.files["third.gguf"], publisher.knows_ranges, publisher.cut = BIG, True, [100_000]
+        publisher.states_sha256 = False  # then nothing would tell that it is another file by now
+        assert pull(model(publisher.url, "third.gguf")).read_bytes() == BIG
+        assert publisher.ranges("third.gguf") == [None, "bytes=100000-", None]
 
     def test_a_part_that_is_whole_already(self, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of a pull that was killed while it verified the file."""
