@@ -149,7 +149,7 @@ def test_texts_that_are_cut_are_counted_and_unknown_tokens_refused(run_eval: Run
         (("--perplexity", "TEXT", "--sa", "9"), "layer 9 is outside the model"),
         (("--perplexity", "TEXT", "--sa", "2", "--sa", "2"), "2 is there twice"),
         (("--perplexity", "TEXT", "--baseline", "sa:2+drop:1"), "drop"),
-        (("--perplexity", "TEXT", "--json", "no/such/r.json"), "no such folder"),
+        (("--perplexity", "TEXT", "--json", "no/such/r.json"), "no/such/r.json: expected a file in a folder"),
         (("--perplexity", "TEXT", "--model", "no-such-model"), "no-such-model"),
         pytest.param(("--tasks", "piqa", "--data", "DATA", "--as-run"), "--as-run: for --perp", marks=NEEDS_LM_EVAL),
         pytest.param(("--tasks", "chess", "--data", "."), "'chess' is unknown", marks=NEEDS_LM_EVAL),

@@ -29,8 +29,13 @@ def token_losses(model: Transformer, windows: Tensor, batch: int = 4) -> Tensor:
 
     batch: windows run together.
     """
-    parts = windows.split(batch)
-    return torch.cat([losses_of(model, final_hidden(model, part), part).cpu() for part in parts])
+    losses = []
+    for part in windows.split(batch):
+        hidden = final_hidden(model, part)[:, :-1].flatten(0, 1)
+        targets = part[:, 1:].flatten().to(hidden.device)
+        for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
+            losses.append(F.cross_entropy(model.head(rows).float(), wanted, reduction="none").cpu())
+    return torch.cat(losses).view(len(windows), -1)
 
 
 def losses_as_run(llm: LLM, window: Tensor) -> Tensor:
@@ -77,19 +82,6 @@ def final_hidden(model: Transformer, windows: Tensor) -> Tensor:
     batch, length = tokens.shape
     positions = torch.arange(length, device=tokens.device).expand(batch, -1)
     return model.hidden(tokens, positions, window_cache(model, batch, length))
-
-
-def losses_of(model: Transformer, hidden: Tensor, windows: Tensor) -> Tensor:
-    """The losses fp32 [N, length - 1] of windows [N, length] whose final hidden states are [N, length, dim].
-
-    The logits are never held for more than ROWS positions.
-    """
-    flat, targets = hidden[:, :-1].flatten(0, 1), windows[:, 1:].flatten().to(hidden.device)
-    losses = [
-        F.cross_entropy(model.head(rows).float(), wanted, reduction="none")
-        for rows, wanted in zip(flat.split(ROWS), targets.split(ROWS), strict=True)
-    ]
-    return torch.cat(losses).view(len(windows), -1)
 
 
 @torch.inference_mode()

@@ -9,11 +9,10 @@ import click
 
 from minisa.console import OutputFile
 
-FILE = click.Path(dir_okay=False)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 TEXTS = click.option(
-    "--text", "texts", type=FILE, multiple=True, required=True, help="UTF-8 text; may be given repeatedly."
+    "--text", "texts", metavar="FILE", multiple=True, required=True, help="UTF-8 text; may be given repeatedly."
 )
 LENGTH = click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
 SEED = click.option(
