@@ -41,7 +41,7 @@ class Transformer(nn.Module):
             for i in range(config.n_layers)
         )
         self.norm = RMSNorm(config)
-        self.output = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
+        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("rope_frequencies", rope_frequencies(config), persistent=False)
         self.last_use = {leader: followers[-1] for leader, followers in plan.spans.items()}
 
@@ -154,10 +154,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         n_queries, n_keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         if not follows:
-            self.wq = Linear(config.dim, n_queries)
-            self.wk = Linear(config.dim, n_keys)
-        self.wv = Linear(config.dim, n_keys)
-        self.wo = Linear(n_queries, config.dim)
+            self.wq = nn.Linear(config.dim, n_queries, bias=False)
+            self.wk = nn.Linear(config.dim, n_keys, bias=False)
+        self.wv = nn.Linear(config.dim, n_keys, bias=False)
+        self.wo = nn.Linear(n_queries, config.dim, bias=False)
         self.wqkv: nn.Module | None = None
         self.widths = (n_queries, n_keys, n_keys)
         # On the CPU even under torch.device("meta"): it is data of the plan, and no weight will fill it.
@@ -210,9 +210,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w1 = Linear(config.dim, config.hidden_dim)
-        self.w2 = Linear(config.hidden_dim, config.dim)
-        self.w3 = Linear(config.dim, config.hidden_dim)
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.hidden(x))
@@ -249,14 +249,3 @@ class Embedding(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """What a tied head computes: each row's product with the hidden states."""
         return F.linear(hidden, self.weight)
-
-
-class Linear(nn.Module):
-    """x @ weight.T. The weight starts empty: torch's own Linear would initialize what is overwritten at once."""
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_out, n_in))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
