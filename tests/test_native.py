@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minisa.benchmark.synthetic import random_checkpoint
 from minisa.cache import StaticCache, to_dtype
@@ -20,7 +20,7 @@ from minisa.checkpoint import load_weights
 from minisa.config import ModelConfig
 from minisa.costs import SLACK, parameter_count
 from minisa.errors import MinisaError
-from minisa.model import Linear, Transformer
+from minisa.model import Transformer
 from minisa.quantize import Format
 from minisa.runners.eager import TorchRunner
 from minisa.runners.native.runner import NativeRunner
@@ -53,7 +53,7 @@ def pair(config: ModelConfig, plan: SharingPlan, library: ctypes.CDLL) -> tuple[
         calm = 0.25 if name.endswith(("wo.weight", "w2.weight")) else 1.0  # or rounding noise doubles at every layer
         parameter.data = (parameter.data * calm).bfloat16().to(parameter.dtype)
     for module in reference.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda _, inputs: inputs[0].bfloat16().float())
     reference.norm.register_forward_hook(lambda *args: args[-1].bfloat16().float())  # what the head multiplies
     return TorchRunner(reference), NativeRunner(model, library, n_threads=2)
