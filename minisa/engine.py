@@ -304,7 +304,7 @@ class LLM:
         return self._checked(ids, self.cache.length, "the prompt")
 
     def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        return self._checked(self.chat_template.ids(messages), self.cache.length, "the chat")
+        return self._checked(self.chat_template.ids(messages), self.cache.length, "the prompt")
 
     def _checked(self, ids: Sequence[int], limit: int, what: str) -> list[int]:
         """Token ids as a list. Raises MinisaError for none, too many, and what is no id of the vocabulary."""
