@@ -6,7 +6,7 @@
 Backends with one signature. `reference` is the authors' algorithm written out: P is a tensor and is shared. `torch`
 gives the same numbers without ever holding a T×T matrix: for several query rows a follower is a fused attention call on
 the leader's q and k and its own v; for one row (decoding) P is a single row and is kept. `kernels` is `torch` with one
-query, or a few, in Triton (kernels/decode_attention.py).
+query, or a few, in Triton (runners/kernels/decode_attention.py).
 
 Shapes: q [B, H, T, D]; k, v [B, Hkv, S, D], where H is a multiple of Hkv and query head h belongs to key and
 value head h // (H / Hkv); P [B, H, T, S]. k and v may be of a narrower dtype than q: they are widened to it.
@@ -14,7 +14,6 @@ value head h // (H / Hkv); P [B, H, T, S]. k and v may be of a narrower dtype th
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +22,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from minisa.errors import MinisaError
 
 MAX_MASK_ELEMENTS = 1 << 25  # at a time: on a CPU the fused call turns a mask's booleans into floats
 
@@ -170,22 +167,3 @@ def _for_each_query_head(kv: Tensor, n_heads: int) -> Tensor:
 
 REFERENCE = AttentionBackend("reference", visible_slots, _lead_reference, _follow_reference)
 TORCH = AttentionBackend("torch", visible_slots, _lead_torch, _follow_torch)
-
-
-def find_backend(name: str) -> AttentionBackend:
-    """The backend called `name`: reference, torch or kernels. Raises MinisaError for another, or if Triton lacks."""
-    if name == "kernels":
-        if importlib.util.find_spec("triton") is None:
-            raise MinisaError("backend 'kernels' needs Triton: pip install triton, or take backend 'torch'")
-        from minisa.runners.kernels.decode_attention import KERNELS  # not everybody has Triton
-
-        return KERNELS
-    found = {backend.name: backend for backend in (REFERENCE, TORCH)}.get(name)
-    if found is None:
-        raise MinisaError(f"backend {name!r} is not one: expected reference, torch or kernels")
-    return found
-
-
-def fastest_backend(device: torch.device) -> str:
-    """The name of the one to take on a device."""
-    return "kernels" if device.type == "cuda" and importlib.util.find_spec("triton") is not None else "torch"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,9 +22,6 @@ KV_DTYPES = DTYPES | {"fp8": torch.float8_e4m3fn}
 def one_torch_thread() -> Iterator[None]:
     """PyTorch computes in the calling thread alone: a C++ step needs the cores on which its pool would busy-wait."""
     n_threads = torch.get_num_threads()
-    if n_threads == 1:
-        yield
-        return
     try:
         torch.set_num_threads(1)
         yield
@@ -38,15 +34,9 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def runs_kernels(device: torch.device) -> bool:
-    """Whether Triton's kernels run there: on CUDA, and anywhere in its interpreter."""
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def choose_device(name: str = "auto") -> torch.device:
     """ "auto" is CUDA where there is one, else Apple's GPU, else the CPU. MinisaError if the one named is absent."""
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    counts = {"cuda": n_gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
         return torch.device(next(kind for kind, count in counts.items() if count))
     try:
@@ -87,10 +77,10 @@ def named_dtype(
     name: str | torch.dtype, flag: str = "--dtype", known: Mapping[str, torch.dtype] = DTYPES
 ) -> torch.dtype:
     """The dtype of one of the known names, or a torch.dtype as it is. Raises MinisaError for any other."""
-    found = known.get(str(name).removeprefix("torch."))
-    if found is None:
+    bare = str(name).removeprefix("torch.")
+    if bare not in known:
         raise MinisaError(f"{flag} {str(name)!r} is not supported: expected auto, {', '.join(known)}")
-    return found
+    return known[bare]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisa.attention import fastest_backend
 from minisa.cache import StaticCache, common_prefix
 from minisa.checkpoint import Checkpoint, load_weights, open_checkpoint, with_delta
 from minisa.config import ModelConfig
 from minisa.costs import cache_slots, kv_bytes
-from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_name, free_memory, runs_kernels
+from minisa.device import choose_device, choose_dtype, choose_kv_dtype, dtype_name, free_memory
 from minisa.errors import MinisaError
 from minisa.generation.batch import Batch, PreparedRow, Prompt
 from minisa.generation.loop import DecodingLoop
@@ -28,7 +27,7 @@ from minisa.generation.runner import Runner
 from minisa.model import Transformer
 from minisa.models.registry import choose_plan, resolve
 from minisa.quantize import check_quantization
-from minisa.runners.choice import choose_runner, native_library
+from minisa.runners.choice import choose_runner, find_backend, native_library
 from minisa.sharing import SharingPlan
 from minisa.text.chat import ChatTemplate, Message, find_template, read_format
 from minisa.text.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
@@ -88,10 +87,8 @@ def load(
         raise MinisaError(f"max_seq_len is {max_seq_len}: expected 1 to {limit}, the longest that the model allows")
     if max_batch < 1:
         raise MinisaError(f"max_batch is {max_batch}: expected 1 or more")
-    if backend == "kernels" and not runs_kernels(target):
-        raise MinisaError(f"backend 'kernels' is for CUDA, the device is {target}: leave it out, or take 'torch'")
     with torch.device("meta"):
-        transformer = Transformer(config, plan, backend or fastest_backend(target))
+        transformer = Transformer(config, plan, find_backend(backend, target))
     compile = False if backend == "reference" else compile
     weight_format = check_quantization(quantize)
     library = native_library(config, target, compile, dtype)

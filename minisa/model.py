@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisa.attention import AttentionBackend, HeadMap, Shared, Visible, find_backend
+from minisa.attention import TORCH, AttentionBackend, HeadMap, Shared, Visible
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
 from minisa.rope import apply_rope, rope_angles, rope_frequencies
@@ -30,14 +30,14 @@ class Transformer(nn.Module):
 
     rope_frequencies: Tensor
 
-    def __init__(self, config: ModelConfig, plan: SharingPlan, backend: str = "torch") -> None:
+    def __init__(self, config: ModelConfig, plan: SharingPlan, backend: AttentionBackend = TORCH) -> None:
         super().__init__()
         self.config = config
         self.plan = plan.check(config)
         self.tok_embeddings = Embedding(config.vocab_size, config.dim)
-        self.backend = find_backend(backend)
+        self.backend = backend
         self.layers = nn.ModuleList(
-            Layer(config, follows=plan.sources[i] != i, head_map=plan.head_maps[i], backend=self.backend)
+            Layer(config, follows=plan.sources[i] != i, head_map=plan.head_maps[i], backend=backend)
             for i in range(config.n_layers)
         )
         self.norm = RMSNorm(config)

@@ -8,9 +8,11 @@ from torch import Tensor
 from minisa.cache import StaticCache
 from minisa.config import ModelConfig
 from minisa.model import Transformer
+from minisa.runners.choice import find_backend
 from minisa.sharing import SharingPlan
 from tests.tiny import random_weights, tiny_config
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N_LAYERS = 6
 SIX_LAYERS = tiny_config(n_layers=N_LAYERS, n_heads=4, n_kv_heads=2, max_seq_len=128)
 PLANS = {
@@ -25,7 +27,7 @@ PLANS = {
 
 def build_model(config: ModelConfig, plan: SharingPlan, backend: str = "torch", seed: int = 0) -> Transformer:
     with torch.device("meta"):
-        model = Transformer(config, plan, backend)
+        model = Transformer(config, plan, find_backend(backend, DEVICE))
     weights = random_weights(config, seed)
     model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
     return model.requires_grad_(False)

@@ -28,6 +28,7 @@ from tests.tiny import tiny_config
         ({"max_batch": True}, "max_batch is True: expected 1 or more"),
         ({"max_seq_len": True}, "max_seq_len is True: expected 1 to 256"),
         ({"kv_dtype": "fp4"}, "--kv-dtype 'fp4' is not supported"),
+        ({"backend": "flash"}, "backend 'flash' is not one: expected reference, torch or kernels"),
         ({"backend": "kernels"}, "backend 'kernels' is for CUDA, the device is cpu: leave it out, or take 'torch'"),
     ],
 )

@@ -61,11 +61,11 @@ def test_a_wrong_result_is_a_failure(quick: None, monkeypatch: pytest.MonkeyPatc
 def test_errors_of_attention_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison the kernels are held to, of a backend that forgets the head map."""
     pytest.importorskip("triton")
-    right = selfcheck.find_backend("kernels")
+    right = selfcheck.find_backend("kernels", CPU)
     forgetful = AttentionBackend(
         "kernels", right.visible, right.lead, lambda shared, v, _: right.follow(shared, v, None)
     )
-    monkeypatch.setattr(selfcheck, "find_backend", lambda _: forgetful)
+    monkeypatch.setattr(selfcheck, "find_backend", lambda *_: forgetful)
     tensors = attention_tensors(1, 4, 2, 64, torch.float32, CPU)
     lead, follow = attention_errors(*tensors, torch.tensor([9]), HeadMap.of([3, 0, 0, 1], 2), None)
     assert lead < 1e-5 < 0.5 < follow

@@ -6,7 +6,6 @@ a step.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisa.attention import REFERENCE, HeadMap, find_backend, visible_slots
+from minisa.attention import REFERENCE, HeadMap, visible_slots
 from minisa.benchmark.synthetic import random_llm
 from minisa.config import ModelConfig
-from minisa.device import runs_kernels
 from minisa.engine import LLM, load
+from minisa.errors import MinisaError
 from minisa.generation.runner import Runner
 from minisa.generation.sampling import Chooser
 from minisa.generation.speculate import MAX_GUESSES
 from minisa.models.registry import DEFAULT_MODEL, find, local_path
 from minisa.quantize import QUANTIZATIONS, quantize
+from minisa.runners.choice import find_backend
 from minisa.sharing import SharingPlan
 
 SMALL = ModelConfig(
@@ -173,7 +173,7 @@ def attention_errors(
     ring: bool = False,
 ) -> tuple[float, float]:  # fmt: skip
     """Of a leader's output and of a follower's, by the kernels, for q [B, H, T, D] at positions [B, T], or [B]."""
-    kernels, slots = find_backend("kernels"), k.shape[2]
+    kernels, slots = find_backend("kernels", q.device), k.shape[2]
     positions = positions.view(len(q), -1)
     mixed, shared = kernels.lead(q, k, v, kernels.visible(positions, slots, window, ring))
     followed = kernels.follow(shared, v_own, head_map)
@@ -250,7 +250,7 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 
 def _need_triton(device: torch.device) -> None:
-    if importlib.util.find_spec("triton") is None:
-        raise LeftOutError("Triton is not installed")
-    if not runs_kernels(device):
-        raise LeftOutError("no GPU here; with TRITON_INTERPRET=1 set they run on the CPU")
+    try:
+        find_backend("kernels", device)
+    except MinisaError:
+        raise LeftOutError("no GPU here, or no Triton; with TRITON_INTERPRET=1 set they run on the CPU") from None

@@ -4,19 +4,43 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
 import subprocess
 
 import torch
 
+from minisa.attention import REFERENCE, TORCH, AttentionBackend
 from minisa.config import ModelConfig
 from minisa.device import named_dtype
+from minisa.errors import MinisaError
 from minisa.generation.runner import Runner
 from minisa.model import Transformer
 from minisa.runners.eager import TorchRunner
 from minisa.runners.graphs import GraphRunner
 from minisa.runners.native.build import open_library
 from minisa.runners.native.runner import NativeRunner, supports
+
+
+def find_backend(name: str | None, device: torch.device) -> AttentionBackend:
+    """Attention called reference, torch or kernels; None is the fastest for the device.
+
+    Raises MinisaError for another name, and for the kernels where Triton or a GPU is missing.
+    """
+    has_triton = importlib.util.find_spec("triton") is not None
+    if name is None:
+        name = "kernels" if device.type == "cuda" and has_triton else "torch"
+    if name == "kernels":
+        if not has_triton:
+            raise MinisaError("backend 'kernels' needs Triton: pip install triton, or take backend 'torch'")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise MinisaError(f"backend 'kernels' is for CUDA, the device is {device}: leave it out, or take 'torch'")
+        from minisa.runners.kernels.decode_attention import KERNELS
+
+        return KERNELS
+    if name not in ("reference", "torch"):
+        raise MinisaError(f"backend {name!r} is not one: expected reference, torch or kernels")
+    return TORCH if name == "torch" else REFERENCE
 
 
 def native_library(
