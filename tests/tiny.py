@@ -13,42 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minisa.checkpoint import read_gguf
 from minisa.config import ModelConfig, RopeScaling
+from minisa.model import Transformer
+from minisa.sharing import SharingPlan
 from tests.encode import GGML_CODES, encode_gguf, quantize, write_safetensors
 
 Weights = Mapping[str, Tensor]
 
-HF_NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "attention_norm": "input_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-}
-GGUF_NAMES = {
-    "tok_embeddings": "token_embd",
-    "norm": "output_norm",
-    "output": "output",
-    "attention_norm": "attn_norm",
-    "attention.wq": "attn_q",
-    "attention.wk": "attn_k",
-    "attention.wv": "attn_v",
-    "attention.wo": "attn_output",
-    "ffn_norm": "ffn_norm",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w2": "ffn_down",
-    "feed_forward.w3": "ffn_up",
-}
+NAMES = """
+tok_embeddings   model.embed_tokens        token_embd
+norm             model.norm                output_norm
+output           lm_head                   output
+attention_norm   input_layernorm           attn_norm
+attention.wq     self_attn.q_proj          attn_q
+attention.wk     self_attn.k_proj          attn_k
+attention.wv     self_attn.v_proj          attn_v
+attention.wo     self_attn.o_proj          attn_output
+ffn_norm         post_attention_layernorm  ffn_norm
+feed_forward.w1  mlp.gate_proj             ffn_gate
+feed_forward.w2  mlp.down_proj             ffn_down
+feed_forward.w3  mlp.up_proj               ffn_up
+"""
+HF_NAMES, GGUF_NAMES = ({row.split()[0]: row.split()[column] for row in NAMES.split("\n")[1:-1]} for column in (1, 2))
 
 
 def tiny_config(**overrides: Any) -> ModelConfig:
@@ -60,50 +49,18 @@ def tiny_config(**overrides: Any) -> ModelConfig:
     return ModelConfig(**(shape | overrides))
 
 
-def parameter_shapes(config: ModelConfig, followers: Collection[int] = ()) -> dict[str, tuple[int, ...]]:
-    """The model's parameters and their shapes; follower layers have no wq and no wk."""
-    dim, q, kv = config.dim, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    layer = {
-        "attention_norm": (dim,),
-        "attention.wq": (q, dim),
-        "attention.wk": (kv, dim),
-        "attention.wv": (kv, dim),
-        "attention.wo": (dim, q),
-        "ffn_norm": (dim,),
-        "feed_forward.w1": (config.hidden_dim, dim),
-        "feed_forward.w2": (dim, config.hidden_dim),
-        "feed_forward.w3": (config.hidden_dim, dim),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, dim)}
-    for i in range(config.n_layers):
-        for module, shape in layer.items():
-            if not (i in followers and module in ("attention.wq", "attention.wk")):
-                shapes[f"layers.{i}.{module}.weight"] = shape
-    shapes["norm.weight"] = (dim,)
-    if not config.tie_embeddings:
-        shapes["output.weight"] = (config.vocab_size, dim)
-    return shapes
-
-
-def empty_model(config: ModelConfig, followers: Collection[int] = ()) -> nn.Module:
-    """A module on the meta device with the model's parameters and nothing else."""
-    root = nn.Module()
-    for name, shape in parameter_shapes(config, followers).items():
-        *modules, leaf = name.split(".")
-        owner = root
-        for module in modules:
-            if module not in dict(owner.named_children()):
-                owner.add_module(module, nn.Module())
-            owner = owner.get_submodule(module)
-        owner.register_parameter(leaf, nn.Parameter(torch.empty(shape, device="meta")))
-    return root
+def empty_model(config: ModelConfig, followers: Collection[int] = ()) -> Transformer:
+    """On the meta device; each follower uses the weights of layer 0."""
+    with torch.device("meta"):
+        return Transformer(config, SharingPlan.following(config.n_layers, dict.fromkeys(followers, 0)))
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     """fp32; scaled so that attention is neither flat nor on one token, and logits spread by a few units."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, shape in parameter_shapes(config).items():
+    for name, parameter in empty_model(config).named_parameters():
+        shape = parameter.shape
         noise = torch.randn(shape, generator=generator)
         if len(shape) == 1:
             weights[name] = 1 + 0.2 * noise
@@ -297,27 +254,16 @@ def _params(config: ModelConfig) -> dict[str, Any]:
 
 
 def _hf_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    keys = {
+        "linear": (),
+        "yarn": ("beta_fast", "beta_slow", "attention_factor"),
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+    }
     if scaling is None:
         return None
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    if scaling.kind == "yarn":
-        return {
-            "rope_type": "yarn",
-            "factor": scaling.factor,
-            "beta_fast": scaling.beta_fast,
-            "beta_slow": scaling.beta_slow,
-            "attention_factor": scaling.attention_factor,
-            "original_max_position_embeddings": scaling.original_max_seq_len,
-        }
-    assert scaling.kind == "llama3", "config.json has no other scaling that minisa knows"
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_seq_len,
-    }
+    described = {"rope_type": scaling.kind, "factor": scaling.factor}
+    described |= {key: getattr(scaling, key) for key in keys[scaling.kind]}
+    return described | {"original_max_position_embeddings": scaling.original_max_seq_len}
 
 
 def rope_factors(config: ModelConfig) -> list[float]:
