@@ -9,7 +9,7 @@ embedding, which is also the head where they are tied, is int8 in both: four bit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,11 +37,8 @@ class Blocks:
     scales: Tensor
     minimums: Tensor | None = None
 
-    def tensors(self) -> Iterator[Tensor]:
-        yield self.quants
-        yield self.scales
-        if self.minimums is not None:
-            yield self.minimums
+    def tensors(self) -> list[Tensor]:
+        return [part for part in (self.quants, self.scales, self.minimums) if part is not None]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[rows, cols]; computed in fp32 and then rounded to dtype."""
@@ -55,7 +52,7 @@ class Blocks:
 
     def packed(self) -> Blocks:
         """The same, int4 in half the bytes."""
-        if self.minimums is None or self.quants.dtype == torch.uint8:
+        if self.minimums is None:
             return self
         low, high = self.quants.view(torch.uint8).unflatten(-1, (-1, 2, BLOCK // 2)).unbind(-2)
         return Blocks((low | high << 4).flatten(-2), self.scales, self.minimums)

@@ -136,7 +136,7 @@ def test_a_token_gets_the_same_bits_in_any_company(
     tokens would go another way after a cached beginning, with guesses, or in a batch."""
     config = replace(SHAPES[shape], sliding_window=window)
     with torch.device("meta"):
-        model = Transformer(config, plan_of(config, "interleaved", True), "torch")
+        model = Transformer(config, plan_of(config, "interleaved", True))
     load_weights(model, random_checkpoint(config), device="cpu", dtype=torch.bfloat16, quantize=weights)
     native, ids = NativeRunner(model, library, n_threads=1), random_tokens(config, 1, 600)
     dtype = {None: torch.bfloat16, "int8": torch.float32, "int4": torch.float8_e4m3fn}[weights]
