@@ -52,7 +52,7 @@ class Blocks:
 
     def packed(self) -> Blocks:
         """The same, int4 in half the bytes."""
-        if self.minimums is None:
+        if self.minimums is None or self.quants.dtype == torch.uint8:
             return self
         low, high = self.quants.view(torch.uint8).unflatten(-1, (-1, 2, BLOCK // 2)).unbind(-2)
         return Blocks((low | high << 4).flatten(-2), self.scales, self.minimums)
