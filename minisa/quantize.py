@@ -9,7 +9,7 @@ embedding, which is also the head where they are tied, is int8 in both: four bit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,11 +37,8 @@ class Blocks:
     scales: Tensor
     minimums: Tensor | None = None
 
-    def tensors(self) -> Iterator[Tensor]:
-        yield self.quants
-        yield self.scales
-        if self.minimums is not None:
-            yield self.minimums
+    def tensors(self) -> list[Tensor]:
+        return [part for part in (self.quants, self.scales, self.minimums) if part is not None]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[rows, cols]; computed in fp32 and then rounded to dtype."""

@@ -15,10 +15,10 @@ from minisa.checkpoint import load_weights, open_checkpoint
 from minisa.errors import MinisaError
 from minisa.model import Transformer
 from minisa.quantize import BLOCK, Blocks, check_quantization, quantize
-from minisa.runners.choice import choose_runner
+from minisa.runners.choice import choose_runner, find_backend
 from minisa.runners.native.runner import NativeRunner
 from minisa.sharing import SharingPlan
-from tests.models import in_one_go, random_tokens
+from tests.models import DEVICE, in_one_go, random_tokens
 from tests.tiny import random_weights, tiny_config, write_gguf, write_hf
 
 CONFIG = tiny_config(n_layers=4, dim=64, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, tie_embeddings=True)
@@ -27,7 +27,7 @@ PLAN = SharingPlan.parse("2", 4)
 
 def read(path: Path, format: Any, dtype: torch.dtype = torch.float32, backend: str = "torch") -> Transformer:
     with torch.device("meta"):
-        model = Transformer(CONFIG, PLAN, backend)
+        model = Transformer(CONFIG, PLAN, find_backend(backend, DEVICE))
     load_weights(model, open_checkpoint(path), device="cpu", dtype=dtype, quantize=format)
     return model.requires_grad_(False)
 

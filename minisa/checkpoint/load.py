@@ -59,7 +59,7 @@ def load_weights(
             else:
                 blocks = empty_blocks(shapes[name], format, device)
                 replace_matrix(model, name, blocks, dtype)
-                places = [*blocks.tensors()]
+                places = blocks.tensors()
             turned = checkpoint.interleaved and name.endswith(("attention.wq.weight", "attention.wk.weight"))
             head_dim = checkpoint.config.head_dim if turned and name not in checkpoint.replaced else 1
             row = math.prod(shapes[name][1:])
@@ -105,8 +105,8 @@ def _read(stored: StoredTensor, format: Format | None, start: int, stop: int) ->
     if format is None:
         return [stored.read_rows(start, stop)]
     if isinstance(stored, QuantizedTensor):
-        return [*stored.read_blocks(start, stop, format).tensors()]
-    return [*to_blocks(stored.read_rows(start, stop), format).tensors()]
+        return stored.read_blocks(start, stop, format).tensors()
+    return to_blocks(stored.read_rows(start, stop), format).tensors()
 
 
 def _require_finite(what: str, rows: Tensor, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ from minisa.device import one_torch_thread
 from minisa.generation.runner import Runner, joined
 from minisa.model import Transformer
 from minisa.rope import rope_angles
-from minisa.runners.native.packing import FORMATS, LANES, PANEL, interleave, pack_bf16, pack_int4, pack_int8
+from minisa.runners.native.packing import LANES, PANEL, interleave, pack_bf16, pack_int4, pack_int8
 from minisa.sharing import SharingPlan
 
 CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # as in tables.h
@@ -213,9 +213,9 @@ class _Tables:
         taken = zip(*map(_take, modules), strict=True)
         parts = [arrange(*rows) if arrange else joined(rows) for rows in taken]
         del taken  # or the weights as they were would still be there while they are packed
-        packed = (pack_bf16, pack_int8, pack_int4)[len(parts) - 1](*parts)
-        self.weights.append(packed.data)
-        return _Matrix(packed.data.data_ptr(), FORMATS[packed.format], packed.rows, packed.cols)
+        format, (rows, cols) = len(parts) - 1, parts[0].shape  # in tables.h: 0 for bf16, 1 for int8, 2 for int4
+        self.weights.append((pack_bf16, pack_int8, pack_int4)[format](*parts))
+        return _Matrix(self.weights[-1].data_ptr(), format, rows, cols)
 
 
 def _take(module: nn.Module) -> list[Tensor]:
