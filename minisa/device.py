@@ -22,6 +22,9 @@ KV_DTYPES = DTYPES | {"fp8": torch.float8_e4m3fn}
 def one_torch_thread() -> Iterator[None]:
     """PyTorch computes in the calling thread alone: a C++ step needs the cores on which its pool would busy-wait."""
     n_threads = torch.get_num_threads()
+    if n_threads == 1:
+        yield
+        return
     try:
         torch.set_num_threads(1)
         yield
