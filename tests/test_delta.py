@@ -82,7 +82,7 @@ def test_it_is_quantized_like_the_rest_and_the_native_step_takes_it(
     for name in NAMES[:2]:
         error = (model.get_submodule(name.removesuffix(".weight")).weight - other[name]).abs().max()
         assert error < step * other[name].abs().max()
-    library = open_library(wait=True)
+    library = open_library()
     if library is not None:
         tokens = random_tokens(CONFIG, 1, 12)
         cache = StaticCache.allocate(CONFIG, PLAN, max_seq_len=12)
