@@ -107,18 +107,8 @@ def test_a_plan_keeps_it(other: dict[str, torch.Tensor], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "shape", "dtype", "says"),
     [
-        (
-            "layers.9.attention.wo.weight",
-            (64, 128),
-            torch.float32,
-            "'layers.9.attention.wo.weight' is no weight a plan",
-        ),
-        (
-            NAMES[0],
-            (64, 64),
-            torch.float32,
-            r"wo.weight is \[64, 64\], the model's is \[64, 128\]: the plan was made for",
-        ),
+        ("layers.9.attention.wo.weight", (64, 128), torch.float32, "'layers.9.attention.wo.weight' is no weight"),
+        (NAMES[0], (64, 64), torch.float32, r"wo.weight is \[64, 64\], the model's is \[64, 128\]"),
         (NAMES[0], (64, 128), torch.float64, "stored as float64"),
     ],
 )
