@@ -82,7 +82,7 @@ def test_it_is_quantized_like_the_rest_and_the_native_step_takes_it(
     for name in NAMES[:2]:
         error = (model.get_submodule(name.removesuffix(".weight")).weight - other[name]).abs().max()
         assert error < step * other[name].abs().max()
-    library = open_library(wait=True)
+    library = open_library()
     if library is not None:
         tokens = random_tokens(CONFIG, 1, 12)
         cache = StaticCache.allocate(CONFIG, PLAN, max_seq_len=12)
@@ -107,18 +107,8 @@ def test_a_plan_keeps_it(other: dict[str, torch.Tensor], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "shape", "dtype", "says"),
     [
-        (
-            "layers.9.attention.wo.weight",
-            (64, 128),
-            torch.float32,
-            "'layers.9.attention.wo.weight' is no weight a plan",
-        ),
-        (
-            NAMES[0],
-            (64, 64),
-            torch.float32,
-            r"wo.weight is \[64, 64\], the model's is \[64, 128\]: the plan was made for",
-        ),
+        ("layers.9.attention.wo.weight", (64, 128), torch.float32, "'layers.9.attention.wo.weight' is no weight"),
+        (NAMES[0], (64, 64), torch.float32, r"wo.weight is \[64, 64\], the model's is \[64, 128\]"),
         (NAMES[0], (64, 128), torch.float64, "stored as float64"),
     ],
 )

@@ -263,7 +263,9 @@ def _hf_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
         return None
     described = {"rope_type": scaling.kind, "factor": scaling.factor}
     described |= {key: getattr(scaling, key) for key in keys[scaling.kind]}
-    return described | {"original_max_position_embeddings": scaling.original_max_seq_len}
+    if scaling.kind != "linear":
+        described["original_max_position_embeddings"] = scaling.original_max_seq_len
+    return described
 
 
 def rope_factors(config: ModelConfig) -> list[float]:

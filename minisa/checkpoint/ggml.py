@@ -43,6 +43,7 @@ TYPES = {
         (29, "IQ1_M", 256, 56), (34, "TQ1_0", 256, 54), (35, "TQ2_0", 256, 66), (39, "MXFP4", 32, 17),
     )
 }  # fmt: skip
+_OWN: dict[str, Format] = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4"}
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Decoder = Callable[[Tensor], Tensor]  # uint8 [rows, blocks, nbytes] → fp32 [rows, blocks · block]
@@ -64,10 +65,9 @@ class QuantizedTensor:
 
     def read_blocks(self, start: int, stop: int, format: Format) -> Blocks:
         """The same rows quantized to `format`: the file's own blocks where they are that, else made anew."""
-        own, split = _OWN.get(self.type.name, (None, None))
-        if split is None or own != format:
+        if _OWN.get(self.type.name) != format:
             return quantize(self.read_rows(start, stop), format)
-        return split(self._read(start, stop))
+        return _split(self.type.name, self._read(start, stop))
 
     def _read(self, start: int, stop: int) -> Tensor:
         blocks = self.shape[1] // self.type.block  # of a row
@@ -93,7 +93,7 @@ def decoder(type: GGMLType, name: str = "a tensor") -> Decoder:
     Raises MinisaError for a type that needs the `gguf` package where that is absent, or that nobody reads.
     """
     if type.name in _OWN:
-        return partial(_floats, _OWN[type.name][1])
+        return partial(_floats, type.name)
     try:
         from gguf import GGMLQuantizationType, quants
     except ImportError:
@@ -110,40 +110,23 @@ def decoder(type: GGMLType, name: str = "a tensor") -> Decoder:
     return decode
 
 
-def _floats(split: Callable[[Tensor], Blocks], blocks: Tensor) -> Tensor:
+def _floats(name: str, blocks: Tensor) -> Tensor:
     """What Blocks.dequantize gives, without a copy for each operation."""
-    parts = split(blocks)
+    parts = _split(name, blocks)
     weight = parts.quants.unflatten(1, (-1, BLOCK)).float().mul_(parts.scales.float()[..., None])
     return (weight if parts.minimums is None else weight.add_(parts.minimums.float()[..., None])).flatten(1)
 
 
-# A block's scale, and its minimum where it has one, are fp16 and in front of the quants.
-
-
-def _split_q8_0(blocks: Tensor) -> Blocks:
-    return Blocks(blocks[..., 2:].view(torch.int8).flatten(1), _halves(blocks[..., :2]))
-
-
-def _split_q4_0(blocks: Tensor) -> Blocks:
-    scales = _halves(blocks[..., :2])
-    return Blocks(_nibbles(blocks[..., 2:]), scales, -8 * scales)
-
-
-def _split_q4_1(blocks: Tensor) -> Blocks:
-    return Blocks(_nibbles(blocks[..., 4:]), _halves(blocks[..., :2]), _halves(blocks[..., 2:4]))
+def _split(name: str, blocks: Tensor) -> Blocks:
+    """A block's scale, and its minimum where it has one, are fp16 and in front of the quants."""
+    if name == "Q8_0":
+        return Blocks(blocks[..., 2:].view(torch.int8).flatten(1), _halves(blocks[..., :2]))
+    begin = blocks.shape[-1] - BLOCK // 2
+    packed, scales = blocks[..., begin:], _halves(blocks[..., :2])
+    # [rows, blocks, 16] → [rows, blocks · 32]: a block's low halves, then its high ones
+    quants = torch.cat((packed & 15, packed >> 4), dim=-1).view(torch.int8).flatten(1)
+    return Blocks(quants, scales, -8 * scales if name == "Q4_0" else _halves(blocks[..., 2:4]))
 
 
 def _halves(raw: Tensor) -> Tensor:
     return raw.contiguous().view(torch.float16).squeeze(-1)  # [rows, blocks]
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    """uint8 [rows, blocks, 16] → int8 [rows, blocks · 32]: a block's low halves, then its high ones."""
-    return torch.cat((packed & 15, packed >> 4), dim=-1).view(torch.int8).flatten(1)
-
-
-_OWN: dict[str, tuple[Format, Callable[[Tensor], Blocks]]] = {
-    "Q8_0": ("int8", _split_q8_0),
-    "Q4_0": ("int4", _split_q4_0),
-    "Q4_1": ("int4", _split_q4_1),
-}
