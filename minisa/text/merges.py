@@ -53,6 +53,7 @@ def merge_order(merges: Iterable[tuple[T, T]], tokens: Collection[T]) -> list[T]
     # Of the tokens made in the order of the list, bottom up: the place and the parts of their last merge.
     made: dict[T, tuple[int, T, T]] = {token: (-1, token, token) for token in tokens if len(token) == 1}
     ranks = []
+    last: tuple[T, T] | None
     for token, only in sorted(listed.items(), key=lambda item: len(item[0])):
         if only and all(part in made and made[part][0] < places[only] for part in only):
             last = None if _cross(*only, places, made) else only
@@ -61,7 +62,7 @@ def merge_order(merges: Iterable[tuple[T, T]], tokens: Collection[T]) -> list[T]
         if last:
             ranks.append((place := places[last], token))
             if all(part in made and made[part][0] < place for part in last):
-                made[token] = (place, *last)
+                made[token] = (place, last[0], last[1])
     return [token for _, token in sorted(ranks)]
 
 
@@ -87,7 +88,7 @@ def _cross(a: T, b: T, places: dict[tuple[T, T], int], made: dict[T, tuple[int, 
 def _last_merge(token: T, places: dict[tuple[T, T], int]) -> tuple[T, T] | None:
     """The pair that is joined last when merging makes a token; None where it does not make it."""
     parts = [token[i : i + 1] for i in range(len(token))]
-    last = None
+    last: tuple[T, T] | None = None
     while len(parts) > 1:
         place, at = min((places.get(pair, _UNLISTED), i) for i, pair in enumerate(pairwise(parts)))
         if place == _UNLISTED:
