@@ -10,18 +10,15 @@ import json
 import re
 import struct
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minisa.text import bytelevel
 from minisa.text.bytelevel import TEKKEN_SPLIT
-from minisa.text.chat import Message
 from minisa.text.tokenizer import Tokenizer, load_tokenizer
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -63,15 +60,6 @@ CHATML = (
     "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-
-def jinja_writes(template: str, messages: Sequence[Message]) -> str:
-    """What Jinja makes of a chat template, as transformers has it do so."""
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    sandbox.globals["strftime_now"] = lambda form: form
-    return sandbox.from_string(template).render(
-        messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=True, tools=None
-    )
 
 
 TEXT, MARK = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}}

@@ -24,7 +24,8 @@ from minisa.files import read_json
 
 BESIDE_THE_WEIGHTS = (
     "config.json", "params.json", "generation_config.json", "added_tokens.json", "tekken.json", "tokenizer.json",
-    "tokenizer.model*", "tokenizer_config.json", "chat_template.jinja", "original/tokenizer.model",
+    "tokenizer.model*", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+    "original/tokenizer.model",
 )  # fmt: skip
 
 _Read = Callable[[Path], dict[str, FileTensor]]

@@ -44,22 +44,55 @@ def merge_order(merges: Iterable[tuple[T, T]], tokens: Collection[T]) -> list[T]
     if sum(len(token) ** 2 for token in tokens) > MAX_WORK:
         raise MinisaError("its tokens are too long to merge in reasonable time: expected a maker's own vocabulary")
     places = {pair: place for place, pair in enumerate(merges)}
-    if unknown := {left + right for left, right in places}.difference(tokens):
+    listed: dict[T, tuple[T, T] | None] = {}  # the pair that makes a token, None where there are several
+    for pair in places:
+        token = pair[0] + pair[1]
+        listed[token] = None if token in listed else pair
+    if unknown := listed.keys() - set(tokens):
         raise MinisaError(f"the merges make {min(unknown)!r}, which is not in the vocabulary: is the file whole?")
-    made = sorted((_last_merge(token, places), token) for token in tokens if len(token) > 1)
-    return [token for place, token in made if place < _UNLISTED]
+    # Of the tokens made in the order of the list, bottom up: the place and the parts of their last merge.
+    made: dict[T, tuple[int, T, T]] = {token: (-1, token, token) for token in tokens if len(token) == 1}
+    ranks = []
+    last: tuple[T, T] | None
+    for token, only in sorted(listed.items(), key=lambda item: len(item[0])):
+        if only and all(part in made and made[part][0] < places[only] for part in only):
+            last = None if _cross(*only, places, made) else only
+        else:
+            last = _last_merge(token, places)
+        if last:
+            ranks.append((place := places[last], token))
+            if all(part in made and made[part][0] < place for part in last):
+                made[token] = (place, last[0], last[1])
+    return [token for _, token in sorted(ranks)]
 
 
-def _last_merge(token: T, places: dict[tuple[T, T], int]) -> int:
-    """The place of the pair that is joined last when merging makes a token; _UNLISTED where it does not make it."""
+def _cross(a: T, b: T, places: dict[tuple[T, T], int], made: dict[T, tuple[int, T, T]]) -> bool:
+    """Whether something is joined across the boundary of two tokens before both are whole.
+
+    Their merges at the boundary are undone from the last to the first. Of equal pairs the leftmost is joined first.
+    """
+    next_a = next_b = _UNLISTED  # places of the merges that come next on either side
+    while True:
+        (at_a, _, right), (at_b, left, _) = made[a], made[b]
+        if at_a < 0 and at_b < 0:
+            return False
+        if at_a > at_b:
+            a, next_a = right, at_a
+        else:
+            b, next_b = left, at_b
+        place = places.get((a, b), _UNLISTED)
+        if place < next_a and place <= next_b:
+            return True
+
+
+def _last_merge(token: T, places: dict[tuple[T, T], int]) -> tuple[T, T] | None:
+    """The pair that is joined last when merging makes a token; None where it does not make it."""
     parts = [token[i : i + 1] for i in range(len(token))]
-    place = _UNLISTED
+    last: tuple[T, T] | None = None
     while len(parts) > 1:
-        place = _UNLISTED
-        for i, pair in enumerate(pairwise(parts)):
-            if (found := places.get(pair, place)) < place:
-                place, at = found, i
+        place, at = min((places.get(pair, _UNLISTED), i) for i, pair in enumerate(pairwise(parts)))
         if place == _UNLISTED:
-            break
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return place
+            return None
+        last = parts[at], parts[at + 1]
+        parts[at : at + 2] = [last[0] + last[1]]
+    return last
