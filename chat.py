@@ -7,10 +7,11 @@ from minisa.interrupts import end_without_traceback
 if __name__ == "__main__":
     end_without_traceback()
 
+import atexit
 import contextlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,6 @@ HELP = """\
 /stats         how the last answer went
 /help          this list
 Ctrl-C stops an answer and keeps the session, Ctrl-D leaves."""
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 # A terminal is shown these in place of control characters: what a model says must not command it.
 VISIBLE = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - set(b"\n\t"), "\N{REPLACEMENT CHARACTER}")
 
@@ -82,14 +82,13 @@ def main(model: str, prompt: str | None, system: str | None, raw: bool, **flags:
     for name, given in (("--system", system), ("--chat-format", flags["chat_format"])):
         if raw and given:
             raise MinisaError(f"--raw continues the text as it stands: leave out {name}")
-    sampling = {name: flags.pop(name) for name in SAMPLING}
-    options = {name: flags.pop(name) for name in ("max_new_tokens", "stop", "speculate")}
+    options = {option.name: flags.pop(option.name) for option in fields(Options) if option.name in flags}
 
     from minisa.text.conversation import Conversation
 
-    Options(**sampling, **options)  # what is out of range is refused before a model loads
+    Options(**options)  # what is out of range is refused before a model loads
     llm = open_model(model, **flags)
-    session = Session(llm, model, flags, sampling | options, raw, Conversation(system))
+    session = Session(llm, model, flags, options, raw, Conversation(system))
     click.echo(session.banner(), err=True)
     if not raw and llm.chat_template.name == "raw":
         click.echo("(no chat template: texts go in one after the other; --chat-format names a format)", err=True)
@@ -122,8 +121,9 @@ class Session:
                 self.last = chunk.stats
                 yield chunk
             return
-        max_new_tokens = self.options.get("max_new_tokens")
-        messages = self.conversation.messages_for(text, self._count_tokens, self.llm.cache.length, max_new_tokens)
+        length, max_new_tokens = self.llm.cache.length, self.options.get("max_new_tokens")
+        ids = self.llm.chat_template.ids
+        messages = self.conversation.messages_for(text, lambda them: len(ids(them)), length, max_new_tokens)
         said = ""
         try:
             for chunk in self.llm.chat(messages, **self.options):
@@ -133,9 +133,6 @@ class Session:
         finally:
             if said:
                 self.conversation.add_answer(messages, said)
-
-    def _count_tokens(self, messages: list[Any]) -> int:
-        return len(self.llm.chat_template.ids(messages))
 
     def banner(self) -> str:
         """One line: the model, its plan, where it runs."""
@@ -212,26 +209,26 @@ def converse(session: Session) -> None:
     """The interactive session."""
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # for check_utf8 to tell
     click.echo("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.", err=True)
-    with history(Path(click.get_app_dir("minisa")) / "history"):
-        while True:
-            try:
-                line = ask()
-            except EOFError:
-                click.echo(err=True)
-                return
-            except KeyboardInterrupt:
-                click.echo(err=True)
-                continue
-            try:
-                check_utf8("the message", line)
-                if line.startswith("/"):
-                    command(session, line)
-                elif line.strip():
-                    answer(session, line)
-            except MinisaError as error:
-                click.echo(f"({error})", err=True)
-            except KeyboardInterrupt:
-                click.echo("(stopped)", err=True)
+    keep_history(Path(click.get_app_dir("minisa")) / "history")
+    while True:
+        try:
+            line = ask()
+        except EOFError:
+            click.echo(err=True)
+            return
+        except KeyboardInterrupt:
+            click.echo(err=True)
+            continue
+        try:
+            check_utf8("the message", line)
+            if line.startswith("/"):
+                command(session, line)
+            elif line.strip():
+                answer(session, line)
+        except MinisaError as error:
+            click.echo(f"({error})", err=True)
+        except KeyboardInterrupt:
+            click.echo("(stopped)", err=True)
 
 
 def command(session: Session, line: str) -> None:
@@ -262,21 +259,16 @@ def ask() -> str:
     return input()
 
 
-@contextlib.contextmanager
-def history(path: Path) -> Iterator[None]:
-    """Lines kept from session to session, where the home folder allows it."""
+def keep_history(path: Path) -> None:
+    """Lines are kept from session to session, where the home folder allows it."""
     if readline is None:
-        yield
         return
     with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
         readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.set_history_length(1000)
-            readline.write_history_file(path)
+        readline.set_history_length(1000)
+        atexit.register(readline.write_history_file, path)
 
 
 def read_stdin() -> str:

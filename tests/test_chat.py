@@ -106,7 +106,7 @@ class TestAnswers:
     ) -> None:
         lookups = []
         monkeypatch.setattr(
-            "minisa.generation.generate.PromptLookup", lambda *given: lookups.append(1) or PromptLookup(*given)
+            "minisa.generation.loop.PromptLookup", lambda *given: lookups.append(1) or PromptLookup(*given)
         )
         flags = ("--prompt", "Say ha 9 times: ha ha ha ha", "--max-new-tokens", 30)
         assert ask(*flags).out == ask(*flags, "--speculate").out
