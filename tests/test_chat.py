@@ -95,6 +95,7 @@ class TestAnswers:
             "greedy": ask(*story).out,
             "hot": ask(*hot).out,
             "seed": ask(*story, "--temperature", 3, "--seed", 2).out,
+            "penalty": ask(*story, "--repetition-penalty", 5).out,
         }
         assert len(set(texts.values())) == 4
         assert ask(*hot).out == texts["hot"]
@@ -227,7 +228,7 @@ def change_config(folder: Path, **changes: object) -> None:
 MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "architecture": (
         lambda folder: change_config(folder, architectures=["Qwen2ForCausalLM"]),
-        "Qwen2ForCausalLM is not supported",
+        "['Qwen2ForCausalLM'] are not supported",
     ),
     "rope scaling": (
         lambda folder: change_config(folder, rope_parameters={"rope_type": "longrope", "factor": 2.0}),
