@@ -10,24 +10,19 @@ from typing import Any
 import pytest
 
 from minisa.errors import MinisaError
-from minisa.text.chat import FORMATS, ChatTemplate, Message, find_template
+from minisa.text.chat import FORMATS, ChatTemplate, find_template
 from minisa.text.tokenizer import Tokenizer, load_tokenizer
 from tests.vocabularies import (
     CHATML,
     LLAMA3,
+    SYSTEM,
+    TALK,
     byte_level_json,
     load_real,
     sentencepiece_model,
     tekken_json,
     write_json,
 )
-
-SYSTEM: Message = {"role": "system", "content": "Be brief."}
-TALK: list[Message] = [
-    {"role": "user", "content": "Hi </s>!"},
-    {"role": "assistant", "content": "Hello."},
-    {"role": "user", "content": "  2+2? "},
-]
 
 
 @pytest.fixture(scope="module")

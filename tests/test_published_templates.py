@@ -18,17 +18,12 @@ from minisa.text.tokenizer import Tokenizer, load_tokenizer
 from tests.makers_ids import CHAT_IDS
 from tests.vocabularies import (
     PACKAGE_FILES,
+    SYSTEM,
+    TALK,
     llama2_json,
     load_real,
     write_json,
 )
-
-SYSTEM: Message = {"role": "system", "content": "Be brief."}
-TALK: list[Message] = [
-    {"role": "user", "content": "Hi </s>!"},
-    {"role": "assistant", "content": "Hello."},
-    {"role": "user", "content": "  2+2? "},
-]
 
 # Published templates, and the tokenizers to try them with. Those with a name are in unsloth's chat_templates.py.
 UNSLOTH = ("pip", "unsloth", "2026.10.9", "unsloth/chat_templates.py")

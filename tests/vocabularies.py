@@ -19,8 +19,15 @@ import sentencepiece
 
 from minisa.text import bytelevel
 from minisa.text.bytelevel import TEKKEN_SPLIT
+from minisa.text.chat import Message
 from minisa.text.tokenizer import Tokenizer, load_tokenizer
 
+SYSTEM: Message = {"role": "system", "content": "Be brief."}
+TALK: list[Message] = [
+    {"role": "user", "content": "Hi </s>!"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "  2+2? "},
+]
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
 SPLIT = {"type": "Split", "pattern": {"Regex": bytelevel.LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}

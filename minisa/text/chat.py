@@ -12,7 +12,7 @@ A template runs in jinja2's sandbox, set up as transformers sets it up, and the 
 * The clock stands still, at 26 Jul 2024, the date that Llama 3's templates have without a clock: a prompt is the same
   every day, and what a cache holds of it stays good.
 
-A dialog whose last message is the assistant's is one to be continued: the prompt ends where that message does.
+A chat whose last message is the assistant's is one to be continued: the prompt ends where that message does.
 """
 
 from __future__ import annotations
